@@ -1,0 +1,257 @@
+"""The nouns that every room shares: what can be cut, how good it is, and what was decided.
+
+Nothing here holds a model's tensors, and nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.errors import PlanError
+
+Kind = Literal["ffn", "attention", "expert", "layer", "hidden", "vocab", "state"]
+Role = Literal["out", "in"]
+
+
+class Settings(BaseModel):
+    """Base of every recipe section: frozen, typed, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one parameter that a node group's units live on.
+
+    Unit ``u`` owns the rows ``offset + u * stride + w`` for every ``offset`` in ``offsets`` and ``w < width``.
+    """
+
+    parameter: str
+    """Path as in ``model.named_parameters()`` (or of a persistent buffer)."""
+    axis: int
+    role: Role
+    """``out``: the parameter produces the units (rows of an up projection, a bias, a norm weight);
+    ``in``: it consumes them by contraction (columns of a down projection), so that zeroing these removes the unit."""
+    offsets: tuple[int, ...]
+    stride: int
+    width: int
+
+    @property
+    def rows_per_unit(self) -> int:
+        return len(self.offsets) * self.width
+
+    def rows(self, units: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Index tensor of shape ``[len(units), rows_per_unit]``: the rows (or columns) of each unit."""
+        unit = torch.as_tensor(units, dtype=torch.long).reshape(-1, 1, 1)
+        offset = torch.tensor(self.offsets, dtype=torch.long).reshape(1, -1, 1)
+        within = torch.arange(self.width, dtype=torch.long).reshape(1, 1, -1)
+        return (offset + unit * self.stride + within).reshape(unit.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Structures of one place in the model that can go unit by unit.
+
+    A unit is LoRAShear's *minimally removable structure*: everything that must go together.
+    """
+
+    name: str
+    """For instance ``layers.3.mlp``; the same with and without LoRA adapters."""
+    kind: Kind
+    size: int
+    """Number of units."""
+    members: tuple[Member, ...]
+    protected: str | None = None
+    """Why this group must not be cut, or None when it may be."""
+    layer: int | None = None
+    """Index of the decoder layer it belongs to; None for groups that span the model."""
+
+
+@dataclass(frozen=True)
+class DependencyGraph:
+    """All node groups of a model, in model order, with the shape of every parameter."""
+
+    model_type: str
+    groups: tuple[NodeGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Shape of every parameter by name; tied parameters appear once."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, NodeGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, list[tuple[NodeGroup, Member]]]:
+        table: dict[str, list[tuple[NodeGroup, Member]]] = {}
+        for group in self.groups:
+            for member in group.members:
+                table.setdefault(member.parameter, []).append((group, member))
+        return table
+
+    def __getitem__(self, name: str) -> NodeGroup:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[NodeGroup]:
+        return iter(self.groups)
+
+    def of_parameter(self, parameter: str) -> list[tuple[NodeGroup, Member]]:
+        """The groups that own an axis of ``parameter``, with the member that says which."""
+        return self._by_parameter.get(parameter, [])
+
+    @property
+    def prunable(self) -> tuple[NodeGroup, ...]:
+        """The groups that may be cut."""
+        return tuple(group for group in self.groups if group.protected is None)
+
+    def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
+        return sum(self._numel(name, kept or {}) for name in self.shapes)
+
+    def _numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
+        shape = list(self.shapes[parameter])
+        for group, member in self.of_parameter(parameter):
+            if group.name in kept:
+                shape[member.axis] -= (group.size - len(kept[group.name])) * member.rows_per_unit
+        count = 1
+        for size in shape:
+            count *= size
+        return count
+
+    def unit_cost(self, group: NodeGroup) -> int:
+        """Parameters that go with one unit of ``group`` when everything else stays whole."""
+        cost = 0
+        for member in group.members:
+            shape = self.shapes.get(member.parameter)
+            if shape is not None:
+                others = 1
+                for axis, size in enumerate(shape):
+                    others *= size if axis != member.axis else 1
+                cost += member.rows_per_unit * others
+        return cost
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the groups' names and sizes and of the parameters they live on: a plan fits models that share it.
+
+        Adapters do not change it: only what a plan refers to does.
+        """
+        facts = [(group.name, group.kind, group.size) for group in self.groups]
+        return hashlib.sha256(json.dumps([self.model_type, facts]).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able picture of the graph (written to ``graph.json``)."""
+        return {
+            "model_type": self.model_type,
+            "fingerprint": self.fingerprint,
+            "parameters": self.parameter_count(),
+            "groups": [asdict(group) for group in self.groups],
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per unit of each group; higher = keep, always."""
+
+    values: Mapping[str, torch.Tensor]
+    """Group name → float tensor of shape ``[group.size]``, finite, on the CPU."""
+
+    def __post_init__(self) -> None:
+        for name, score in self.values.items():
+            if score.dim() != 1 or not torch.isfinite(score).all():
+                raise PlanError(f"Scores of {name} must be one finite number per unit; got shape {tuple(score.shape)}.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+
+class PruningPlan(BaseModel):
+    """Which units of which groups stay. Small, printable, JSON; it can be edited by hand and applied again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal[1] = 1
+    base_model: str = ""
+    """Folder, hub id or built-in name of the model that the plan was made for."""
+    revision: str | None = None
+    fingerprint: str
+    """``DependencyGraph.fingerprint`` of that model."""
+    method: str
+    ratio_asked: float
+    """Fraction of all parameters to remove; 0 for a plan that removes nothing."""
+    ratio_reached: float
+    parameters_before: int
+    parameters_after: int
+    seed: int = 0
+    versions: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    """Group name → units before the cut, for every group in ``kept``."""
+    kept: dict[str, list[int]] = {}
+    """Group name → indices of the units that stay, ascending; a group that is not listed stays whole."""
+
+    def removed(self, name: str) -> list[int]:
+        """Indices of the units of group ``name`` that go, ascending."""
+        if name not in self.kept:
+            return []
+        keep = set(self.kept[name])
+        return [unit for unit in range(self.sizes[name]) if unit not in keep]
+
+    def check(self, graph: DependencyGraph) -> None:
+        """Raise PlanError unless the plan was made for a model with this graph and every entry is legal."""
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"The plan was made for another model ({self.base_model or 'unnamed'}, fingerprint {self.fingerprint}); "
+                f"this {graph.model_type} model has fingerprint {graph.fingerprint}. Apply it to the model it names."
+            )
+        for name, units in self.kept.items():
+            if name not in graph or self.sizes.get(name) != graph[name].size:
+                raise PlanError(f"The plan names {name} with {self.sizes.get(name)} units, which this model does not have.")
+            if not units or units != sorted(set(units)) or units[0] < 0 or units[-1] >= graph[name].size:
+                raise PlanError(
+                    f"The plan's kept units of {name} must be ascending, without repeats, at least one, "
+                    f"and below {graph[name].size}."
+                )
+            if graph[name].protected is not None and len(units) < graph[name].size:
+                raise PlanError(f"The plan cuts {name}, which is protected: {graph[name].protected}.")
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Read a plan; raises PlanError when the file is missing or not a plan."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Give the path of a plan.json.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise PlanError(f"{path} is not a pruning plan: {where}: {first['msg']}.") from error
+
+
+def removed_to_kept(graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+    """Turn "units that go" into the ``kept`` of a plan, leaving out groups that stay whole."""
+    kept = {}
+    for name, units in removed.items():
+        gone = set(units)
+        if gone:
+            kept[name] = [unit for unit in range(graph[name].size) if unit not in gone]
+    return kept
