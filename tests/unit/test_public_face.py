@@ -1,0 +1,38 @@
+"""The names that users may rely on, and that importing them costs nothing until one is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import secateur
+
+NAMES = """Budget DependencyGraph PruningPlan Recipe Result SecateurError __version__
+    apply_plan load load_recipe prune save trace verify""".split()
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(secateur.__all__) == sorted(NAMES) == dir(secateur)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_public_name_can_be_imported(name: str) -> None:
+    assert getattr(secateur, name)
+
+
+def test_another_name_is_an_ordinary_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        secateur.prun  # noqa: B018
+
+
+def test_import_is_light() -> None:
+    code = "import sys, secateur; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    best = float("inf")
+    for _ in range(3):  # the best of three: another process may have the machine busy
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        best = min(best, time.monotonic() - started)
+    assert best < 0.3
