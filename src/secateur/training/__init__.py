@@ -1,0 +1,8 @@
+"""The one place that builds a ``transformers.Trainer``, and the LoRA adapters it trains."""
+
+from __future__ import annotations
+
+from secateur.training.lora import LoraSettings, attach_lora, merge_lora
+from secateur.training.trainer import TrainingSettings, train, wants_bf16
+
+__all__ = ["LoraSettings", "TrainingSettings", "attach_lora", "merge_lora", "train", "wants_bf16"]

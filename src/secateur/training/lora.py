@@ -1,0 +1,56 @@
+"""LoRA adapters: put on before training, merged into the weights after it (plumbing by peft)."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from secateur.errors import InputError
+from secateur.types import Settings
+
+
+class LoraSettings(Settings):
+    """The adapters that guide pruning and grow the lost knowledge back (LoRA, arXiv 2106.09685)."""
+
+    rank: int = 8
+    """LoRA rank r."""
+    alpha: float = 16.0
+    """Numerator of the scaling alpha / r that multiplies B A."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input while training."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear modules that get an adapter, or ``all-linear``: every one but the output head."""
+
+
+def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+    """Wrap the model's linears in fresh adapters (B = 0, so the function is unchanged); only A and B train.
+
+    Raises InputError when ``settings.targets`` matches nothing.
+    """
+    targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    # forked, so that the caller's own random stream is what it was
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(
+                f"lora.targets={list(settings.targets)} finds no linear module in {type(model).__name__}: {error} "
+                "Name modules as in `secateur inspect`, or use all-linear."
+            ) from error
+
+
+def merge_lora(model: PeftModel) -> PreTrainedModel:
+    """Add (alpha / r) B A to the base weights and take the adapters off; the function is unchanged."""
+    merged: PreTrainedModel = model.merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return merged

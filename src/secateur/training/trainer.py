@@ -1,0 +1,140 @@
+"""Every loop that trains is ``transformers.Trainer``: accumulation, mixed precision and multi-GPU come with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateur import progress
+from secateur.types import Settings
+
+
+class TrainingSettings(Settings):
+    """How LoRA is trained, while pruning and while recovering."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of A and B."""
+    batch_size: int = 4
+    """Windows per optimiser step."""
+    micro_batch_size: int = 4
+    """Windows per forward pass; the rest of a batch is accumulated."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser of A and B."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup: float = 0.05
+    """Fraction of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of A and B."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
+
+
+class _Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Token blocks as the Trainer wants them: the labels are the ids themselves."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class _Progress(TrainerCallback):
+    """Shows the Trainer's steps on our own progress bar."""
+
+    def __init__(self, bar: progress.Bar) -> None:
+        self.bar = bar
+        self.note = ""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.note = f"(loss {float(logs['loss']):.3f})"
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.advance(note=self.note)
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bf16: as asked, or with ``auto`` where the hardware computes in bf16."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def train(
+    model: PeftModel,
+    ids: torch.Tensor,
+    settings: TrainingSettings,
+    *,
+    steps: int,
+    seed: int,
+    description: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
+
+    Blocks are shuffled by ``seed`` and used again when they run out. Returns the Trainer's log: step, loss, learning
+    rate and gradient norm, about twenty entries a run. The model is left in eval mode.
+    """
+    if steps <= 0:
+        return []
+    micro = min(settings.micro_batch_size, settings.batch_size)
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory(prefix="secateur-trainer-") as scratch, progress.Bar(description, steps) as bar:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=max(1, settings.batch_size // micro),
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=_SCHEDULES[settings.schedule],
+            warmup_steps=round(settings.warmup * steps),
+            optim="adamw_torch" if settings.optimizer == "adamw" else "sgd",
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=wants_bf16(settings.precision, device),
+            use_cpu=device.type == "cpu",
+            gradient_checkpointing=settings.gradient_checkpointing,
+            logging_steps=max(1, steps // 20),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda",
+            seed=seed,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_Blocks(ids),
+            callbacks=[*callbacks, _Progress(bar)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
