@@ -115,6 +115,20 @@ class DependencyGraph:
         """The groups that may be cut."""
         return tuple(group for group in self.groups if group.protected is None)
 
+    def check_kept(self, kept: Mapping[str, Sequence[int]]) -> None:
+        """Raise PlanError unless every entry names a group that may be cut and legal units of it."""
+        for name, units in kept.items():
+            if name not in self:
+                raise PlanError(f"The plan names the group {name}, which this {self.model_type} model does not have.")
+            group, units = self[name], list(units)
+            if not units or units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
+                raise PlanError(
+                    f"The plan's kept units of {name} must be ascending, without repeats, at least one, "
+                    f"and below {group.size}."
+                )
+            if group.protected is not None and len(units) < group.size:
+                raise PlanError(f"The plan cuts {name}, which is protected: {group.protected}.")
+
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
         return sum(self._numel(name, kept or {}) for name in self.shapes)
@@ -217,19 +231,15 @@ class PruningPlan(BaseModel):
         """Raise PlanError unless the plan was made for a model with this graph and every entry is legal."""
         if self.fingerprint != graph.fingerprint:
             raise PlanError(
-                f"The plan was made for another model ({self.base_model or 'unnamed'}, fingerprint {self.fingerprint}); "
-                f"this {graph.model_type} model has fingerprint {graph.fingerprint}. Apply it to the model it names."
+                f"The plan was made for another model ({self.base_model or 'unnamed'}, fingerprint {self.fingerprint});"
+                f" this {graph.model_type} model has fingerprint {graph.fingerprint}. Apply it to the model it names."
             )
-        for name, units in self.kept.items():
-            if name not in graph or self.sizes.get(name) != graph[name].size:
-                raise PlanError(f"The plan names {name} with {self.sizes.get(name)} units, which this model does not have.")
-            if not units or units != sorted(set(units)) or units[0] < 0 or units[-1] >= graph[name].size:
+        for name in self.kept:
+            if name in graph and self.sizes.get(name) != graph[name].size:
                 raise PlanError(
-                    f"The plan's kept units of {name} must be ascending, without repeats, at least one, "
-                    f"and below {graph[name].size}."
+                    f"The plan says {self.sizes.get(name)} units of {name}; this model has {graph[name].size}."
                 )
-            if graph[name].protected is not None and len(units) < graph[name].size:
-                raise PlanError(f"The plan cuts {name}, which is protected: {graph[name].protected}.")
+        graph.check_kept(self.kept)
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
