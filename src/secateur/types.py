@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from secateur.errors import PlanError
 
@@ -23,9 +23,23 @@ Role = Literal["out", "in"]
 
 
 class Settings(BaseModel):
-    """Base of every recipe section: frozen, typed, and unknown keys are refused."""
+    """Base of every recipe section: frozen, typed, unknown keys refused; one value stands for a list of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_of_one(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        lists = {
+            name
+            for name, field in cls.model_fields.items()
+            if any(get_origin(kind) in (list, tuple) for kind in (field.annotation, *get_args(field.annotation)))
+        }
+        return {
+            key: [item] if key in lists and isinstance(item, str | int | float) else item for key, item in value.items()
+        }
 
 
 @dataclass(frozen=True)
