@@ -1,0 +1,174 @@
+"""Which module attributes follow an axis when it is cut: the only knowledge about model families in the house.
+
+Most forwards read sizes from their tensors (``view(..., -1, head_dim)``) and need nothing. The rest carries numbers
+of heads, widths or experts as plain attributes; the table says what each name means. New values come from axis sizes
+(dense value x units kept / all units), never from trial.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import ModelError
+from secateur.surgery.rows import cut_groups
+from secateur.types import DependencyGraph, Kind, NodeGroup
+
+Meaning = Literal["proportional", "kv_heads", "queries_per_kv"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An attribute that follows the groups of one kind."""
+
+    kind: Kind
+    name: str
+    meaning: Meaning = "proportional"
+    """``proportional``: grows with the units (query heads, widths, experts). ``kv_heads``: as well, unless there is
+    one KV head that all units share. ``queries_per_kv``: unchanged when a unit is a KV head with its query heads,
+    proportional when the units are the query heads of a single KV head."""
+    classes: str = ""
+    """Regular expression for the start of the module's class name, where the attribute means this only there."""
+    in_config: bool = False
+    """The forward reads it from ``self.config``, which all layers share: this module gets its own copy."""
+
+
+PATTERNS: tuple[Pattern, ...] = (
+    Pattern("attention", "num_key_value_groups", "queries_per_kv"),
+    Pattern("attention", "num_key_value_heads", "kv_heads"),
+    Pattern("attention", "num_kv_heads", "kv_heads"),
+    Pattern("attention", "num_heads"),
+    Pattern("attention", "num_attention_heads"),
+    Pattern("attention", "num_attn_heads"),
+    Pattern("attention", "n_heads"),
+    Pattern("attention", "n_head"),
+    Pattern("attention", "all_head_size"),
+    Pattern("attention", "split_size"),
+    Pattern("attention", "embed_dim", classes="GPTBigCode|XGLM|Blip"),
+    Pattern("attention", "hidden_size", classes="Dbrx"),
+    Pattern("attention", "num_attention_heads", classes="Phi3|Phi4", in_config=True),
+    Pattern("ffn", "intermediate_size"),
+    Pattern("ffn", "intermediate_dim"),
+    Pattern("ffn", "ffn_hidden_size"),
+    Pattern("expert", "num_experts"),
+    Pattern("expert", "n_routed_experts"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An attribute of a module that has to get a new value."""
+
+    module: nn.Module
+    name: str
+    value: int
+    in_config: bool = False
+
+    def apply(self) -> None:
+        if self.in_config:
+            config = copy.copy(self.module.config)
+            setattr(config, self.name, self.value)
+            self.module.config = config
+        else:
+            setattr(self.module, self.name, self.value)
+
+
+def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[Change]:
+    """The attributes that ``kept`` makes stale, with their new values; to be computed while the model is whole.
+
+    Raises ModelError when a value does not fit the axis that it should follow.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    changes = []
+    for group, removed in cut_groups(graph, kept):
+        for module in _home(modules, group):
+            for pattern in PATTERNS:
+                holder = getattr(module, "config", None) if pattern.in_config else module
+                if (
+                    pattern.kind == group.kind
+                    and re.match(pattern.classes, type(module).__name__)
+                    and isinstance(vars(holder).get(pattern.name) if holder is not None else None, int)
+                ):
+                    value = _scaled(pattern, holder, module, group, group.size - len(removed))
+                    changes.append(Change(module, pattern.name, value, pattern.in_config))
+    return changes
+
+
+def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[nn.Module]:
+    """The modules that hold the group: owners of its members, and what encloses them up to their common ancestor."""
+    owners = [member.parameter.split(".")[:-1] for member in group.members]
+    shared = 0
+    while all(len(path) > shared and path[shared] == owners[0][shared] for path in owners):
+        shared += 1
+    paths = {".".join(path[:length]) for path in owners for length in range(shared, len(path) + 1)}
+    return list({id(modules[path]): modules[path] for path in sorted(paths)}.values())
+
+
+def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, units: int) -> int:
+    dense = int(getattr(holder, pattern.name))
+    if pattern.meaning == "kv_heads" and dense == 1:
+        return 1
+    if pattern.meaning == "queries_per_kv" and _unit_has_its_kv_head(dense, module, group):
+        return dense
+    if dense * units % group.size:
+        raise ModelError(
+            f"{type(module).__name__}.{pattern.name} is {dense}, which does not follow the {group.size} units of "
+            f"{group.name}: this model's attention is built in a way that is not known here. Protect {group.name}."
+        )
+    return dense * units // group.size
+
+
+def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGroup) -> bool:
+    """True when a unit is a KV head with all its query heads, False when it is a query head of the only KV head."""
+    if queries_per_kv == 1:
+        return True
+    head_dim = int(vars(module)["head_dim"])
+    consumed = max(member.rows_per_unit for member in group.members if member.role == "in")
+    if consumed == queries_per_kv * head_dim:
+        return True
+    if consumed * group.size == queries_per_kv * head_dim:
+        return False
+    raise ModelError(
+        f"{group.name} consumes {consumed} columns a unit, which is neither one query head of {head_dim} nor "
+        f"the {queries_per_kv} of a KV head. Protect {group.name}."
+    )
+
+
+def require_known(module: nn.Module) -> None:
+    """Raise ModelError for a layer of torch whose sizes ``refresh_sizes`` would leave stale."""
+    if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, (*_SIZED, *_CONTAINERS)):
+        raise ModelError(f"A {type(module).__name__} layer would be cut, and it is not known how. Protect its group.")
+
+
+def refresh_sizes(module: nn.Module) -> None:
+    """Set the size attributes of a layer from the shapes of its weights, after these were cut."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def refresh_wrapper(wrapper: LoraLayer) -> None:
+    """Set the size attributes of an adapter layer from the layer that it wraps."""
+    base = wrapper.get_base_layer()
+    sizes = (
+        (base.in_features, base.out_features)
+        if isinstance(base, nn.Linear)
+        else tuple(base.get_parameter("weight").shape)
+    )
+    wrapper.in_features, wrapper.out_features = sizes  # Conv1D and embeddings store [in, out]
+
+
+_SIZED = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)

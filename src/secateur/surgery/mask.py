@@ -1,0 +1,117 @@
+"""Computing what a smaller model would compute, without changing a shape.
+
+A unit is removed by zeroing what consumes it (the ``in`` members: columns of the output projection, and of its LoRA
+A), which is exact for every axis that is consumed by contraction. Where a norm runs over the axis (OLMo2 normalises
+queries over all heads) its statistics are taken over the survivors. Routers would need -inf instead of zero: such
+groups are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError
+from secateur.surgery.rows import Rows, cut_groups, removed_rows
+from secateur.types import DependencyGraph, NodeGroup
+
+MASKABLE = ("ffn", "attention")
+"""Kinds of groups whose units are removed exactly by zeroing what consumes them."""
+
+
+@contextmanager
+def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """While it lasts, ``model`` computes what it would after ``slice_model(model, graph, kept)``; shapes stay.
+
+    Args:
+        kept: group name → units that stay, as in ``PruningPlan.kept``; a group that is not listed stays whole.
+
+    Weights are changed in place and restored bit for bit, also after an exception; changes that are made meanwhile
+    to rows of removed units (by an optimiser) are lost. Raises PlanError for an illegal ``kept``, and ModelError for
+    groups where zeroing is not removing.
+    """
+    consumers, norms = _prepare(model, graph, kept)
+    saved = [rows.tensor.detach().index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in consumers]
+    try:
+        for rows in consumers:
+            _zero(rows)
+        for module, names in norms.items():
+            module.forward = _over_survivors(module, names)
+        yield
+    finally:
+        for module in norms:
+            del module.forward
+        # last zeroed, first restored: a tensor may be zeroed along two of its axes
+        for rows, before in reversed(list(zip(consumers, saved, strict=True))):
+            with torch.no_grad():
+                rows.tensor.index_copy_(rows.axis, rows.removed.to(rows.tensor.device), before)
+
+
+def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    """Set what consumes the units that do not stay to zero, for good: a step of a progressive method.
+
+    Removing these units afterwards changes nothing, except where a norm runs over the axis: its statistics will then
+    be those of the survivors.
+    """
+    for rows in _prepare(model, graph, kept)[0]:
+        _zero(rows)
+
+
+def _prepare(
+    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
+) -> tuple[list[Rows], dict[nn.Module, dict[str, torch.Tensor]]]:
+    """What to zero, and the norms over a cut axis with the surviving rows of each of their parameters."""
+    graph.check_kept(kept)
+    for group, _ in cut_groups(graph, kept):
+        _require_maskable(group)
+    consumers = removed_rows(model, graph, kept, role="in")
+    norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    modules = dict(model.named_modules())
+    for rows in removed_rows(model, graph, kept, role="out"):
+        path, _, name = rows.name.rpartition(".")
+        if "norm" in type(modules[path]).__name__.lower():
+            norms.setdefault(modules[path], {})[name] = rows.kept
+    return consumers, norms
+
+
+def _require_maskable(group: NodeGroup) -> None:
+    if group.kind not in MASKABLE:
+        raise ModelError(
+            f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as removing "
+            f"them. Only groups of kind {' and '.join(MASKABLE)} can be masked; slice this one instead."
+        )
+    if not any(member.role == "in" for member in group.members):
+        raise ModelError(f"Nothing in the model consumes {group.name}, so it cannot be masked. Leave it whole.")
+
+
+def _zero(rows: Rows) -> None:
+    with torch.no_grad():
+        rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)
+
+
+def _over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward of a norm over the last axis that looks at the surviving entries only; the others become zero.
+
+    Gradients reach the module's own parameters.
+    """
+    rows = next(iter(kept.values()))
+
+    def forward(states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        if others or named:
+            raise ModelError(f"{type(module).__name__} takes more than one input: it cannot be masked, only sliced.")
+        index = rows.to(states.device)
+        small = copy.copy(module)
+        weights: dict[str, Any] = dict(module._parameters)
+        weights.update((name, weights[name].index_select(0, index)) for name in kept)
+        small._parameters = weights
+        if isinstance(small, (nn.LayerNorm, nn.RMSNorm)):
+            small.normalized_shape = (len(index),)
+        normed = type(module).forward(small, states.index_select(-1, index))
+        return torch.zeros_like(states, dtype=normed.dtype).index_copy(-1, index, normed)
+
+    return forward

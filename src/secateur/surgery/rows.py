@@ -1,0 +1,96 @@
+"""Where the units of a plan lie in the tensors of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError, PlanError
+from secateur.types import DependencyGraph, Member, NodeGroup, Role
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one axis of one tensor that belong to removed units."""
+
+    name: str
+    """Path of the tensor in the model (one of them, when it is tied)."""
+    tensor: torch.Tensor
+    axis: int
+    removed: torch.Tensor
+    """Sorted indices along ``axis``, without repeats."""
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Sorted indices along ``axis`` that stay."""
+        stays = torch.ones(self.tensor.shape[self.axis], dtype=torch.bool)
+        stays[self.removed] = False
+        return stays.nonzero().flatten()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by every path that leads to it (tied ones appear under each of their names)."""
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+
+
+def cut_groups(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[tuple[NodeGroup, list[int]]]:
+    """The groups that lose units, with the indices of those, in model order."""
+    cut = []
+    for group in graph:
+        stays = set(kept.get(group.name, range(group.size)))
+        if len(stays) < group.size:
+            cut.append((group, [unit for unit in range(group.size) if unit not in stays]))
+    return cut
+
+
+def removed_rows(
+    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], role: Role | None = None
+) -> list[Rows]:
+    """Rows of removed units, one entry for each (tensor, axis) touched; ``role`` restricts to such members.
+
+    Raises PlanError when ``graph`` is not the graph of ``model`` as it stands (another model, or already sliced).
+    """
+    tensors = tensors_of(model)
+    found: dict[tuple[int, int], list[tuple[Member, torch.Tensor]]] = {}
+    for group, units in cut_groups(graph, kept):
+        for member in group.members:
+            tensor = _tensor(tensors, graph, member)
+            if role is None or member.role == role:
+                found.setdefault((id(tensor), member.axis), []).append((member, member.rows(units).flatten()))
+    return [_merge(tensors, parts) for parts in found.values()]
+
+
+def _merge(tensors: Mapping[str, torch.Tensor], parts: list[tuple[Member, torch.Tensor]]) -> Rows:
+    member = parts[0][0]
+    tensor = tensors[member.parameter]
+    removed = torch.cat([rows for _, rows in parts]).unique()
+    if removed[-1] >= tensor.shape[member.axis] or len(removed) == tensor.shape[member.axis]:
+        raise PlanError(
+            f"The graph gives {member.parameter} rows up to {int(removed[-1])} of which {len(removed)} go, but axis "
+            f"{member.axis} has {tensor.shape[member.axis]}: trace the model again."
+        )
+    return Rows(member.parameter, tensor, member.axis, removed)
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], graph: DependencyGraph, member: Member) -> torch.Tensor:
+    tensor = tensors.get(member.parameter)
+    if tensor is None:
+        raise PlanError(f"The model has no tensor {member.parameter}, which its graph names: trace the model again.")
+    expected = graph.shapes.get(member.parameter)
+    if expected is not None and tuple(tensor.shape) != tuple(expected):
+        raise PlanError(
+            f"{member.parameter} has shape {tuple(tensor.shape)}, its graph says {tuple(expected)}: the model was "
+            "changed (sliced already?) since it was traced. Trace it again."
+        )
+    if not tensor.is_floating_point():
+        raise ModelError(
+            f"{member.parameter} is stored as {tensor.dtype}: quantised weights cannot be cut. Load the model in "
+            "float32, bfloat16 or float16, and quantise the result."
+        )
+    return tensor

@@ -1,0 +1,106 @@
+"""The one place where shapes change: a plan is obeyed, tensors and the attributes that follow them get smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from secateur.errors import ModelError
+from secateur.surgery.attributes import attribute_changes, refresh_sizes, refresh_wrapper, require_known
+from secateur.surgery.rows import Rows, removed_rows
+from secateur.types import DependencyGraph, PruningPlan
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_plan(plan: PruningPlan, model: M, graph: DependencyGraph | None = None) -> M:
+    """Cut ``model`` as ``plan`` says, in place, and return it.
+
+    Args:
+        graph: the model's own graph, when it is at hand; None traces it.
+
+    Raises PlanError when the plan was made for another model, before anything changes.
+    """
+    if graph is None:
+        from secateur.graph import trace
+
+        graph = trace(model)
+    plan.check(graph)
+    slice_model(model, graph, plan.kept)
+    return model
+
+
+def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    """Keep only the units in ``kept`` of each listed group, in place; a group that is not listed stays whole.
+
+    Parameters and buffers are replaced by smaller ones of the same dtype, device and ``requires_grad``, without
+    gradients; tied ones stay tied. Attributes that follow the axes are set. Works on meta tensors. Everything is
+    checked before the first change. Raises PlanError when ``kept`` or ``graph`` does not fit the model.
+    """
+    graph.check_kept(kept)
+    cuts: dict[int, list[Rows]] = {}
+    for rows in removed_rows(model, graph, kept):
+        cuts.setdefault(id(rows.tensor), []).append(rows)
+    owners = _owners(model, cuts)
+    wrappers = _adapted(model, cuts)
+    changes = attribute_changes(model, graph, kept)
+
+    for key in list(cuts):
+        small = _smaller(cuts.pop(key))  # drops the last reference here, so that the large one is freed now
+        for module, name in owners[key]:
+            setattr(module, name, small)
+    for module in {id(module): module for places in owners.values() for module, _ in places}.values():
+        refresh_sizes(module)
+    for wrapper in wrappers:
+        refresh_wrapper(wrapper)
+    for change in changes:
+        change.apply()
+
+
+def _owners(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (module, attribute) where a tensor that is cut hangs; several when it is tied."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in cuts:
+                require_known(module)
+                owners.setdefault(id(tensor), []).append((module, name))
+    return owners
+
+
+def _adapted(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> list[LoraLayer]:
+    """The adapter layers around weights that are cut; all their adapters must be cut with them."""
+    wrappers = []
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or id(module.get_base_layer().weight) not in cuts:
+            continue
+        if not isinstance(module, LoraLayer):
+            raise ModelError(f"{path} carries a {type(module).__name__} adapter; only LoRA is cut. Merge it first.")
+        axes = len(cuts[id(module.get_base_layer().weight)])
+        for adapter in module.lora_A:
+            pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+            if sum(len(cuts.get(id(tensor), ())) for tensor in pair) != axes:
+                raise ModelError(
+                    f"The adapter {adapter!r} of {path} is not active, so that it is not in the graph and would not be "
+                    "cut. Activate, merge or delete it, and trace the model again."
+                )
+        wrappers.append(module)
+    return wrappers
+
+
+def _smaller(cuts: list[Rows]) -> torch.Tensor:
+    """A copy of the tensor without the removed rows of each axis."""
+    whole = cuts[0].tensor
+    small = whole.detach()
+    for rows in cuts:
+        small = small.index_select(rows.axis, rows.kept.to(whole.device))
+    if not isinstance(whole, nn.Parameter):
+        return small
+    parameter = nn.Parameter(small, requires_grad=whole.requires_grad)
+    parameter.__dict__.update(whole.__dict__)  # marks that libraries leave on parameters
+    return parameter
