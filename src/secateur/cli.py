@@ -1,0 +1,193 @@
+"""The command line: every command is a thin call into the library.
+
+Heavy imports live inside the commands, so that ``--help`` answers at once. Errors that are the user's to mend become
+one message on standard error and exit code 1, in one place (``_Commands``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from secateur.errors import InputError, SecateurError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from secateur.config import Recipe
+
+
+class _Commands(TyperGroup):
+    """The one place where an exception becomes a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SecateurError as error:
+            if _debugging():
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from interrupt
+        except Exception as error:
+            # what the parser raises (usage errors, --help) brings its own exit code
+            if _debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+                raise
+            reason = " ".join(str(error).split())
+            typer.echo(
+                f"Error: unexpected {type(error).__name__}: {reason}\n"
+                "This looks like a bug. Run again as `secateur --debug ...` and report the traceback that it shows.",
+                err=True,
+            )
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="secateur",
+    help="Cut whole structures out of large language models, guided by LoRA, and grow the lost knowledge back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help and usage errors: half the start-up time, and one line is one line
+)
+
+
+class Runtime(StrEnum):
+    """Programs that the result must open in."""
+
+    transformers = "transformers"
+    everywhere = "everywhere"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id or a built-in name.", metavar="MODEL")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's folder. Only for folders you trust.")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", metavar="DEVICE")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import secateur
+
+        typer.echo(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and other programs' warnings.")] = False,
+) -> None:
+    if debug:
+        os.environ["SECATEUR_DEBUG"] = "1"
+    if not _debugging():
+        _quieten()
+
+
+@app.command()
+def prune(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.", metavar="OUT")],
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a hub id or a built-in name; smollm2-135m when left out.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="Fraction of all parameters to remove, between 0 and 1.", metavar="FRACTION")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How units are chosen; see `secateur methods`.", metavar="NAME")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file with settings.", metavar="FILE")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting; may be repeated.", metavar="SECTION.KEY=VALUE")
+    ] = None,
+    runs_on: Annotated[Runtime | None, typer.Option(help="Programs that must open the result.")] = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished stage in OUT.")] = False,
+) -> None:
+    """Make a model smaller: prune, recover, measure, save and verify."""
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "budget.ratio": None if ratio is None else parse_ratio(ratio),
+        "method": method,
+        "budget.runs_on": None if runs_on is None else runs_on.value,
+        "model.device": device,
+        "model.trust_remote_code": trust_remote_code or None,
+    }
+    from secateur import pipeline, progress, tables
+    from secateur.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
+    progress.show()
+    progress.say(_header(settings))
+    try:
+        result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
+    except KeyboardInterrupt as interrupt:
+        typer.echo(
+            f"Interrupted. Finished stages are kept in {output}; the same command with --resume goes on after them.",
+            err=True,
+        )
+        raise typer.Exit(130) from interrupt
+    if not dry_run:
+        console = _console()
+        console.print(tables.results(result.metrics))
+        console.print(f"The model is in {output}; its report is {output / 'secateur' / 'report.html'}.")
+
+
+def parse_ratio(text: str) -> float:
+    """The value of ``--ratio``; raises InputError unless it lies strictly between 0 and 1."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < 1:  # also refuses nan
+        raise InputError(
+            f"--ratio {text} is not allowed: it is the fraction of all parameters to remove, a number strictly between "
+            "0 and 1, such as 0.2."
+        )
+    return ratio
+
+
+def _header(recipe: Recipe) -> str:
+    return f"secateur: {recipe.budget.ratio:.0%} of all parameters off {recipe.model.name} by {recipe.method.name}"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _debugging() -> bool:
+    return os.environ.get("SECATEUR_DEBUG", "") not in ("", "0")
+
+
+def _quieten() -> None:
+    """Keep other programs' chatter off the screen; a user's own environment variables win."""
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,304 @@
+"""The recipe: every setting of a run in one frozen object, read from YAML, with errors that name the way out.
+
+Nothing is defined here but the composition: each section is the ``Settings`` class of the room that it configures, and
+the docstrings there are the documentation (``describe``, ``dump``, docs/recipes.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, SerializeAsAny, ValidationError, model_serializer, model_validator
+
+from secateur.data import TextSettings
+from secateur.errors import InputError
+from secateur.evaluation import EvaluationSettings
+from secateur.export import ExportSettings
+from secateur.loading import ModelSettings
+from secateur.methods import METHODS
+from secateur.planning import Budget
+from secateur.recovery import RecoverySettings
+from secateur.training import LoraSettings, TrainingSettings
+from secateur.types import Settings
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+DEFAULT_METHOD = "lorashear"
+
+
+class MethodChoice(Settings):
+    """A method by name, with the settings that this method has; in YAML ``wanda`` or ``{name: lorashear, ...}``."""
+
+    name: str = DEFAULT_METHOD
+    """Which method chooses the units; ``secateur methods`` lists them."""
+    settings: SerializeAsAny[Settings]
+    """The method's own settings; in YAML they stand beside the name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or isinstance(value.get("settings"), Settings):
+            return value
+        own = {key: item for key, item in value.items() if key != "name"}
+        name = value.get("name", DEFAULT_METHOD)
+        return {"name": name, "settings": validate(_settings_of(name), own, "method")}
+
+    @model_serializer
+    def _to_yaml(self) -> dict[str, Any]:
+        return {"name": self.name, **self.settings.model_dump(mode="json")}
+
+
+class Recipe(Settings):
+    """Everything that decides what a run computes. Same recipe, same machine: same plan."""
+
+    model: ModelSettings = ModelSettings()
+    """The model to prune and how it is loaded."""
+    budget: Budget = Budget()
+    """How much must go, and from where."""
+    calibration: TextSettings = TextSettings()
+    """Text that importance is measured on."""
+    method: MethodChoice = MethodChoice.model_validate(DEFAULT_METHOD)
+    """How the units that go are chosen."""
+    lora: LoraSettings = LoraSettings()
+    """The adapters that guide pruning and carry recovery."""
+    training: TrainingSettings = TrainingSettings()
+    """How the adapters are trained, while pruning and while recovering."""
+    recovery: RecoverySettings = RecoverySettings()
+    """Growing the lost knowledge back after the cut."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """What is measured before and after."""
+    export: ExportSettings = ExportSettings()
+    """How the result is written and checked."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the recipe, as documentation shows it."""
+
+    name: str
+    """Dotted, such as ``budget.ratio``."""
+    type: str
+    default: str
+    """As YAML; empty when there is none."""
+    meaning: str
+
+
+def load_recipe(
+    path: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe; what it does not say has its default.
+
+    ``flags`` maps dotted keys to values (command-line options); ``overrides`` are ``section.key=value`` texts whose
+    values are YAML, and win. Raises InputError for a file that cannot be read, an unknown key or a value that is not
+    allowed, and names what is.
+    """
+    tree = _read(path) if path is not None else {}
+    for key, value in (flags or {}).items():
+        _put(tree, key, value)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {text!r} is not of the form section.key=value, such as --set recovery.steps=0.")
+        _put(tree, key.strip(), _parse(value, f"--set {text!r}"))
+    return validate(Recipe, tree)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every key filled in and a line of meaning above each; ``load_recipe`` reads it back."""
+    return "\n".join(["# A secateur recipe with every key: secateur prune --recipe FILE", *_lines(recipe, 0)]) + "\n"
+
+
+def describe(settings: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
+    """Every key below ``settings``, in order, with type, default and meaning; methods' own keys are not among them."""
+    for name, field in settings.model_fields.items():
+        nested = _model_in(field.annotation)
+        if nested is not None and nested is not Settings:
+            yield from describe(nested, f"{prefix}{name}.")
+        elif nested is None:
+            default = "" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+            yield Key(prefix + name, _type_text(field.annotation), default, _one_line(field.description))
+
+
+def validate(settings: type[SettingsT], tree: Mapping[str, Any], prefix: str = "") -> SettingsT:
+    """Build ``settings`` from nested mappings; every fault becomes one line of an InputError."""
+    try:
+        return settings.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(error, settings, prefix))) from error
+
+
+# Reading: files and --set
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"Cannot read the recipe {path}: {reason}. Give a YAML file.") from error
+    tree = _parse(text, f"The recipe {path}")
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        sections = ", ".join(Recipe.model_fields)
+        raise InputError(f"The recipe {path} must be a mapping of sections to keys; the sections are {sections}.")
+    return {section: value for section, value in tree.items() if value is not None}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where} is not YAML: {reason}") from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dicts. Naming another method drops the keys of the one before; the same keeps them."""
+    if isinstance(tree.get("method"), str):
+        tree["method"] = {"name": tree["method"]}
+    if key == "method" and isinstance(value, str):
+        key = "method.name"
+    if key == "method.name":
+        chosen = tree.setdefault("method", {})
+        if chosen.get("name", DEFAULT_METHOD) != value:
+            chosen.clear()
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{key} cannot be set: {part} is {tree!r}, which has no keys below it.")
+    tree[last] = value
+
+
+# Faults, in the user's words
+
+
+def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> list[str]:
+    """One line per faulty key: what was given, what is allowed. A key that several types refuse is named once."""
+    faults: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for fault in error.errors():
+        keys, parent, unknown = _walk(settings, fault["loc"])
+        key = ".".join([prefix, *keys] if prefix else keys)
+        if unknown:
+            faults[key] = [_unknown(key, parent)]
+            continue
+        reason = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+        faults.setdefault(key, []).append(reason[:1].lower() + reason[1:])
+        values[key] = fault["input"]
+    return [
+        f"{key} = {_yaml(values[key])} is not allowed: {', or '.join(dict.fromkeys(reasons))}."
+        if key in values
+        else reasons[0]
+        for key, reasons in faults.items()
+    ]
+
+
+def _walk(settings: type[BaseModel], path: Sequence[int | str]) -> tuple[list[str], type[BaseModel], bool]:
+    """Follow a fault's path: the keys in it (pydantic adds names of types), the settings it ends in, and whether
+    its last key is one that these do not have."""
+    keys: list[str] = []
+    here: type[BaseModel] | None = settings
+    parent = settings
+    for part in path:
+        if here is None:
+            break
+        parent = here
+        keys.append(str(part))
+        field = here.model_fields.get(str(part))
+        if field is None:
+            return keys, parent, True
+        here = _model_in(field.annotation)
+    return keys, parent, False
+
+
+def _unknown(key: str, parent: type[BaseModel]) -> str:
+    """The line for a key that does not exist: the nearest that does, and all that are allowed there."""
+    section, _, last = key.rpartition(".")
+    allowed = [name for name in parent.model_fields if name != "settings"]
+    near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, allowed, 1, 0.6)]
+    # the right key in the wrong section: --set ratio=0.3
+    elsewhere = [item.name for item in describe() if item.name.rpartition(".")[2] == last]
+    guess = " or ".join(near or elsewhere[:2])
+    where = f"Keys of {section}" if section else "The sections"
+    return f"Unknown key {key}{f' (did you mean {guess}?)' if guess else ''}. {where}: {', '.join(allowed) or 'none'}."
+
+
+def _settings_of(name: Any) -> type[Settings]:
+    """The settings class of the method ``name``; raises InputError with the nearest known one."""
+    if name in METHODS:
+        return METHODS[name].Settings
+    near = difflib.get_close_matches(str(name), METHODS, 1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    raise InputError(f"Unknown method {name}{guess}. Known methods: {', '.join(METHODS)}.")
+
+
+# Writing: YAML with a line of meaning above each key
+
+
+def _lines(settings: Settings, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(settings, MethodChoice) and isinstance(value, Settings):
+            yield from _lines(value, depth)
+            continue
+        yield f"{indent}# {_one_line(field.description)}"
+        if isinstance(value, Settings):
+            yield f"{indent}{name}:"
+            yield from _lines(value, depth + 1)
+        else:
+            plain = settings.model_dump(mode="json", include={name})[name]
+            yield f"{indent}{name}: {_yaml(plain)}"
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line, as YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+# Types
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings class in an annotation such as ``RecoverySettings`` or ``RecoverySettings | None``."""
+    for item in (annotation, *typing.get_args(annotation)):
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return item
+    return None
+
+
+_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Path: "path"}
+
+
+def _type_text(annotation: Any) -> str:
+    """An annotation in a reader's words: ``number``, ``list of text``, ``global | layer``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(item) for item in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(item) for item in arguments)
+    if origin in (list, tuple, set, frozenset, Sequence):
+        return f"list of {_type_text(arguments[0])}"
+    if origin in (dict, Mapping):
+        return f"mapping of {_type_text(arguments[0])} to {_type_text(arguments[1])}"
+    if origin is typing.Annotated:
+        return _type_text(arguments[0])
+    return _TYPES.get(annotation, getattr(annotation, "__name__", str(annotation)))

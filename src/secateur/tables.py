@@ -1,0 +1,99 @@
+"""The tables that the command line prints, made from plain numbers (the ``metrics`` of a run)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+_STATES = ("dense", "pruned", "recovered")
+
+
+def results(metrics: Mapping[str, Any]) -> Table:
+    """Dense, pruned and recovered side by side, with the baseline as one more column.
+
+    ``metrics`` is what ``metrics.json`` holds: per state the perplexity by source, parameters, bytes and tokens per
+    second; what a run did not measure is left out.
+    """
+    states = [state for state in _STATES if state in metrics]
+    columns = {state: metrics[state] for state in states}
+    if "baseline" in metrics:
+        columns[metrics["baseline"]["name"]] = metrics["baseline"]
+    table = Table(caption=_caption(metrics), caption_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right", style="bold" if name == states[-1] else None)
+    for source in metrics["dense"].get("perplexity", {}):
+        table.add_row(f"perplexity, {source}", *(_number(item["perplexity"].get(source)) for item in columns.values()))
+    counts = metrics.get("tokens", {})
+    if len(counts) > 1:
+        means = (mean_perplexity(item["perplexity"], counts) for item in columns.values())
+        table.add_row("perplexity, all", *map(_number, means))
+    table.add_section()
+    whole = metrics["dense"]
+    for label, key, show in (
+        ("parameters", "parameters", _count),
+        ("size on disk", "bytes", _bytes),
+        ("prefill, tokens/s", "prefill_tokens_per_s", _number),
+        ("decode, tokens/s", "decode_tokens_per_s", _number),
+    ):
+        if key in whole:
+            table.add_row(label, *(_beside(item.get(key), whole[key], show) for item in columns.values()))
+    return table
+
+
+def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
+    """Perplexity over all sources together: exp of the token-weighted mean loss; None when one is missing."""
+    if not set(tokens) <= set(perplexity):
+        return None
+    loss = sum(count * math.log(perplexity[source]) for source, count in tokens.items())
+    return math.exp(loss / sum(tokens.values()))
+
+
+def listing(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table of texts; the first column is never broken."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _caption(metrics: Mapping[str, Any]) -> str:
+    counts = metrics.get("tokens", {})
+    parts = []
+    if counts and "window" in metrics:
+        parts.append(f"Perplexity over {sum(counts.values()):,} tokens in windows of {metrics['window']} tokens.")
+    machine = metrics.get("machine", {})
+    if machine:
+        parts.append("Speed on " + ", ".join(f"{value}" for value in machine.values()) + ".")
+    return " ".join(parts)
+
+
+def _beside(value: float | None, whole: float, show: Any) -> str:
+    if value is None:
+        return ""
+    return show(value) if value == whole else f"{show(value)} ({(value - whole) / whole:+.1%})"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M" if value >= 1e5 else f"{value:,}"
+
+
+def _bytes(value: float) -> str:
+    return (
+        f"{value / 1e9:.2f} GB"
+        if value >= 1e9
+        else f"{value / 1e6:.0f} MB"
+        if value >= 1e6
+        else f"{value / 1e3:.0f} kB"
+    )
