@@ -1,0 +1,24 @@
+"""Text in, blocks of token ids out; nothing overlaps between calibration, recovery and evaluation."""
+
+from __future__ import annotations
+
+from secateur.data.blocks import TokenBlocks, document_end, read_ids
+from secateur.data.builtin import SOURCES, Source
+from secateur.data.mixture import TextSettings, load_blocks
+from secateur.data.sources import OWN_TEXT
+from secateur.data.splits import SHARES, SPLITS, Split, split_of
+
+__all__ = [
+    "OWN_TEXT",
+    "SHARES",
+    "SOURCES",
+    "SPLITS",
+    "Source",
+    "Split",
+    "TextSettings",
+    "TokenBlocks",
+    "document_end",
+    "load_blocks",
+    "read_ids",
+    "split_of",
+]
