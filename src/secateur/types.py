@@ -145,9 +145,10 @@ class DependencyGraph:
 
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
-        return sum(self._numel(name, kept or {}) for name in self.shapes)
+        return sum(self.numel(name, kept or {}) for name in self.shapes)
 
-    def _numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
+    def numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
+        """Elements of ``parameter`` when only ``kept`` units stay; of ``kept`` only the lengths matter."""
         shape = list(self.shapes[parameter])
         for group, member in self.of_parameter(parameter):
             if group.name in kept:

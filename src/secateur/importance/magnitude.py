@@ -1,0 +1,57 @@
+"""Magnitude: a unit whose weights are small is thought to matter little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from secateur.importance.base import Needs, unscorable
+from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows, sum_units
+from secateur.types import DependencyGraph, NodeGroup, Scores
+
+if TYPE_CHECKING:
+    from secateur.data import TokenBlocks
+
+
+def column_norms(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """L2 norm of each slice of ``weight`` along ``axis``: shape ``[weight.shape[axis]]``, fp32."""
+    return weight.float().square().sum(dim=other_axes(weight, axis)).sqrt()
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """L2 norm of the weights of a unit; no text.
+
+    ``consumers`` is magnitude-sp as FLAP (arXiv 2312.11983) compares with it: the norm of each column of the consuming
+    matrices (``o_proj``, ``down_proj``: role ``in``), summed over the columns of a unit. ``all`` is the norm of the
+    unit as a whole, over every member: LLM-Pruner's (arXiv 2305.11627) "L2" baseline.
+    """
+
+    over: Literal["consumers", "all"] = "consumers"
+    name: str = "magnitude"
+    needs: Needs = "nothing"
+
+    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+        """See ``Criterion.score``."""
+        one = self._consumers if self.over == "consumers" else self._all
+        return Scores({group.name: one(model, group).cpu() for group in graph.prunable})
+
+    def _consumers(self, model: nn.Module, group: NodeGroup) -> torch.Tensor:
+        scores = [
+            sum_rows(column_norms(effective_weight(model, member.parameter), member.axis), member, group.size)
+            for member in base_members(group)
+            if member.role == "in"
+        ]
+        if not scores:
+            raise unscorable(group, self.name, "no weight consumes its units")
+        return torch.stack([score.cpu() for score in scores]).sum(0)
+
+    def _all(self, model: nn.Module, group: NodeGroup) -> torch.Tensor:
+        squares = [
+            sum_units(effective_weight(model, member.parameter).square(), member, group.size).cpu()
+            for member in base_members(group)
+        ]
+        return torch.stack(squares).sum(0).sqrt()

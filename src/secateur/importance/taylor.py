@@ -1,0 +1,63 @@
+"""First-order Taylor: how much the loss would change if a unit's weights were zero (LLM-Pruner, arXiv 2305.11627)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, unscorable
+from secateur.importance.weights import base_members, effective_weight, sum_units
+from secateur.types import DependencyGraph, NodeGroup, Scores
+
+if TYPE_CHECKING:
+    from secateur.data import TokenBlocks
+
+Form = Literal["element", "vector"]
+
+
+def first_order(weight: torch.Tensor, gradient: torch.Tensor, form: Form) -> torch.Tensor:
+    """Contribution of each element: ``|w · g|`` (``element``) or ``w · g`` (``vector``: its sum loses the sign)."""
+    product = weight.float() * gradient.float()
+    return product.abs() if form == "element" else product
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """``Σ |w · ∂L/∂w|`` over all members and elements of a unit: LLM-Pruner's Element¹, its default.
+
+    ``vector`` is its vector-wise form ``|Σ w · ∂L/∂w|``: the first-order change of the loss when exactly this unit
+    goes. L is the mean next-token loss over all blocks, so gradients of the blocks are averaged before absolute
+    values are taken. Memory: one gradient for each weight that a prunable group lives on, in the weight's own type,
+    beside the model; the other weights get none. With LoRA the weight is ``W + s B A``, and so is its gradient's place.
+    """
+
+    form: Form = "element"
+    batch_size: int = 4
+    name: str = "taylor"
+    needs: Needs = "gradients"
+
+    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+        """See ``Criterion.score``."""
+        blocks = calibration(blocks, self.name)
+        parameters = dict(model.named_parameters())
+        wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
+        for name in wanted:
+            if not parameters[name].is_floating_point():
+                group = graph.of_parameter(name)[0][0]
+                raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
+        with borrowed(model, wanted) as trained:
+            mean_loss_backward(model, blocks, self.batch_size)
+            return Scores({group.name: self._unit_scores(model, group, trained) for group in graph.prunable})
+
+    def _unit_scores(self, model: nn.Module, group: NodeGroup, trained: dict[str, nn.Parameter]) -> torch.Tensor:
+        total = torch.zeros(group.size)
+        for member in base_members(group, trained):
+            gradient = trained[member.parameter].grad
+            if gradient is None:  # no token reached it (an expert that was never chosen): it changes nothing
+                continue
+            weight = effective_weight(model, member.parameter)
+            total += sum_units(first_order(weight, gradient, self.form), member, group.size).cpu()
+        return total.abs()

@@ -1,0 +1,67 @@
+"""From parameters to units: which weight a member really acts with, and sums over the rows of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from secateur.types import Member, NodeGroup
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether ``parameter`` is the path of a part of a LoRA adapter (``….lora_A.default.weight``)."""
+    return any(part.startswith("lora_") for part in parameter.split("."))
+
+
+def lora_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
+    """The LoRA-wrapped module whose frozen weight is ``parameter``, if it is one."""
+    path, _, _ = parameter.rpartition(".base_layer.")
+    layer = model.get_submodule(path) if path else None
+    return layer if isinstance(layer, LoraLayer) and parameter == f"{path}.base_layer.weight" else None
+
+
+def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:
+    """The values that ``parameter`` acts with, detached: ``W``, or ``W + s B A`` for a LoRA-wrapped weight.
+
+    Same shape as the parameter. The sum is a new tensor that lives as long as the caller keeps it.
+    """
+    path, _, leaf = parameter.rpartition(".")
+    weight = getattr(model.get_submodule(path), leaf).detach()
+    layer = lora_layer(model, parameter)
+    if layer is None or layer.merged or layer.disable_adapters:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter in layer.scaling:
+            delta: torch.Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
+            weight = weight + delta.detach().to(weight.dtype)
+    return weight
+
+
+def base_members(group: NodeGroup, trained: dict[str, nn.Parameter] | None = None) -> Iterator[Member]:
+    """The members of ``group`` without those of adapters (they count through ``effective_weight``).
+
+    With ``trained``, only members that are in it.
+    """
+    for member in group.members:
+        if not is_adapter(member.parameter) and (trained is None or member.parameter in trained):
+            yield member
+
+
+def other_axes(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:
+    """All axes of ``tensor`` but ``axis``."""
+    return tuple(index for index in range(tensor.dim()) if index != axis)
+
+
+def sum_rows(values: torch.Tensor, member: Member, size: int) -> torch.Tensor:
+    """Sum a number per row of ``member``'s axis, shape ``[rows]``, to a number per unit, shape ``[size]``."""
+    return values[member.rows(range(size)).to(values.device)].sum(dim=1)
+
+
+def sum_units(elements: torch.Tensor, member: Member, size: int) -> torch.Tensor:
+    """Sum a number per element of ``member``'s parameter to a number per unit, fp32, shape ``[size]``."""
+    elements = elements.float()
+    axes = other_axes(elements, member.axis)
+    return sum_rows(elements.sum(dim=axes) if axes else elements, member, size)

@@ -1,0 +1,21 @@
+"""The methods by name. To add one: its file, its line in ``METHODS``, its test, a recipe, a page in docs/methods."""
+
+from __future__ import annotations
+
+from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.lorashear import LoRAShear
+from secateur.methods.magnitude import Magnitude
+from secateur.methods.random import Random
+from secateur.methods.taylor import Taylor
+from secateur.methods.wanda import Wanda
+
+METHODS: dict[str, type[Method]] = {
+    "lorashear": LoRAShear,
+    "random": Random,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "taylor": Taylor,
+}
+"""Every method by name."""
+
+__all__ = ["METHODS", "Decision", "Method", "PruningTask"]

@@ -1,0 +1,85 @@
+"""What a method is: it looks at a task and answers with the units that go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data import TokenBlocks
+from secateur.importance import Criterion
+from secateur.planning import Budget, allocate, restrict
+from secateur.training import LoraSettings, TrainingSettings
+from secateur.types import DependencyGraph, Scores, Settings
+
+MethodNeeds = Literal["nothing", "text", "training"]
+
+
+def _ignore(entry: Mapping[str, Any]) -> None:
+    """The log of a task that nobody listens to."""
+
+
+@dataclass
+class PruningTask:
+    """Everything that a method may look at. The model is changed by methods that train, never in shape."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    graph: DependencyGraph
+    budget: Budget
+    calibration: TokenBlocks | None = None
+    """Text to measure importance on; None when the method needs nothing."""
+    training_blocks: TokenBlocks | None = None
+    """Text to train on; None when the method does not train."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    seed: int = 0
+    work: Path | None = None
+    """Folder for the checkpoints that a long method resumes from; None to keep none."""
+    log: Callable[[Mapping[str, Any]], None] = _ignore
+    """Takes one entry of the run's log."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method answers."""
+
+    removed: dict[str, list[int]]
+    """Group name → units that go, ascending."""
+    scores: Scores | None = None
+    """The last scores, for the record."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Whatever else is worth keeping, JSON-able."""
+
+
+class Method(Protocol):
+    """One way of choosing what goes. Its class is built with its own settings, or without for the defaults."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    """Link to where it comes from; empty for folklore."""
+    summary: ClassVar[str]
+    """One line."""
+    needs: ClassVar[MethodNeeds]
+    """``nothing``: weights only; ``text``: calibration text; ``training``: training text as well."""
+    Settings: ClassVar[type[Settings]]
+
+    def __init__(self, settings: Any = None) -> None: ...
+
+    def run(self, task: PruningTask) -> Decision:
+        """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
+        ...
+
+
+class NoSettings(Settings):
+    """This method has no settings of its own."""
+
+
+def one_shot(task: PruningTask, criterion: Criterion) -> Decision:
+    """Score once, cut once: the whole of every one-shot method."""
+    graph = restrict(task.graph, task.budget)
+    scores = criterion.score(task.model, graph, task.calibration, task.seed)
+    return Decision(allocate(graph, scores, task.budget), scores)

@@ -1,0 +1,10 @@
+"""From scores to a plan: budget, legal shapes, allocation, schedules."""
+
+from __future__ import annotations
+
+from secateur.planning.allocate import allocate
+from secateur.planning.budget import Budget, restrict
+from secateur.planning.plan import decoder_ratio, describe, make_plan
+from secateur.planning.schedule import by_period, cubic
+
+__all__ = ["Budget", "allocate", "by_period", "cubic", "decoder_ratio", "describe", "make_plan", "restrict"]

@@ -1,0 +1,119 @@
+"""Equal widths: all groups of a kind and size keep the same number of units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from secateur.errors import PlanError
+from secateur.planning.stacks import Count, Stack
+
+_COMBINATIONS = 256
+"""How many combinations of widths of the smaller classes are tried at most."""
+_EXACT = 0.005
+"""Fraction of all parameters: combinations that miss the target by no more than this are as good as exact."""
+
+
+@dataclass(frozen=True)
+class WidthClass:
+    """Groups that keep the same number of units, because they have the same kind and size."""
+
+    stacks: tuple[Stack, ...]
+    counts: tuple[int, ...]
+    """Numbers of units that each may keep, descending."""
+
+    def loss(self, count: int) -> float:
+        """What goes when ``count`` units of each group stay: the sum of scores times parameters."""
+        return sum(stack.loss(count) * stack.parameters for stack in self.stacks)
+
+    def kept(self, count: int) -> dict[str, int]:
+        return {stack.group.name: count for stack in self.stacks}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination of widths."""
+
+    kept: Mapping[str, int]
+    parameters: int
+    loss: float
+
+
+def width_classes(stacks: Sequence[Stack], allowed: Mapping[str, Sequence[int]]) -> list[WidthClass]:
+    """Group stacks by kind and size; ``allowed`` are the counts that each group may keep."""
+    table: dict[tuple[str, int], list[Stack]] = {}
+    for stack in stacks:
+        table.setdefault((stack.group.kind, stack.group.size), []).append(stack)
+    classes = []
+    for members in table.values():
+        most = min(stack.left for stack in members)
+        common = set.intersection(*(set(allowed[stack.group.name]) for stack in members))
+        counts = {count for count in common if count <= most}
+        if all(stack.left == most for stack in members):
+            counts.add(most)
+        if not counts:
+            raise PlanError(
+                f"No legal width is left for {members[0].group.name}: some of the {members[0].group.size} units that "
+                "it needs have already gone. Start again from the whole model."
+            )
+        classes.append(WidthClass(tuple(members), tuple(sorted(counts, reverse=True))))
+    return classes
+
+
+def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Candidate, list[Candidate]]:
+    """The combination of widths that comes nearest to ``target`` parameters, and all that were looked at.
+
+    Among those that are near enough (no further off than one step of the finest class, and half a percent of all
+    parameters) the one that loses the least score wins: this is what decides between heads and channels.
+    """
+    candidates = list(_candidates(count, classes, target))
+    nearest = min(abs(candidate.parameters - target) for candidate in candidates)
+    near = max(nearest, min(_finest_step(count, classes), _EXACT * count.total))
+    best = min(
+        (candidate for candidate in candidates if abs(candidate.parameters - target) <= near),
+        key=lambda candidate: (candidate.loss, abs(candidate.parameters - target)),
+    )
+    return best, candidates
+
+
+def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Candidate]:
+    """Every combination of the other classes, each with the two widths of the finest class around the target."""
+    finest = max(range(len(classes)), key=lambda index: len(classes[index].counts))
+    others = [item for index, item in enumerate(classes) if index != finest]
+    most = max(2, int(_COMBINATIONS ** (1 / max(len(others), 1))))
+    found = []
+    for widths in product(*(_thin(item.counts, most) for item in others)):
+        kept: dict[str, int] = {}
+        for item, width in zip(others, widths, strict=True):
+            kept.update(item.kept(width))
+        loss = sum(item.loss(width) for item, width in zip(others, widths, strict=True))
+        for width in _around(count, kept, classes[finest], target):
+            whole = {**kept, **classes[finest].kept(width)}
+            found.append(Candidate(whole, count(whole), loss + classes[finest].loss(width)))
+    return found
+
+
+def _around(count: Count, kept: Mapping[str, int], item: WidthClass, target: float) -> tuple[int, ...]:
+    """The smallest width of ``item`` that leaves more than ``target`` parameters and the largest that does not."""
+    low, high = 0, len(item.counts)
+    while low < high:
+        middle = (low + high) // 2
+        if count({**kept, **item.kept(item.counts[middle])}) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return item.counts[max(low - 1, 0) : low + 1]
+
+
+def _thin(counts: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """At most ``most`` of ``counts``, evenly spaced, with both ends."""
+    if len(counts) <= most:
+        return counts
+    return tuple(counts[round(index * (len(counts) - 1) / (most - 1))] for index in range(most))
+
+
+def _finest_step(count: Count, classes: Sequence[WidthClass]) -> float:
+    start = {name: width for item in classes for name, width in item.kept(item.counts[0]).items()}
+    steps = [count(start) - count({**start, **item.kept(item.counts[1])}) for item in classes if len(item.counts) > 1]
+    return min(steps, default=0)

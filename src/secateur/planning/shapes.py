@@ -1,0 +1,98 @@
+"""Which shapes the runtimes open: what may be cut for them, and which numbers of units a group may keep.
+
+Source: trials of pruned checkpoints against transformers 5.23 and llama.cpp, and vLLM's model files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from secateur.types import DependencyGraph, Kind, NodeGroup
+
+RunsOn = Literal["transformers", "everywhere", "vllm", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime that reads plain checkpoints can open."""
+
+    ffn_multiple: int
+    """FFN widths: 64 divides over up to 64 GPUs of tensor parallelism; llama.cpp's K-quants need rows of 256."""
+    heads: frozenset[str]
+    """Model types whose head counts it takes from the config together with an explicit ``head_dim``. The others size
+    the attention by the hidden width, so that cut heads give a load error or wrong shapes."""
+
+
+_VLLM = Runtime(ffn_multiple=64, heads=frozenset({"llama", "mistral", "phi3", "qwen3", "gemma", "gemma2"}))
+_LLAMA_CPP = Runtime(ffn_multiple=256, heads=frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2"}))
+RUNTIMES: Mapping[RunsOn, Runtime] = {
+    "vllm": _VLLM,
+    "llama.cpp": _LLAMA_CPP,
+    "everywhere": Runtime(ffn_multiple=256, heads=frozenset({"llama", "mistral", "qwen3", "gemma"})),
+}
+"""Runtimes that need equal widths in all layers; transformers is not among them."""
+
+HEADS_DIVIDE_HIDDEN = frozenset({"llama", "gemma2", "gemma3_text"})
+"""Model types whose config refuses a number of query heads that does not divide the hidden width."""
+
+
+def needs_equal_widths(runs_on: RunsOn) -> bool:
+    """Whether every layer must have the same widths."""
+    return runs_on in RUNTIMES
+
+
+def refusal(group: NodeGroup, model_type: str, runs_on: RunsOn) -> str | None:
+    """Why the runtime cannot open this model once ``group`` is cut, or None when it can."""
+    runtime = RUNTIMES.get(runs_on)
+    if runtime is None or group.kind != "attention" or model_type in runtime.heads:
+        return None
+    where = "vllm and llama.cpp" if runs_on == "everywhere" else runs_on
+    return f"{model_type} with other head counts does not open in {where}"
+
+
+def legal_counts(
+    group: NodeGroup, graph: DependencyGraph, runs_on: RunsOn, round_to: Mapping[Kind, int]
+) -> Sequence[int]:
+    """The numbers of units that ``group`` may keep, ascending; its full size is always the last.
+
+    Both the multiples of ``round_to`` and the rules of the runtime hold.
+    """
+    size, multiple = group.size, round_to.get(group.kind, 1)
+    counts: Sequence[int] = range(multiple, size + 1, multiple)
+    runtime = RUNTIMES.get(runs_on)
+    if runtime is not None and group.kind == "ffn":
+        step = ffn_step(size, runtime.ffn_multiple)
+        counts = [count for count in counts if count % step == 0]
+    if runtime is not None and group.kind == "attention" and graph.model_type in HEADS_DIVIDE_HIDDEN:
+        hidden, queries = _hidden_width(group, graph), _queries_per_unit(group)
+        counts = [count for count in counts if hidden % (count * queries) == 0]
+    return counts if size in counts else [*counts, size]
+
+
+def ffn_step(size: int, multiple: int) -> int:
+    """The multiple to round an FFN of ``size`` channels to.
+
+    ``multiple`` itself where the model has at least four times as much; below that, where no quantised kernel is at
+    stake, the largest power of two that leaves at least four steps (10 channels for 40 are not a power of two: 8).
+    """
+    while multiple > 1 and multiple * 4 > size:
+        multiple //= 2
+    return multiple
+
+
+def _hidden_width(group: NodeGroup, graph: DependencyGraph) -> int:
+    """Outputs of the matrix that consumes the group's units (``o_proj``)."""
+    for member in group.members:
+        shape = graph.shapes.get(member.parameter, ())
+        if member.role == "in" and len(shape) == 2:
+            return shape[1 - member.axis]
+    return 0
+
+
+def _queries_per_unit(group: NodeGroup) -> int:
+    """Query heads of one KV head: rows of a unit in the consumer, over those in its narrowest producer."""
+    consumed = max((member.rows_per_unit for member in group.members if member.role == "in"), default=1)
+    produced = min((member.rows_per_unit for member in group.members if member.role == "out"), default=consumed)
+    return max(1, consumed // produced)

@@ -1,0 +1,100 @@
+"""What each group can still lose, in order: the units that are left, cheapest first, and where cutting may stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from secateur.types import DependencyGraph, NodeGroup
+
+Normalise = Literal["mean", "parameters", "none"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The units of one group that are still there, in the order in which they would go."""
+
+    group: NodeGroup
+    order: torch.Tensor
+    """``[left]``, unit indices by ascending score, ties by index."""
+    scores: torch.Tensor
+    """``[left]``, float64, ascending, comparable between groups."""
+    parameters: int
+    """Parameters that go with one unit while everything else is whole."""
+
+    @property
+    def left(self) -> int:
+        return len(self.order)
+
+    def chunk_scores(self, stops: torch.Tensor) -> torch.Tensor:
+        """``[len(stops) − 1]``: the mean score of the units that go between one stop and the next, ascending.
+
+        ``stops`` are numbers of kept units, descending from ``left``.
+        """
+        total = torch.cat([torch.zeros(1, dtype=torch.float64), self.scores.cumsum(0)])
+        gone = self.left - stops
+        means = total[gone].diff() / gone.diff()
+        return means.cummax(0).values if len(means) else means
+
+    def loss(self, kept: int) -> float:
+        """Sum of the scores of the units that go when ``kept`` stay."""
+        return float(self.scores[: self.left - kept].sum())
+
+    def lowest(self, kept: int) -> list[int]:
+        """The units that go when ``kept`` stay."""
+        return self.order[: self.left - kept].tolist()
+
+
+def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> torch.Tensor:
+    """Scores of the units of one group on a scale that is shared between groups, float64.
+
+    Args:
+        scores: ``[units]``, of the units that are still there.
+        parameters: how many parameters go with one unit.
+        normalise: see ``Budget.normalise``.
+    """
+    scores = scores.double()
+    if normalise == "parameters":
+        return scores / max(parameters, 1)
+    mean = scores.abs().mean() if normalise == "mean" and len(scores) else torch.zeros(())
+    return scores / mean if mean > 0 else scores
+
+
+def build_stack(
+    graph: DependencyGraph, group: NodeGroup, scores: torch.Tensor, removed: Iterable[int], normalise: Normalise
+) -> Stack:
+    """The stack of ``group`` without the units in ``removed``; ``scores`` has one number for each unit."""
+    gone = torch.zeros(group.size, dtype=torch.bool)
+    gone[torch.tensor(list(removed), dtype=torch.long)] = True
+    left = (~gone).nonzero().flatten()
+    cost = graph.unit_cost(group)
+    values, index = comparable(scores[left], cost, normalise).sort(stable=True)
+    return Stack(group, left[index], values, cost)
+
+
+class Count:
+    """Exact numbers of parameters of the model for given numbers of kept units (groups may share a parameter)."""
+
+    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int]) -> None:
+        """``kept`` holds the groups that have already lost units."""
+        self.graph = graph
+        self.fixed = dict(kept)
+        self.total = graph.parameter_count()
+
+    def __call__(self, kept: Mapping[str, int]) -> int:
+        """Parameters when ``kept`` units of each named group stay, and the others as they are now."""
+        return self.graph.parameter_count(_ranges({**self.fixed, **kept}))
+
+    def step(self, kept: Mapping[str, int], group: NodeGroup, to: int) -> int:
+        """Parameters that go when ``group`` goes down to ``to`` units and the others keep ``kept``."""
+        before = _ranges({**self.fixed, **kept})
+        after = {**before, group.name: range(to)}
+        names = {member.parameter for member in group.members if member.parameter in self.graph.shapes}
+        return sum(self.graph.numel(name, before) - self.graph.numel(name, after) for name in names)
+
+
+def _ranges(kept: Mapping[str, int]) -> dict[str, Sequence[int]]:
+    return {name: range(count) for name, count in kept.items()}
