@@ -1,0 +1,15 @@
+"""What a run leaves behind: a standard folder, proved to open, with its model card and report."""
+
+from secateur.export.huggingface import ExportSettings, StandardForm, check_output, save, standard_form
+from secateur.export.verify import Verification, verify_folder, verify_folders
+
+__all__ = [
+    "ExportSettings",
+    "StandardForm",
+    "Verification",
+    "check_output",
+    "save",
+    "standard_form",
+    "verify_folder",
+    "verify_folders",
+]

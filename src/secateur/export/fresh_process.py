@@ -1,0 +1,125 @@
+"""Opens model folders as a stranger would: run as a script in a new interpreter, where secateur cannot be imported.
+
+``python -I fresh_process.py JOBS RESULTS``: both are JSON files. A job is ``{"folder", "reference", "trust"}``; the
+reference is a safetensors file with ``ids`` and ``logits``. A result is a flat dict of facts, or ``{"error": ...}``.
+Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class _NoSecateur:
+    """First in line to be asked for a module; the answer for secateur is no."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == "secateur":
+            raise ModuleNotFoundError(f"{name} must not be needed to open the folder")
+
+
+def _open(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    started = time.monotonic()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        job["folder"],
+        trust_remote_code=job["trust"],
+        dtype="auto",
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model.eval()
+    seconds = time.monotonic() - started
+    reference = load_file(job["reference"])
+    ids = reference["ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        facts = _generate(model, ids[:1])
+    return {
+        "class_name": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "missing_keys": sorted(info["missing_keys"]),
+        "unexpected_keys": sorted(info["unexpected_keys"]),
+        "seconds_to_open": round(seconds, 3),
+        "logits_scale": float(reference["logits"].abs().max()),
+        "logits_difference": float((logits - reference["logits"]).abs().max()),
+        "same_top_token": float((logits.argmax(-1) == reference["logits"].argmax(-1)).float().mean()),
+        **facts,
+        **_tokenize(job["folder"]),
+    }
+
+
+def _generate(model: Any, ids: Any, steps: int = 6) -> dict[str, Any]:
+    """Generate greedily with a dynamic and a static cache, and compare with one forward pass without any."""
+    import torch
+
+    facts: dict[str, Any] = {}
+    for cache in ("dynamic", "static"):
+        options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
+        try:
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=0,
+                disable_compile=True,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
+        except Exception as error:  # some families have no static cache; the caller decides what that means
+            facts[f"{cache}_cache_error"] = f"{type(error).__name__}: {error}"
+            continue
+        stepwise = torch.stack(made.logits, dim=1).float()
+        at_once = model(input_ids=made.sequences[:, :-1], use_cache=False).logits[:, -steps:].float()
+        facts[f"{cache}_cache_difference"] = float((stepwise - at_once).abs().max())
+        facts["generated"] = made.sequences[0, -steps:].tolist()
+    return facts
+
+
+def _tokenize(folder: str) -> dict[str, Any]:
+    """Open the tokenizer, when the folder has one, and send a sentence through it."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return {"tokenizer": None}
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
+    return {"tokenizer": type(tokenizer).__name__, "tokens_in_a_sentence": len(ids)}
+
+
+def main(jobs: str, results: str) -> None:
+    sys.meta_path.insert(0, _NoSecateur())  # type: ignore[arg-type]
+    import torch
+    import transformers
+
+    plan = json.loads(Path(jobs).read_text())
+    torch.set_num_threads(plan["threads"])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    answers = []
+    for job in plan["jobs"]:
+        try:
+            answer = _open(job)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        answer |= {"transformers": transformers.__version__, "torch": torch.__version__}
+        answers.append(answer)
+    Path(results).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,250 @@
+"""Writes a pruned model as a standard Hugging Face folder, proved before it appears under its name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from secateur.errors import InputError, ModelError
+from secateur.export.layers import LayerSizes
+from secateur.export.uneven import uneven_config
+from secateur.export.verify import Verification, verify_folder
+from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
+from secateur.types import DependencyGraph, Settings
+
+ARTEFACTS = "secateur"
+"""Subfolder with what secateur knows about the model; the only thing that may be in the target before."""
+
+
+class ExportSettings(Settings):
+    """How the model is written."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
+    checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, as transformers writes it (``5GB``, ``500MB``)."""
+
+
+@dataclass(frozen=True)
+class StandardForm:
+    """The class and config by which transformers builds the pruned model."""
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    note: str
+    """What a user must know: how the folder opens, and why not plainly where one would expect it."""
+
+    @property
+    def uneven(self) -> bool:
+        return is_uneven(self.config)
+
+
+def check_output(folder: str | Path) -> Path:
+    """Refuse early a place that cannot become a model folder; returns it as a path.
+
+    A folder with only a ``secateur`` subfolder (of a run that was interrupted) is fine. Raises InputError.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file. Give a new folder for the pruned model.")
+    if path.is_dir() and any(entry.name != ARTEFACTS for entry in path.iterdir()):
+        raise InputError(f"{path} is not empty. Give a new folder, or empty this one first.")
+    parent = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise InputError(f"{path} cannot be made: {parent} is a file. Give another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: no permission for {parent}. Give another folder.")
+    return path
+
+
+def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> StandardForm:
+    """Find the config that describes ``model`` after ``kept`` was cut out of it.
+
+    Args:
+        model: the sliced model; its config still describes the model before, as ``slice_model`` leaves it.
+        graph: the graph from before the cut.
+
+    Raises ModelError when neither a plain config nor one with sizes of layers gives the shapes of the model.
+    """
+    family, shapes = family_of(model), shapes_of(model)
+    sizes = LayerSizes(model.config, graph, kept)
+    even = sizes.even()
+    if even is not None and _shapes(family, even) == shapes:
+        return StandardForm(family, even, "All layers have the same sizes: a plain config, opened without further ado.")
+    before_class = pruned_class(family) if is_uneven(model.config) else family
+    before = _on_meta(before_class, model.config)
+    config = uneven_config(family, sizes, before)
+    built = _shapes(pruned_class(family), config)
+    wrong = sorted(name for name in shapes.keys() | built.keys() if shapes.get(name) != built.get(name))
+    if wrong:
+        raise ModelError(
+            f"The cut {config.model_type} model cannot be described by a config: {wrong[0]} has shape "
+            f"{shapes.get(wrong[0])} and would be built as {built.get(wrong[0])} ({len(wrong)} such). Was the model "
+            "sliced with this graph and these units, and its adapters merged?"
+        )
+    why = "Layers differ in size" if even is None else f"A plain {config.model_type} config cannot hold these sizes"
+    return StandardForm(pruned_class(family), config, f"{why}: opened with trust_remote_code=True.")
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    graph: DependencyGraph,
+    kept: Mapping[str, Sequence[int]],
+    settings: ExportSettings | None = None,
+) -> Verification:
+    """Write a sliced model, prove in a fresh process that the folder opens and computes the same, then give it its name.
+
+    Args:
+        model: sliced in place, adapters merged; it is not changed.
+        folder: see ``check_output``. Nothing appears there unless the proof succeeds.
+        graph: the graph from before the cut.
+        kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing.
+
+    Returns:
+        What was verified, as also written to ``secateur/verification.json`` in the folder.
+
+    Raises:
+        InputError: the folder is not empty or cannot be written.
+        ModelError: the model cannot be described by a config.
+        VerificationError: the folder does not open, or computes something else.
+    """
+    settings = settings or ExportSettings()
+    target = check_output(folder)
+    form = standard_form(model, graph, kept)
+    weights = _weights(model, _dtype(model, settings))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(model, form, weights, tokenizer, scratch, settings)
+        ids = sample_ids(model.config)
+        verification = verify_folder(scratch, ids, logits_of(model, weights, ids), note=form.note)
+        (scratch / ARTEFACTS).mkdir()
+        verification.save(scratch / ARTEFACTS / "verification.json")
+        _publish(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return verification
+
+
+def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
+    """Token ids ``[2, length]`` for the proof: any will do, spread over the vocabulary, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits ``[batch, length, vocabulary]`` of the model in memory with ``weights``, which are of the written type."""
+    training = model.training
+    model.eval()
+    try:
+        inputs = {"input_ids": ids.to(model.device), "use_cache": False}
+        return torch.func.functional_call(model, dict(weights), kwargs=inputs).logits.float().cpu()
+    finally:
+        model.train(training)
+
+
+def _dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return getattr(model, "stored_dtype", None) or model.dtype
+
+
+def _weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict in ``dtype``; tied tensors stay one, and what a family keeps in float32 stays in float32."""
+    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    cast: dict[int, torch.Tensor] = {}
+    weights = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        keep = not tensor.is_floating_point() or any(part in patterns for part in name.split("."))
+        if id(tensor) not in cast:
+            cast[id(tensor)] = tensor.detach() if keep else tensor.detach().to(dtype)
+        weights[name] = cast[id(tensor)]
+    return weights
+
+
+def _write(
+    model: PreTrainedModel,
+    form: StandardForm,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    settings: ExportSettings,
+) -> None:
+    standard = _on_meta(form.model_class, form.config)
+    standard.load_state_dict(weights, strict=True, assign=True)
+    standard.tie_weights()
+    if model.can_generate():
+        standard.generation_config = copy.deepcopy(model.generation_config)
+    with _quiet():
+        standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    _open_permissions(folder)
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    """Give the finished folder its name; beside artefacts that are there already, config.json appears last."""
+    if not target.exists():
+        scratch.rename(target)
+        return
+    (target / ARTEFACTS).mkdir(exist_ok=True)
+    for source in (scratch / ARTEFACTS).iterdir():
+        source.replace(target / ARTEFACTS / source.name)
+    files = [source for source in scratch.iterdir() if source.is_file()]
+    for source in sorted(files, key=lambda source: source.name == "config.json"):
+        source.replace(target / source.name)
+
+
+def _open_permissions(folder: Path) -> None:
+    """Temporary folders and weight files are made private; give them what any new file would get."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights, from a copy of ``config``."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of everything that a checkpoint of ``model`` holds."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    return shapes_of(_on_meta(model_class, config))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the screen."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

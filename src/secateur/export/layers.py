@@ -1,0 +1,113 @@
+"""How large every layer of a pruned model is, in the words of its config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from secateur.errors import ModelError
+from secateur.export.sizes import Place, place_of, query_heads_name, size_name
+from secateur.surgery.rebuild import is_uneven
+from secateur.types import DependencyGraph, NodeGroup
+
+
+class LayerSizes:
+    """The sizes of layers after ``kept`` was cut out of the model that ``config`` and ``graph`` describe.
+
+    ``config`` may hold sizes of layers already, from an earlier round of pruning.
+    Raises ModelError for a cut group that neither lies inside one layer nor has its own name in the config.
+    """
+
+    def __init__(self, config: PreTrainedConfig, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+        self.graph = graph
+        self.whole = without_layer_sizes(config)
+        """The config with the sizes of a layer that nothing was cut from."""
+        self.sizes: dict[int, dict[str, int]] = {}
+        """Layer → name → size; what is missing is as in ``whole``."""
+        self.names: dict[Place, str] = {}
+        """What was cut in some layer, now or before → the name of its size."""
+        self.cut_now: dict[str, NodeGroup] = {}
+        """Name → a group that it counts and that loses units now."""
+        if is_uneven(config):
+            self._continue_from(config)
+        layers = list(config.per_layer_config)
+        for group in graph:
+            lost = group.size - len(kept.get(group.name, range(group.size)))
+            if lost and group.layer is None:
+                self._cut_everywhere(group, lost)
+            elif lost:
+                self._cut(layers[group.layer], group, lost)
+
+    def of(self, layer: int, name: str) -> int:
+        """Size ``name`` of ``layer``."""
+        return int(self.sizes.get(layer, {}).get(name, getattr(self.whole, name)))
+
+    def even(self) -> PreTrainedConfig | None:
+        """A plain config with the size that all layers have under each name; None when layers differ."""
+        config = copy.deepcopy(self.whole)
+        places = [(group.layer, place_of(group)) for group in self.graph if group.layer is not None]
+        for place, name in self.names.items():
+            for size in filter(None, (name, query_heads_name(self.whole, name))):
+                values = {self.of(layer, size) for layer, other in places if other == place}
+                if len(values) != 1:
+                    return None
+                setattr(config, size, values.pop())
+        return config
+
+    def _continue_from(self, config: PreTrainedConfig) -> None:
+        self.sizes = {int(layer): own for layer, own in config.to_dict()["per_layer_config"].items()}
+        for name, followers in config.pruned_layers["follows"].items():
+            rows = frozenset((key, rows) for key, rows in followers.items() if ":" in key)
+            self.names[Place(config.pruned_layers["path"], rows)] = name
+
+    def _cut_everywhere(self, group: NodeGroup, lost: int) -> None:
+        name = size_name(self.whole, group)
+        if getattr(self.whole, name, None) != group.size:
+            raise ModelError(
+                f"{group.name} has {group.size} units in all layers together, and the config of {self.graph.model_type}"
+                " has no name for that number, so the cut model could not be described. Protect this group."
+            )
+        setattr(self.whole, name, group.size - lost)
+
+    def _cut(self, layer_config: PreTrainedConfig, group: NodeGroup, lost: int) -> None:
+        place, layer = place_of(group), group.layer
+        if place is None or layer is None:
+            raise ModelError(f"{group.name} does not lie inside one layer, so layers cannot differ in it. Protect it.")
+        if place not in self.names:
+            self.names[place] = self._free_name(size_name(layer_config, group))
+        name = self.names[place]
+        self.cut_now.setdefault(name, group)
+        if getattr(self.whole, name, None) is None:
+            setattr(self.whole, name, group.size)
+        if group.kind == "attention":
+            _make_head_dim_explicit(self.whole)
+        own = self.sizes.setdefault(layer, {})
+        query = query_heads_name(self.whole, name)
+        if query is not None:
+            heads = self.of(layer, query)
+            own[query] = heads - lost * (heads // group.size)
+        own[name] = self.of(layer, name) - lost
+
+    def _free_name(self, name: str) -> str:
+        """Another place may go by this name already (two kinds of attention in one model): then numbers are added."""
+        names = (name, *(f"{name}_{number}" for number in range(2, 2 + len(self.names))))
+        return next(free for free in names if free not in self.names.values())
+
+
+def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy in which every layer has the global sizes, and which needs no code of its own for layers that differ."""
+    plain = copy.deepcopy(config)
+    if is_uneven(config):
+        plain.per_layer_config = None
+        for name in ("pruned_layers", "auto_map", "allow_global_per_layer_attribute_access"):
+            vars(plain).pop(name, None)
+    return plain
+
+
+def _make_head_dim_explicit(config: PreTrainedConfig) -> None:
+    """transformers would otherwise take hidden size / heads, which changes with the heads."""
+    computed = isinstance(getattr(type(config), "head_dim", None), property)
+    if not computed and getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads

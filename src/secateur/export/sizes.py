@@ -1,0 +1,81 @@
+"""Under which names the config of a family holds the sizes of its node groups, and where these lie in a layer.
+
+Names are found by a table and a check of the value, not family by family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from secateur.types import Kind, NodeGroup
+
+_NAMES: Mapping[Kind, tuple[str, ...]] = {
+    "ffn": (
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "intermediate_dim",
+        "d_ff",
+    ),
+    "attention": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_attention_heads", "num_heads"),
+    "expert": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "hidden": ("hidden_size", "d_model"),
+    "vocab": ("vocab_size",),
+}
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+
+
+def size_name(config: PreTrainedConfig, group: NodeGroup) -> str:
+    """The attribute of ``config`` that holds the number of units of ``group``; ``config`` describes its layer.
+
+    Among names that hold this number the one goes first whose marked words (expert, shared) occur in the paths of the
+    group's parameters. When no name fits (a family may compute the size from others, as bloom does), a name is
+    returned that the family does not use: it can hold the sizes of layers, and has no effect elsewhere.
+    """
+    own = f"{group.kind}_units"
+    names = [config.attribute_map.get(name, name) for name in (*_NAMES.get(group.kind, ()), own)]
+    names = [name for name in names if hasattr(config, name)]
+    path = " ".join(member.parameter for member in group.members)
+    fitting = [name for name in names if getattr(config, name) == group.size]
+    fitting.sort(key=lambda name: _disagreement(name, path))
+    unset = [name for name in names if getattr(config, name) is None]
+    unused = "intermediate_size" if group.kind == "ffn" and not hasattr(config, "intermediate_size") else own
+    return (fitting + unset + [unused])[0]
+
+
+def query_heads_name(config: PreTrainedConfig, name: str) -> str | None:
+    """The attribute with the query heads where ``name`` holds the KV heads; None where there is none besides."""
+    query = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+    return query if name in _KV_HEADS and hasattr(config, query) else None
+
+
+def _disagreement(name: str, path: str) -> int:
+    marked = name.replace("moe", "expert")
+    return sum((word in marked) != (word in path) for word in ("expert", "shared"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group lies in its layer; the same in all layers that are built alike."""
+
+    path: str
+    """Of the list of layers, as ``model.layers``."""
+    rows: frozenset[tuple[str, int]]
+    """``"path inside the layer:axis"`` of each member, with its rows for each unit."""
+
+
+def place_of(group: NodeGroup) -> Place | None:
+    """None for a group that does not lie inside one layer."""
+    path, marker, _ = group.members[0].parameter.partition(f".{group.layer}.")
+    prefix = path + marker
+    if group.layer is None or not all(member.parameter.startswith(prefix) for member in group.members):
+        return None
+    rows = {(f"{m.parameter.removeprefix(prefix)}:{m.axis}", m.rows_per_unit) for m in group.members}
+    return Place(path, frozenset(rows))

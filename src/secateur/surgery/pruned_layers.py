@@ -1,0 +1,61 @@
+"""How a model with layers of different sizes builds itself: one source, for us and for the folders that we save.
+
+``rebuild`` copies the text of :class:`PrunedLayers` into ``modeling_pruned.py``; it uses the imports below and no more.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class PrunedLayers:
+    """Makes the layers of a model as small as ``config.json`` says, each in its own way.
+
+    ``per_layer_config`` holds the sizes of each layer; what it does not name has the global size, from before pruning.
+    ``pruned_layers`` says where the layers are (``path``) and what in a layer follows which size (``follows``):
+    ``"mlp.down_proj.weight:1": 1`` is axis 1 of that weight, 1 shorter for each unit that the layer lacks;
+    a name without an axis is a number that a module keeps about itself, or the config where it looks such numbers up.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        sizes = config.to_dict()["per_layer_config"]
+        config.per_layer_config = None  # The family's own code builds all layers in the global sizes ...
+        super().__init__(config, *args, **kwargs)
+        whole = copy.copy(config)
+        config.per_layer_config = sizes  # ... and what a layer lacks is taken off, before any weight is loaded.
+        layers = self.get_submodule(config.pruned_layers["path"])  # type: ignore[attr-defined]
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            for size, followers in config.pruned_layers["follows"].items():
+                lacking = getattr(whole, size) - getattr(own, size)
+                for follower, per_unit in followers.items() if lacking else ():
+                    self._shrink(layer, follower, lacking * per_unit, own)
+
+    def _shrink(self, layer: nn.Module, follower: str, amount: int, own: Any) -> None:
+        name, _, axis = follower.partition(":")
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = layer.get_submodule(path)
+            value = getattr(module, attribute)
+        except AttributeError:
+            return  # A layer of another kind, such as a dense one among mixtures of experts, does not have it.
+        if attribute == "config":
+            module.config = own
+        elif not axis:
+            setattr(module, attribute, value - amount)
+        elif value is not None:
+            smaller = value.detach().narrow(int(axis), 0, value.shape[int(axis)] - amount).clone()
+            setattr(module, attribute, nn.Parameter(smaller) if isinstance(value, nn.Parameter) else smaller)
+            self._refresh(module)
+
+    def _refresh(self, module: Any) -> None:
+        """Let a layer of torch know the new shape of its weight."""
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, Conv1D):
+            module.nx, module.nf = module.weight.shape
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.normalized_shape = tuple(module.weight.shape)

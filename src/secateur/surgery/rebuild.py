@@ -1,0 +1,75 @@
+"""Opens models whose layers have different sizes with our own code, and writes that code into folders for others.
+
+A folder with such a model carries ``modeling_pruned.py`` for people without secateur. We never run that file: the class
+is made here, from the same source.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from secateur.errors import ModelError
+from secateur.surgery.pruned_layers import PrunedLayers
+
+MODELING_FILE = "modeling_pruned.py"
+
+_TEMPLATE = jinja2.Environment(
+    loader=jinja2.PackageLoader("secateur.surgery", "."), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+).get_template("modeling_pruned.py.jinja")
+
+
+def is_uneven(config: PreTrainedConfig) -> bool:
+    """True for the config of a model whose layers were pruned to different sizes."""
+    return getattr(config, "pruned_layers", None) is not None
+
+
+def family_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class that transformers defines for this model, also when it has uneven layers already."""
+    if not is_uneven(model.config):
+        return type(model)
+    return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+
+
+@functools.cache
+def pruned_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of this family's models with uneven layers; its ``save_pretrained`` writes the modelling file too."""
+    return type(f"Pruned{family.__name__}", (_WritesItsCode, PrunedLayers, family), {"__module__": __name__})
+
+
+def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class to open a saved model with, when ``is_uneven(config)``; nothing from its folder is executed.
+
+    Raises ModelError for a config that transformers knows no causal language model for.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{config.model_type} is not a causal language model that transformers {transformers.__version__} knows. "
+            "Install the version named in the folder's config.json."
+        )
+    return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def modeling_source(family: type[PreTrainedModel]) -> str:
+    """The text of ``modeling_pruned.py``: the family's class, imported from transformers, with :class:`PrunedLayers`."""
+    return _TEMPLATE.render(
+        family=family.__name__,
+        pruned_layers=inspect.getsource(PrunedLayers).replace("  # type: ignore[attr-defined]", ""),
+    )
+
+
+class _WritesItsCode:
+    """transformers copies the file of a class that came with a folder; ours came from here."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+        if options.get("is_main_process", True):
+            Path(save_directory, MODELING_FILE).write_text(modeling_source(family_of(self)))  # type: ignore[arg-type]
