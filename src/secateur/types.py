@@ -88,6 +88,10 @@ class NodeGroup:
     """Why this group must not be cut, or None when it may be."""
     layer: int | None = None
     """Index of the decoder layer it belongs to; None for groups that span the model."""
+    renormalised: tuple[str, ...] = ()
+    """Reductions other than matrix products that run over the units (``mean`` of an RMS norm, ``softmax``, ``top-k``).
+    Removing units of such a group is exact, but it is not the same as zeroing: the reduction must see its neutral
+    element at removed units, and a divisor must count the survivors."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""Discovering what can be cut: one recorded forward pass with symbolic axes."""
+
+from secateur.graph.trace import Trace, record, trace
+
+__all__ = ["Trace", "record", "trace"]

@@ -1,0 +1,81 @@
+"""Where in the model a parameter lives: its module without adapter wrappers, and its decoder layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Place:
+    """The home of one parameter."""
+
+    module: tuple[str, ...]
+    """Path of the module, as it would be without adapters."""
+    adapter: bool
+    """Whether the parameter belongs to a peft adapter rather than to the model."""
+    layer: int | None
+    """Index in the list of decoder layers; None outside of it."""
+    within: tuple[str, ...]
+    """Path of the module below its decoder layer; all of ``module`` outside of the decoder layers."""
+
+
+class Places:
+    """Looks up the ``Place`` of every parameter or buffer of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+        self._tuners = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        self._layers = self._decoder_layers(model)
+
+    def _decoder_layers(self, model: nn.Module) -> tuple[str, ...]:
+        """Path of the list of modules that holds most of the parameters."""
+        sizes: Counter[tuple[str, ...]] = Counter()
+        for name, parameter in model.named_parameters():
+            module, _ = self._unwrapped(name)
+            number = _first_number(module)
+            if number is not None:
+                sizes[module[:number]] += parameter.numel()
+        return max(sizes, key=lambda path: sizes[path]) if sizes else ()
+
+    def _unwrapped(self, name: str) -> tuple[tuple[str, ...], bool]:
+        """Module path and whether it is an adapter's, for a parameter called ``name``."""
+        parts = name.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            path = ".".join(parts[:length])
+            if path in self._tuners:
+                below = parts[length:-1]
+                adapter = not below or below[0] != "base_layer"
+                inner = [] if adapter else below[1:]
+                return tuple([*self._plain(path), *inner]), adapter
+        return self._plain(".".join(parts[:-1])), False
+
+    def _plain(self, path: str) -> tuple[str, ...]:
+        parts = path.removeprefix(self._prefix).split(".")
+        return tuple(part for part in parts if part not in ("", "original_module", "modules_to_save"))
+
+    def __getitem__(self, name: str) -> Place:
+        module, adapter = self._unwrapped(name)
+        depth = len(self._layers)
+        if depth and module[:depth] == self._layers and len(module) > depth and module[depth].isdigit():
+            return Place(module, adapter, int(module[depth]), module[depth + 1 :])
+        return Place(module, adapter, None, module)
+
+
+def _first_number(module: Sequence[str]) -> int | None:
+    return next((place for place, part in enumerate(module) if part.isdigit()), None)
+
+
+def common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The longest beginning that all ``paths`` share."""
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return tuple(shared)

@@ -1,0 +1,43 @@
+"""The table of all operators that the graph understands, and what happens to those that it does not."""
+
+from __future__ import annotations
+
+from secateur.graph import (
+    rules_contraction,
+    rules_elementwise,
+    rules_factories,
+    rules_indexing,
+    rules_layout,
+    rules_reduction,
+)
+from secateur.graph.axes import Axis, leaf, refuse
+from secateur.graph.rules_elementwise import Rule
+from secateur.graph.symbols import Call, SymbolTable
+
+RULES: dict[str, Rule] = {
+    **rules_elementwise.RULES,
+    **rules_contraction.RULES,
+    **rules_layout.RULES,
+    **rules_reduction.RULES,
+    **rules_indexing.RULES,
+    **rules_factories.RULES,
+}
+"""Operator (all of its overloads) to the function that says what follows for the axes of its results."""
+
+
+def protect(table: SymbolTable, call: Call, reason: str) -> None:
+    """The answer to what is not understood: every axis that the call touches must stay, because of ``reason``.
+
+    A result with the shape of an operand keeps its axes, so that the place in the model is still seen for what it is.
+    """
+    shapes: dict[tuple[int, ...], tuple[Axis, ...]] = {}
+    for tensor in call.tensors:
+        symbol = table[tensor]
+        shapes.setdefault(tuple(tensor.shape), symbol.axes)
+        for axis in (*symbol.axes, symbol.domain or ()):
+            refuse(axis, reason)
+    for out in call.outputs:
+        axes = shapes.get(tuple(out.shape)) or tuple(leaf(size) for size in out.shape)
+        for axis in axes:
+            refuse(axis, reason)
+        table.put(out, axes)

@@ -1,0 +1,127 @@
+"""Products that are summed over an axis: the contracted axes are the same, the others are those of the result."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.graph.axes import leaf, mark, size_of, unify
+from secateur.graph.rules_elementwise import Rule
+from secateur.graph.symbols import Call, SymbolTable
+
+
+def _contract(
+    table: SymbolTable, left: torch.Tensor, left_dim: int, right: torch.Tensor, right_dim: int, batch: int = 0
+) -> None:
+    """Unify the contracted dimensions and the leading ``batch`` ones."""
+    first, second = table[left].axes, table[right].axes
+    unify(first[left_dim], second[right_dim])
+    table.contract(left, left_dim)
+    table.contract(right, right_dim)
+    for dim in range(batch):
+        unify(first[dim], second[dim])
+
+
+def mm(table: SymbolTable, call: Call) -> None:
+    """``[m, k] @ [k, n]``"""
+    left, right = call["self"], call["mat2"]
+    _contract(table, left, 1, right, 0)
+    table.put(call.out, (table[left].axes[0], table[right].axes[1]))
+
+
+def addmm(table: SymbolTable, call: Call) -> None:
+    """``bias + [m, k] @ [k, n]``"""
+    left, right = call["mat1"], call["mat2"]
+    _contract(table, left, 1, right, 0)
+    table.put(call.out, (table[left].axes[0], table[right].axes[1]))
+    table.broadcast((call["self"], call.out))
+
+
+def bmm(table: SymbolTable, call: Call) -> None:
+    """``[b, m, k] @ [b, k, n]``: what the batch dimension holds besides samples is heads (or experts)."""
+    left, right = call["self"], call["mat2"]
+    _bmm(table, left, right)
+    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]))
+
+
+def baddbmm(table: SymbolTable, call: Call) -> None:
+    """``bias + [b, m, k] @ [b, k, n]``"""
+    left, right = call["batch1"], call["batch2"]
+    _bmm(table, left, right)
+    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]))
+    table.broadcast((call["self"], call.out))
+
+
+def _bmm(table: SymbolTable, left: torch.Tensor, right: torch.Tensor) -> None:
+    _contract(table, left, 2, right, 1, batch=1)
+    plain = table[left].origin is None and table[right].origin is None
+    mark(table[left].axes[0], "head" if plain else "batch")
+
+
+def mv(table: SymbolTable, call: Call) -> None:
+    """``[m, k] @ [k]``"""
+    left, right = call["self"], call["vec"]
+    _contract(table, left, 1, right, 0)
+    table.put(call.out, (table[left].axes[0],))
+
+
+def dot(table: SymbolTable, call: Call) -> None:
+    """``[k] @ [k]``"""
+    _contract(table, call["self"], 0, call["tensor"], 0)
+    table.put(call.out, ())
+
+
+def linear(table: SymbolTable, call: Call) -> None:
+    """``[..., k] @ [n, k].T + bias[n]``"""
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    _contract(table, x, x.dim() - 1, weight, 1)
+    table.put(call.out, (*table[x].axes[:-1], table[weight].axes[0]))
+    if bias is not None:
+        unify(table[bias].axes[0], table[weight].axes[0])
+
+
+def grouped_mm(table: SymbolTable, call: Call) -> None:
+    """``[m, k]`` rows, sorted by expert, each with its expert's ``[e, k, n]``: ``offs`` has one entry for each expert."""
+    x, weights, offsets = call["self"], call["mat2"], call["offs"]
+    if x.dim() != 2 or weights.dim() != 3 or call["bias"] is not None:
+        raise NotImplementedError
+    _contract(table, x, 1, weights, 1)
+    if offsets is not None:
+        unify(table[offsets].axes[0], table[weights].axes[0])
+    table.put(call.out, (table[x].axes[0], table[weights].axes[2]))
+
+
+def convolution(table: SymbolTable, call: Call) -> None:
+    """Convolution with one group (channels are contracted) or with one group for each channel (channels stay).
+
+    Positions come out anew; sliding over them is order-dependent, but they are never cut.
+    """
+    x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
+    if call["transposed"]:
+        raise NotImplementedError
+    channels, kernel = table[x].axes[1], table[weight].axes
+    if groups == 1:
+        _contract(table, x, 1, weight, 1)
+        out_channels = kernel[0]
+    elif groups == size_of(channels) == size_of(kernel[0]):
+        unify(channels, kernel[0])
+        mark(channels, "depthwise convolution")
+        out_channels = channels
+    else:
+        raise NotImplementedError
+    if bias is not None:
+        unify(table[bias].axes[0], out_channels)
+    positions = [leaf(size) for size in call.out.shape[2:]]
+    table.put(call.out, (table[x].axes[0], out_channels, *positions))
+
+
+RULES: dict[str, Rule] = {
+    "aten.mm": mm,
+    "aten.addmm": addmm,
+    "aten.bmm": bmm,
+    "aten.baddbmm": baddbmm,
+    "aten.mv": mv,
+    "aten.dot": dot,
+    "aten.linear": linear,
+    "aten._grouped_mm": grouped_mm,
+    "aten.convolution": convolution,
+}

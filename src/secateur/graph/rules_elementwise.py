@@ -1,0 +1,117 @@
+"""Operators that work element by element: the axes of all operands are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from secateur.graph.axes import Axis, mark, refuse, size_of, unify
+from secateur.graph.symbols import Call, Origin, SymbolTable
+
+Rule = Callable[[SymbolTable, Call], None]
+
+
+def elementwise(table: SymbolTable, call: Call) -> None:
+    """Axes of all operands are unified, with broadcasting; computing with indices protects what they index."""
+    tensors = call.tensors
+    table.index_arithmetic(call, tensors)
+    _put(table, call, table.broadcast(tensors))
+
+
+def nonlinear(table: SymbolTable, call: Call) -> None:
+    """Elementwise, and noted: an axis between two projections that passes a non-linearity is a feed-forward width."""
+    elementwise(table, call)
+    for axis in table[call.outputs[0]].axes:
+        mark(axis, "nonlinear")
+
+
+def same_values(table: SymbolTable, call: Call) -> None:
+    """The same elements in another place or type: indices remain indices."""
+    symbol = table[call.tensors[0]]
+    for out in call.outputs:
+        table.put(out, symbol.axes, symbol.domain, symbol.origin, symbol.constant)
+
+
+def copy_into(table: SymbolTable, call: Call) -> None:
+    """``copy_``: the target takes the values of the source."""
+    target, source = call["self"], call["src"]
+    table.broadcast([target, source])
+    table.put(call.out, table[target].axes, table[source].domain)
+
+
+def comparison(table: SymbolTable, call: Call) -> None:
+    """Indices may be compared with indices of the same axis; comparing with anything else protects the axis."""
+    tensors = call.tensors
+    domains = [table[tensor].domain for tensor in tensors]
+    known: list[Axis] = [domain for domain in domains if domain is not None]
+    if len(tensors) == 2 and len(known) == 2 and size_of(known[0]) == size_of(known[1]):
+        unify(known[0], known[1])
+    else:
+        for domain in known:
+            refuse(domain, f"comparison with an index ({call.name})")
+    _put(table, call, table.broadcast(tensors))
+
+
+def choice(table: SymbolTable, call: Call) -> None:
+    """``where``: indices remain indices when both sides index the same axis."""
+    sides = [side for side in (call["self"], call["other"]) if isinstance(side, torch.Tensor)]
+    known = [domain for domain in (table[side].domain for side in sides) if domain is not None]
+    axes = table.broadcast(call.tensors)
+    if len(known) == 2 and size_of(known[0]) == size_of(known[1]):
+        unify(known[0], known[1])
+        table.put(call.out, axes, known[0])
+    else:
+        table.index_arithmetic(call, sides)
+        table.put(call.out, axes)
+
+
+def _put(table: SymbolTable, call: Call, axes: tuple[Axis, ...]) -> None:
+    for out in call.outputs:
+        table.put(out, axes, origin=_origin(table, call))
+
+
+def _origin(table: SymbolTable, call: Call) -> Origin | None:
+    """A parameter that is scaled or shifted is still that parameter's rows and columns (weight norm, ``-exp(A)``)."""
+    shape = call.outputs[0].shape
+    origins = [table[tensor].origin for tensor in call.tensors if tensor.shape == shape]
+    known = [origin for origin in origins if origin is not None]
+    return known[0] if len(known) == 1 and len(origins) == 1 else None
+
+
+def _named(names: str, rule: Rule) -> dict[str, Rule]:
+    """Both the plain operator and the one that works in place."""
+    return {f"aten.{name}{place}": rule for name in names.split() for place in ("", "_")}
+
+
+RULES: dict[str, Rule] = {
+    **_named("add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin", elementwise),
+    **_named("neg abs sqrt rsqrt square reciprocal sin cos ceil floor round trunc frac sign", elementwise),
+    **_named(
+        "clamp clamp_min clamp_max masked_fill addcmul addcdiv lerp nan_to_num dropout native_dropout", elementwise
+    ),
+    **_named("bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not", elementwise),
+    **_named("isnan isinf isfinite log1p log log2 atan2", elementwise),
+    **_named("__lshift__ __rshift__ bitwise_left_shift bitwise_right_shift logical_xor exp2", elementwise),
+    **_named("silu gelu relu sigmoid tanh mish elu selu celu leaky_relu relu6 hardtanh hardswish", nonlinear),
+    **_named("hardsigmoid softplus log_sigmoid erf exp expm1 threshold xielu", nonlinear),
+    **_named("eq ne lt le gt ge", comparison),
+    "aten.where": choice,
+    "aten.copy_": copy_into,
+    **dict.fromkeys(
+        (
+            "aten.clone",
+            "aten._to_copy",
+            "aten.alias",
+            "aten.detach",
+            "aten.detach_",
+            "aten.lift_fresh",
+            "aten.lift_fresh_copy",
+            "aten.contiguous",
+            "aten.positive",
+            "aten._conj",
+            "aten.resolve_conj",
+        ),
+        same_values,
+    ),
+}
