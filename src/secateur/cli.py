@@ -6,7 +6,6 @@ one message on standard error and exit code 1, in one place (``_Commands``).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -150,6 +149,31 @@ def prune(
         console = _console()
         console.print(tables.results(result.metrics))
         console.print(f"The model is in {output}; its report is {output / 'secateur' / 'report.html'}.")
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods, what they need, and their papers."""
+    from secateur.methods import METHODS
+
+    for name, method in METHODS.items():
+        typer.echo(f"{name:<12} needs {method.needs:<10} {method.paper}\n    {method.summary}")
+    typer.echo("\nA method's own settings: docs/keys.md; for instance --set method.periods=8")
+
+
+@app.command()
+def data() -> None:
+    """List the built-in text with its licences, and how other text is named."""
+    from secateur.data import OWN_TEXT, SOURCES
+
+    for source in SOURCES.values():
+        missing = "" if source.folder else f"\n    not installed: {source.install}"
+        typer.echo(f"{source.name:<12} {source.size:<20} {source.licence}\n    {source.description}{missing}")
+    typer.echo(f"{OWN_TEXT:<12} {'as asked for':<20} none\n    what the model to be pruned writes itself")
+    typer.echo(
+        "\nOther text: files (.txt, .jsonl, .parquet) and hub datasets (id:config:split), for instance\n"
+        "    --set calibration.text=my.jsonl --set recovery.text=[my.jsonl,wikipedia]"
+    )
 
 
 def parse_ratio(text: str) -> float:

@@ -7,6 +7,7 @@ the docstrings there are the documentation (``describe``, ``dump``, docs/recipes
 from __future__ import annotations
 
 import difflib
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, SerializeAsAny, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from secateur.data import TextSettings
 from secateur.errors import InputError
@@ -66,7 +67,7 @@ class Recipe(Settings):
     """How much must go, and from where."""
     calibration: TextSettings = TextSettings()
     """Text that importance is measured on."""
-    method: MethodChoice = MethodChoice.model_validate(DEFAULT_METHOD)
+    method: MethodChoice = Field(default_factory=lambda: MethodChoice.model_validate(DEFAULT_METHOD))
     """How the units that go are chosen."""
     lora: LoraSettings = LoraSettings()
     """The adapters that guide pruning and carry recovery."""
@@ -196,10 +197,12 @@ def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> 
             faults[key] = [_unknown(key, parent)]
             continue
         reason = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+        if fault["type"] == "model_type":
+            reason = f"It has keys of its own: {', '.join(_keys_of(key, parent))}"
         faults.setdefault(key, []).append(reason[:1].lower() + reason[1:])
         values[key] = fault["input"]
     return [
-        f"{key} = {_yaml(values[key])} is not allowed: {', or '.join(dict.fromkeys(reasons))}."
+        f"{key} = {values[key]!r} is not allowed: {', or '.join(dict.fromkeys(reasons))}."
         if key in values
         else reasons[0]
         for key, reasons in faults.items()
@@ -207,33 +210,38 @@ def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> 
 
 
 def _walk(settings: type[BaseModel], path: Sequence[int | str]) -> tuple[list[str], type[BaseModel], bool]:
-    """Follow a fault's path: the keys in it (pydantic adds names of types), the settings it ends in, and whether
-    its last key is one that these do not have."""
+    """Follow a fault's path to the innermost settings: the keys on the way (pydantic adds names of types after them),
+    those settings, and whether the last key is one that they do not have."""
     keys: list[str] = []
-    here: type[BaseModel] | None = settings
-    parent = settings
+    here = settings
     for part in path:
-        if here is None:
-            break
-        parent = here
         keys.append(str(part))
         field = here.model_fields.get(str(part))
         if field is None:
-            return keys, parent, True
-        here = _model_in(field.annotation)
-    return keys, parent, False
+            return keys, here, True
+        below = _model_in(field.annotation)
+        if below is None:
+            break
+        here = below
+    return keys, here, False
 
 
 def _unknown(key: str, parent: type[BaseModel]) -> str:
     """The line for a key that does not exist: the nearest that does, and all that are allowed there."""
     section, _, last = key.rpartition(".")
-    allowed = [name for name in parent.model_fields if name != "settings"]
-    near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, allowed, 1, 0.6)]
-    # the right key in the wrong section: --set ratio=0.3
+    allowed = _keys_of(section, parent)
+    # the right key in the wrong section, such as --set ratio=0.3, is nearer than a similar word
     elsewhere = [item.name for item in describe() if item.name.rpartition(".")[2] == last]
-    guess = " or ".join(near or elsewhere[:2])
+    near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, allowed, 1)]
+    guess = " or ".join(elsewhere[:2] or near)
     where = f"Keys of {section}" if section else "The sections"
-    return f"Unknown key {key}{f' (did you mean {guess}?)' if guess else ''}. {where}: {', '.join(allowed) or 'none'}."
+    return f"Unknown key {key}{f' (did you mean {guess}?)' if guess else ''}. {where}: {', '.join(allowed)}."
+
+
+def _keys_of(section: str, settings: type[BaseModel]) -> list[str]:
+    """The keys that a user may write in a section; a method's own stand beside its name."""
+    keys = [name for name in settings.model_fields if name != "settings"]
+    return ["name", *keys] if section == "method" and "name" not in keys else keys
 
 
 def _settings_of(name: Any) -> type[Settings]:
@@ -255,7 +263,9 @@ def _lines(settings: Settings, depth: int) -> Iterator[str]:
         if isinstance(settings, MethodChoice) and isinstance(value, Settings):
             yield from _lines(value, depth)
             continue
-        yield f"{indent}# {_one_line(field.description)}"
+        yield from textwrap.wrap(
+            _one_line(field.description), 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
         if isinstance(value, Settings):
             yield f"{indent}{name}:"
             yield from _lines(value, depth + 1)
@@ -271,7 +281,7 @@ def _yaml(value: Any) -> str:
 
 
 def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
+    return " ".join((text or "").split()).replace("``", "`")
 
 
 # Types
@@ -289,10 +299,10 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 
 
 def _type_text(annotation: Any) -> str:
-    """An annotation in a reader's words: ``number``, ``list of text``, ``global | layer``."""
+    """An annotation in a reader's words: ``number``, ``list of text``, ``global or layer``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        return " | ".join(str(item) for item in arguments)
+        return " or ".join(str(item) for item in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_text(item) for item in arguments)
     if origin in (list, tuple, set, frozenset, Sequence):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -50,16 +50,6 @@ def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) 
         return None
     loss = sum(count * math.log(perplexity[source]) for source, count in tokens.items())
     return math.exp(loss / sum(tokens.values()))
-
-
-def listing(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table of texts; the first column is never broken."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _caption(metrics: Mapping[str, Any]) -> str:

@@ -1,0 +1,157 @@
+"""The recipe: composed from the rooms' settings, every key reachable, every mistake answered with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secateur.config import Recipe, describe, dump, load_recipe
+from secateur.errors import InputError
+from secateur.methods import METHODS
+
+SECTIONS = "model budget calibration method lora training recovery evaluation export seed".split()
+
+
+def test_the_sections_are_these() -> None:
+    assert list(Recipe.model_fields) == SECTIONS
+
+
+@pytest.mark.parametrize("key", [*describe(), *describe(Recipe)], ids=lambda key: key.name)
+def test_every_key_has_a_type_a_default_and_a_meaning(key: object) -> None:
+    assert key.type, key  # type: ignore[attr-defined]
+    assert key.default, key  # type: ignore[attr-defined]
+    assert len(key.meaning) > 10, key  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_key_of_a_method_has_a_meaning_and_a_default(name: str) -> None:
+    assert all(len(key.meaning) > 10 and key.default for key in describe(METHODS[name].Settings))
+
+
+@pytest.mark.parametrize("key", list(describe()), ids=lambda key: key.name)
+def test_set_reaches_every_key(key: object) -> None:
+    default = load_recipe()
+    override = f"{key.name}={key.default}"  # type: ignore[attr-defined]
+    assert load_recipe(None, [override]) == default
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_dump_and_load_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(None, [f"method={name}", "budget.ratio=0.35", "calibration.text=[news,wikipedia]", "seed=7"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(recipe))
+    assert load_recipe(path) == recipe
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_dump_has_every_key_with_its_meaning() -> None:
+    text = dump(load_recipe())
+    tree = yaml.safe_load(text)
+    for key in describe():
+        section, _, rest = key.name.partition(".")
+        assert section in tree
+        assert not rest or rest in tree[section]
+        assert key.meaning[:40] in text
+    comments = [line for line in text.splitlines() if line.strip().startswith("#")]
+    assert all(len(line) <= 120 for line in comments)
+
+
+def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing yet\nbudget:\n")
+    assert load_recipe(path) == load_recipe()
+
+
+def test_set_wins_over_flags_and_flags_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("budget: {ratio: 0.1, floor: 0.25}\nseed: 3\n")
+    recipe = load_recipe(path, ["budget.ratio=0.4"], {"budget.ratio": 0.3, "seed": 4})
+    assert (recipe.budget.ratio, recipe.budget.floor, recipe.seed) == (0.4, 0.25, 4)
+
+
+def test_values_are_yaml_and_one_value_is_a_list_of_one() -> None:
+    recipe = load_recipe(None, ["calibration.text=news", "training.learning_rate=1e-4", "budget.round_to={ffn: 64}"])
+    assert recipe.calibration.text == ["news"]
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.budget.round_to == {"ffn": 64}
+
+
+def test_a_model_name_that_looks_like_yaml_stays_text() -> None:
+    assert load_recipe(None, [], {"model.name": "1.5"}).model.name == "1.5"
+    assert load_recipe(None, [], {"model.name": "a: b"}).model.name == "a: b"
+
+
+def test_naming_the_same_method_keeps_its_settings_and_another_drops_them(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: {name: lorashear, periods: 3}\n")
+    assert load_recipe(path, [], {"method": "lorashear"}).method.model_dump()["periods"] == 3
+    assert load_recipe(path, [], {"method": "wanda"}).method.name == "wanda"
+    assert load_recipe(path, ["method.periods=4"]).method.model_dump()["periods"] == 4
+
+
+def test_a_method_may_be_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: random\n")
+    assert load_recipe(path).method.name == "random"
+
+
+@pytest.mark.parametrize(
+    ("override", "answers"),
+    [
+        ("budget.ration=0.3", ["Unknown key budget.ration", "did you mean budget.ratio?", "floor"]),
+        ("ratio=0.3", ["Unknown key ratio", "did you mean budget.ratio?", "The sections: model, budget"]),
+        ("budgte.ratio=0.3", ["Unknown key budgte", "did you mean budget?"]),
+        ("budget.ratio=1.5", ["budget.ratio = 1.5", "between 0 and 1"]),
+        ("budget.ratio=0", ["budget.ratio = 0", "between 0 and 1"]),
+        ("budget.ratio=1", ["budget.ratio = 1", "between 0 and 1"]),
+        ("budget.ratio=.nan", ["budget.ratio = nan", "between 0 and 1"]),
+        ("budget.ratio=word", ["budget.ratio = 'word'", "between 0 and 1"]),
+        ("method=wnada", ["Unknown method wnada", "did you mean wanda?", "lorashear, "]),
+        ("method.perods=3", ["Unknown key method.perods", "did you mean method.periods?", "name"]),
+        ("method={name: wanda, periods: 3}", ["Unknown key method.periods"]),
+        ("training.precision=fp7", ["training.precision = 'fp7'", "'bf16'", "'fp32'"]),
+        ("seed=x", ["seed = 'x'", "integer"]),
+        ("model=foo", ["model = 'foo'", "keys of its own", "trust_remote_code"]),
+        ("seed.x=1", ["seed"]),
+        ("lora.rank.x=3", ["lora.rank"]),
+        ("recovery.steps", ["section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("training.schedule=[", ["training.schedule=[", "not YAML"]),
+    ],
+)
+def test_a_mistake_is_answered_with_the_way_out(override: str, answers: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(None, [override])
+    message = str(caught.value)
+    assert all(answer in message for answer in answers), message
+    assert "\n" not in message
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(None, ["budget.ratio=2", "lora.rnk=3"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just words\n", "budget: [\n"])
+def test_a_file_that_is_no_recipe_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match="recipe.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Cannot read the recipe .*missing.yaml: No such file"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match="Cannot read the recipe"):
+        load_recipe(tmp_path)
+
+
+def test_recipes_are_frozen_and_hold_only_what_yaml_can_say() -> None:
+    recipe = load_recipe()
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1
+    assert yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))) == recipe.model_dump(mode="json")
