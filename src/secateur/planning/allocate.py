@@ -202,5 +202,5 @@ def _check_near(problem: _Problem, chosen: Candidate, looked_at: Sequence[Candid
     raise PlanError(
         f"No shape that opens in {problem.budget.runs_on} is near a ratio of {asked:g}. "
         f"The nearest: {' and '.join(f'{r:.4f}' for r in nearest if r is not None)}. "
-        "Ask for one of these, or set budget.runs_on to transformers."
+        "Ask for that, or set budget.runs_on to transformers."
     )

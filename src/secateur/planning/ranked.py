@@ -17,7 +17,8 @@ def choose_ranked(
 
     A chunk is what lies between two stops of a group: one unit, unless widths are rounded. After the last chunk that
     fits, cheaper ones further up the ranking fill what is left (a channel where a head would be too much), and one more
-    is taken where that ends nearer to the target. Ties: earlier group, then lower unit index.
+    is taken where that ends nearer to the target; where nothing cheap is left, a dear one goes and cheap ones come
+    back. Ties: earlier group, then lower unit index.
 
     Args:
         count: counts parameters.
@@ -33,7 +34,7 @@ def choose_ranked(
             low = middle
         else:
             high = middle - 1
-    return ranking.kept(_fill(count, ranking, ranking.levels(low), target))
+    return ranking.kept(_settle(count, ranking, ranking.levels(low), target))
 
 
 class _Ranking:
@@ -63,35 +64,68 @@ class _Ranking:
         return {stack.group.name: int(stops[level]) for stack, stops, level in triples}
 
     def place(self, stack: int, level: int) -> int | None:
-        """Where in the ranking the chunk stands that takes ``stack`` one level down; None when it is at its end."""
+        """Where in the ranking the chunk stands that takes ``stack`` down from ``level``; None when there is none."""
         index = self.first[stack] + level
-        return int(self.position[index]) if index < self.first[stack + 1] else None
+        return int(self.position[index]) if level >= 0 and index < self.first[stack + 1] else None
 
 
-def _fill(count: Count, ranking: _Ranking, levels: list[int], target: float) -> list[int]:
-    kept = ranking.kept(levels)
-    left = count(kept) - target
-    waiting = [(place, s) for s, level in enumerate(levels) if (place := ranking.place(s, level)) is not None]
-    heapq.heapify(waiting)
-    too_much: list[tuple[int, int]] = []
+class _Settling:
+    """Moves from a prefix of the ranking towards the target, chunk by chunk, never past it until the last."""
 
-    def cost(s: int) -> int:
-        return count.step(kept, ranking.stacks[s].group, int(ranking.stops[s][levels[s] + 1]))
+    def __init__(self, count: Count, ranking: _Ranking, levels: list[int], target: float) -> None:
+        self.count, self.ranking, self.levels = count, ranking, list(levels)
+        self.kept = ranking.kept(levels)
+        self.excess = count(self.kept) - target
+        """Parameters that must still go; negative when too many have gone."""
 
-    while waiting:
-        place, s = heapq.heappop(waiting)
-        step = cost(s)
-        if step > left:
-            too_much.append((place, s))
-            continue
-        levels[s] += 1
-        kept[ranking.stacks[s].group.name] = int(ranking.stops[s][levels[s]])
-        left -= step
-        further = ranking.place(s, levels[s])
-        if further is not None:
-            heapq.heappush(waiting, (further, s))
-    if too_much:
-        over, _, s = min((cost(s) - left, place, s) for place, s in too_much)
-        if over < left:
-            levels[s] += 1
-    return levels
+    def cost(self, s: int, way: int) -> int:
+        """Parameters in the next chunk of stack ``s`` that goes (``way`` 1) or comes back (−1)."""
+        group, stops = self.ranking.stacks[s].group, self.ranking.stops[s]
+        upper = self.levels[s] if way > 0 else self.levels[s] - 1
+        return self.count.step({**self.kept, group.name: int(stops[upper])}, group, int(stops[upper + 1]))
+
+    def move(self, s: int, way: int) -> None:
+        """Take the next chunk of stack ``s``, or give its last one back."""
+        self.excess -= way * self.cost(s, way)
+        self.levels[s] += way
+        self.kept[self.ranking.stacks[s].group.name] = int(self.ranking.stops[s][self.levels[s]])
+
+    def approach(self, way: int) -> list[int]:
+        """Move every chunk that fits, in the order of the ranking (backwards for −1); return the stacks left over."""
+        waiting = [(way * place, s) for s in range(len(self.levels)) if (place := self._place(s, way)) is not None]
+        heapq.heapify(waiting)
+        too_much = []
+        while waiting:
+            _, s = heapq.heappop(waiting)
+            if self.cost(s, way) > way * self.excess:
+                too_much.append(s)
+                continue
+            self.move(s, way)
+            place = self._place(s, way)
+            if place is not None:
+                heapq.heappush(waiting, (way * place, s))
+        return too_much
+
+    def step_over(self, stacks: Sequence[int], way: int) -> None:
+        """Move one more chunk where that ends nearer to the target."""
+        over, s = min(((self.cost(s, way) - way * self.excess, s) for s in stacks), default=(0, -1))
+        if s >= 0 and over < way * self.excess:
+            self.move(s, way)
+
+    def _place(self, s: int, way: int) -> int | None:
+        return self.ranking.place(s, self.levels[s] if way > 0 else self.levels[s] - 1)
+
+
+def _settle(count: Count, ranking: _Ranking, levels: list[int], target: float) -> list[int]:
+    smallest = min(stack.parameters for stack in ranking.stacks)
+    filled = _Settling(count, ranking, levels, target)
+    too_much = filled.approach(1)
+    swapped = _Settling(count, ranking, filled.levels, target)
+    filled.step_over(too_much, 1)
+    if too_much and abs(filled.excess) > smallest:
+        # nothing small is left to take: take something big and give small ones back
+        swapped.move(too_much[0], 1)
+        swapped.step_over(swapped.approach(-1), -1)
+        if abs(swapped.excess) < abs(filled.excess):
+            return swapped.levels
+    return filled.levels
