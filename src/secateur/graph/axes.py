@@ -32,12 +32,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import count, pairwise
 
 Axis = tuple["Atom", ...]
 
 
-class Conflict(Exception):
+class Conflict(Exception):  # noqa: N818
     """Two readings of the same elements that have no common refinement."""
 
 
@@ -45,7 +45,8 @@ class Atom:
     """A node of the union-find forest; use the functions of this module rather than its attributes.
 
     At most one of ``link`` (same as another atom), ``factors`` (a product) and ``pieces`` (a concatenation) is set.
-    ``refusals`` are reasons not to cut (in the order in which they were found), ``marks`` say what the atom was part of.
+    ``refusals`` are reasons not to cut (in the order in which they were found), ``marks`` say what the
+    atom was part of.
     """
 
     __slots__ = ("factors", "link", "marks", "pieces", "refusals", "serial", "size")
@@ -262,7 +263,7 @@ def _chunks(pieces: list[Axis], unit: int) -> list[Axis]:
         end += size_of(piece)
         bounds |= {end // unit * unit, -(-end // unit) * unit}
     ordered = sorted(bounds)
-    return [span(whole, start, stop) for start, stop in zip(ordered, ordered[1:], strict=False)]
+    return [span(whole, start, stop) for start, stop in pairwise(ordered)]
 
 
 def regroup(axes: Iterable[Axis], shape: Iterable[int]) -> list[Axis]:

@@ -143,7 +143,7 @@ def _kinds(candidates: Sequence[Candidate]) -> dict[int, Kind]:
         rivals = [head for head in heads if head is not candidate and head.axes & candidate.axes]
         if kind == "attention" and any(_outranks(rival, candidate) for rival in rivals):
             del kinds[id(candidate.atom)]  # query heads within a KV head
-        elif kind in ("ffn", "state") and rivals:
+        elif kind in ("ffn", "state", "hidden") and rivals:
             del kinds[id(candidate.atom)]  # dimensions within a head
     return kinds
 
@@ -157,7 +157,7 @@ def _own_kind(candidate: Candidate) -> Kind | None:
     atom, both = candidate.atom, candidate.roles == {"in", "out"}
     if "vocab" in atom.marks:
         return "vocab"
-    if "hidden" in atom.marks or (both and len(candidate.layers) > 1):
+    if "hidden" in atom.marks:
         return "hidden"
     if "top-k" in atom.marks:
         return "expert"
@@ -165,6 +165,8 @@ def _own_kind(candidate: Candidate) -> Kind | None:
         return "ffn" if _without_rule(atom) and len(candidate.layers) == 1 else None
     if "head" in atom.marks:
         return "attention"
+    if len(candidate.layers) > 1 and "nonlinear" not in atom.marks:
+        return "hidden"
     if "depthwise convolution" in atom.marks:
         return "state"
     return "ffn" if "nonlinear" in atom.marks or _without_rule(atom) else None
@@ -203,13 +205,14 @@ def _home(candidate: Candidate) -> tuple[str, ...]:
 def _name(candidate: Candidate, kind: Kind) -> str:
     if kind in ("hidden", "vocab"):
         return kind
-    layer = candidate.layers[0]
     home = _home(candidate)
+    what = {"ffn": "mlp", "expert": "experts"}.get(kind, kind)
+    layer = candidate.layers[0]
+    if len(candidate.layers) > 1:
+        return what
     if layer is None:
-        return ".".join((*home, kind))
-    if kind == "ffn":
-        return ".".join(("layers", str(layer), "mlp", *home[1:]))
-    return f"layers.{layer}.{'experts' if kind == 'expert' else kind}"
+        return ".".join((*home, what))
+    return ".".join(("layers", str(layer), what, *(home[1:] if kind == "ffn" else ())))
 
 
 def _group(candidate: Candidate, kind: Kind, name: str, unused: Mapping[tuple[str, ...], str]) -> NodeGroup:

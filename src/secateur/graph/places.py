@@ -52,7 +52,7 @@ class Places:
                 below = parts[length:-1]
                 adapter = not below or below[0] != "base_layer"
                 inner = [] if adapter else below[1:]
-                return tuple([*self._plain(path), *inner]), adapter
+                return (*self._plain(path), *inner), adapter
         return self._plain(".".join(parts[:-1])), False
 
     def _plain(self, path: str) -> tuple[str, ...]:

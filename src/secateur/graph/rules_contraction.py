@@ -80,7 +80,7 @@ def linear(table: SymbolTable, call: Call) -> None:
 
 
 def grouped_mm(table: SymbolTable, call: Call) -> None:
-    """``[m, k]`` rows, sorted by expert, each with its expert's ``[e, k, n]``: ``offs`` has one entry for each expert."""
+    """``[m, k]`` rows, sorted by expert, each with its expert's ``[e, k, n]``; ``offs`` has one entry an expert."""
     x, weights, offsets = call["self"], call["mat2"], call["offs"]
     if x.dim() != 2 or weights.dim() != 3 or call["bias"] is not None:
         raise NotImplementedError

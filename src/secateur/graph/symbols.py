@@ -15,7 +15,7 @@ from secateur.graph.axes import Axis, Conflict, leaf, refuse, unify
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor that is a parameter seen through layout operators: which of its dimensions are which of the parameter."""
+    """A tensor that is a parameter seen through layout operators: which dimensions are which of the parameter's."""
 
     parameter: str
     dims: tuple[int | None, ...]

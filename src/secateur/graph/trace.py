@@ -127,7 +127,10 @@ def _logits(output: Any) -> torch.Tensor:
 
 
 class Escapes(TorchFunctionMode):
-    """Notices values that leave the recorded run without an operator (``tolist``, ``numpy``)."""
+    """Notices what passes by the operators: values that leave the run (``tolist``), and lists used as indices.
+
+    A list would become an index tensor on the device of what it indexes, and lose its values on the meta device.
+    """
 
     def __init__(self, table: SymbolTable) -> None:
         super().__init__()
@@ -138,7 +141,15 @@ class Escapes(TorchFunctionMode):
             symbol = self.table[args[0]]
             for axis in (*symbol.axes, symbol.domain or ()):
                 refuse(axis, f"its values steer the code (.{func.__name__}())")
+        if func is torch.Tensor.__getitem__:
+            args = (args[0], _lists_to_tensors(args[1]))
         return func(*args, **(kwargs or {}))
+
+
+def _lists_to_tensors(key: Any) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_lists_to_tensors(item) for item in key)
+    return torch.tensor(key) if isinstance(key, list) and all(type(item) is int for item in key) else key
 
 
 class Recorder(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""A weightless copy of a model: same modules, same code, parameters on the meta device. The model itself is untouched."""
+"""A weightless copy of a model: same modules, same code, parameters on the meta device; the model is not touched."""
 
 from __future__ import annotations
 
