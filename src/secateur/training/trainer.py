@@ -119,7 +119,7 @@ def train(
             max_grad_norm=settings.max_grad_norm,
             bf16=wants_bf16(settings.precision, device),
             use_cpu=device.type == "cpu",
-            gradient_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing=settings.gradient_checkpointing,
             logging_steps=max(1, steps // 20),
             save_strategy="no",
             report_to="none",

@@ -1,0 +1,146 @@
+"""LoRAShear (arXiv 2310.18356): progressive structured pruning guided by LoRA, Algorithm 4."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_model, save_model
+
+from secateur import progress
+from secateur.graph import trace
+from secateur.importance import CRITERIA
+from secateur.methods.base import Decision, PruningTask
+from secateur.methods.lhspg import LHSPGCallback, Projection
+from secateur.planning import allocate
+from secateur.surgery import zero_units
+from secateur.training import attach_lora, merge_lora, train
+from secateur.types import Scores, Settings, removed_to_kept
+
+Removed = dict[str, list[int]]
+
+
+class LoRAShearSettings(Settings):
+    """The progressive schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
+
+    periods: int = Field(default=5, ge=1)
+    """P: in how many instalments the units go."""
+    period_steps: int = Field(default=12, ge=1)
+    """T_p: steps in which the redundant units of one period shrink to zero."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """T_w: steps of plain LoRA training before the first period."""
+    projection: Projection = "decay"
+    """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
+    epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """ε of the half-space projection: bigger zeroes earlier; unused with ``decay``."""
+    saliency: dict[str, float] = {"taylor": 1.0}
+    """Criteria that rank the units anew in every period, with their weights."""
+
+
+class LoRAShear:
+    """Train LoRA in periods; in each, score, choose the next units, and shrink them to zero while the rest learns."""
+
+    name: ClassVar[str] = "lorashear"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2310.18356"
+    summary: ClassVar[str] = "progressive: LoRA learns what redundant units did while LHSPG drives them to zero"
+    needs: ClassVar[Literal["training"]] = "training"
+    Settings: ClassVar[type[LoRAShearSettings]] = LoRAShearSettings
+
+    def __init__(self, settings: LoRAShearSettings | None = None) -> None:
+        self.settings = settings or LoRAShearSettings()
+
+    @property
+    def training_steps(self) -> int:
+        return self.settings.warmup_steps + self.settings.periods * self.settings.period_steps
+
+    def run(self, task: PruningTask) -> Decision:
+        """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
+        settings = self.settings
+        history = _History(task)
+        removed, first = history.restore()
+        scores: Scores | None = None
+        if first == 0 and settings.warmup_steps:
+            self._train(task, {}, {}, settings.warmup_steps, seed=task.seed, description="warming up")
+        for period in range(first, settings.periods):
+            scores = _saliency(task, settings.saliency, seed=task.seed + period)
+            share = (period + 1) / settings.periods
+            chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
+            redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in chosen.items()}
+            description = f"period {period + 1}/{settings.periods}"
+            self._train(task, redundant, removed, settings.period_steps, seed=task.seed + 1 + period, description=description)
+            removed = chosen
+            zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
+            history.keep(removed, period + 1)
+        return Decision(removed=removed, scores=scores, metrics={"training": history.log})
+
+    def _train(self, task: PruningTask, redundant: Removed, gone: Removed, steps: int, *, seed: int, description: str) -> None:
+        """One period: fresh adapters and optimiser, training under the projection, and the merge at its end."""
+        assert task.training_blocks is not None
+        adapted = attach_lora(task.model, task.lora, seed)
+        projection = LHSPGCallback(
+            adapted,
+            trace(adapted),
+            redundant,
+            gone,
+            steps=steps,
+            mode=self.settings.projection,
+            epsilon=self.settings.epsilon,
+        )
+        log = train(
+            adapted,
+            task.training_blocks.ids,
+            task.training,
+            steps=steps,
+            seed=seed,
+            description=description,
+            callbacks=[projection],
+        )
+        merge_lora(adapted)
+        for entry in log:
+            task.log({"stage": description, **entry})
+
+
+def _saliency(task: PruningTask, weights: Mapping[str, float], seed: int) -> Scores:
+    """Weighted sum of criteria, each divided by its L2 norm over all groups so that none drowns the others (HESSO)."""
+    total: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        scores = CRITERIA[name].score(task.model, task.graph, task.calibration, seed)
+        norm = torch.stack([scores[group].double().square().sum() for group in scores]).sum().sqrt()
+        scale = weight / float(norm) if norm > 0 else weight
+        for group in scores:
+            total[group] = total.get(group, torch.zeros(())) + scale * scores[group]
+    return Scores(total)
+
+
+class _History:
+    """Keeps the state after every period on disk, so that an interrupted run goes on with the next one."""
+
+    def __init__(self, task: PruningTask) -> None:
+        self.task = task
+        self.folder = task.work
+        self.log: list[dict[str, float]] = []
+
+    def keep(self, removed: Removed, periods_done: int) -> None:
+        """Write weights, then the note that names them: a kill in between leaves the older pair valid."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights = self.folder / f"period-{periods_done}.safetensors"
+        save_model(self.task.model, str(weights))
+        note = self.folder / "periods.json.tmp"
+        note.write_text(json.dumps({"removed": removed, "periods": periods_done, "log": self.log}))
+        note.rename(self.folder / "periods.json")
+        (self.folder / f"period-{periods_done - 1}.safetensors").unlink(missing_ok=True)
+
+    def restore(self) -> tuple[Removed, int]:
+        """Load the last finished period into the task's model; ``({}, 0)`` when there is none."""
+        if self.folder is None or not (self.folder / "periods.json").exists():
+            return {}, 0
+        note = json.loads((self.folder / "periods.json").read_text())
+        self.log = note["log"]
+        load_model(self.task.model, str(self.folder / f"period-{note['periods']}.safetensors"))
+        progress.say(f"  resuming after period {note['periods']}")
+        return note["removed"], note["periods"]

@@ -1,0 +1,111 @@
+"""LHSPG's maths against a slow reference, and the projection of a model with adapters."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.graph import trace
+from secateur.methods.lhspg import LHSPGCallback, decay_factor, half_space_step
+from secateur.testing.tiny import TINY
+from secateur.training import LoraSettings, attach_lora, merge_lora
+
+
+def test_decay_is_linear_and_ends_at_exact_zero() -> None:
+    product = 1.0
+    for step in range(7):
+        product *= decay_factor(step, 7)
+        assert product == pytest.approx((6 - step) / 7)
+    assert product == 0.0
+
+
+def _slow_half_space(x: list[float], update: list[float], shrink: float, epsilon: float) -> list[float]:
+    """Algorithm 4, lines 7-9, for one unit, number by number."""
+    norm = math.sqrt(sum(value * value for value in x))
+    trial = [value + extra - shrink * value / norm for value, extra in zip(x, update, strict=True)]
+    dot = sum(new * value for new, value in zip(trial, x, strict=True))
+    return [0.0] * len(x) if dot < epsilon * norm**2 else trial
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.9])
+def test_half_space_step_agrees_with_the_paper_unit_by_unit(epsilon: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(6, 2, 5, generator=generator), torch.randn(6, 3, generator=generator)]
+    update = [0.8 * torch.randn(6, 2, 5, generator=generator), None]
+    shrink = torch.linspace(0.0, 5.0, 6)
+    result = half_space_step(x, update, shrink, epsilon)
+    zeroed = 0
+    for unit in range(6):
+        flat = torch.cat([x[0][unit].flatten(), x[1][unit].flatten()]).tolist()
+        extra = torch.cat([update[0][unit].flatten(), torch.zeros(3)]).tolist()  # type: ignore[index]
+        expected = _slow_half_space(flat, extra, float(shrink[unit]), epsilon)
+        actual = torch.cat([result[0][unit].flatten(), result[1][unit].flatten()]).tolist()
+        assert actual == pytest.approx(expected, abs=1e-5)
+        zeroed += not any(actual)
+    assert 0 < zeroed < 6
+
+
+def test_half_space_keeps_zero_units_at_zero() -> None:
+    result = half_space_step([torch.zeros(2, 3)], [None], torch.ones(2), 0.0)
+    assert torch.equal(result[0], torch.zeros(2, 3))
+
+
+def _adapted(name: str) -> Any:
+    adapted = attach_lora(TINY[name](), LoraSettings(rank=3, alpha=6), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for path, parameter in adapted.named_parameters():
+        if ".lora_B." in path:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return adapted
+
+
+@pytest.mark.parametrize("mode", ["decay", "half-space"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3", "qwen2"])
+def test_a_period_ends_with_exact_zeros_and_leaves_the_rest_alone(name: str, mode: Any) -> None:
+    adapted = _adapted(name)
+    graph = trace(adapted)
+    redundant = {group.name: [0, group.size - 1][: max(1, group.size - 1)] for group in graph.prunable}
+    before = {path: value.detach().clone() for path, value in adapted.named_parameters()}
+    callback = LHSPGCallback(adapted, graph, redundant, {}, steps=4, mode=mode, epsilon=0.0)
+    for _ in range(4):
+        callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    after = dict(adapted.named_parameters())
+    for group in graph.prunable:
+        others = [unit for unit in range(group.size) if unit not in redundant[group.name]]
+        for member in group.members:
+            weight, old = (x[member.parameter].movedim(member.axis, 0) for x in (after, before))
+            if member.role == "out":
+                assert not weight[member.rows(redundant[group.name])].any()
+            if len(graph.of_parameter(member.parameter)) == 1:  # no other group's rows on the same tensor
+                kept = member.rows(others).flatten()
+                assert torch.equal(weight[kept], old[kept])
+
+
+def test_the_first_decay_step_scales_the_effective_weight_and_absorbs_the_adapter() -> None:
+    adapted = _adapted("llama-gqa")
+    graph = trace(adapted)
+    group = next(group for group in graph.prunable if group.kind == "ffn")
+    merged_before = merge_lora(_adapted("llama-gqa")).state_dict()
+    callback = LHSPGCallback(adapted, graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
+    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    merged_after = merge_lora(adapted).state_dict()
+    up = next(path for path in merged_before if path.endswith(f"{group.layer}.mlp.up_proj.weight"))
+    torch.testing.assert_close(merged_after[up][1], 0.9 * merged_before[up][1])
+    torch.testing.assert_close(merged_after[up][0], merged_before[up][0])
+
+
+def test_units_that_are_gone_do_not_grow_back() -> None:
+    adapted = _adapted("llama-gqa")
+    graph = trace(adapted)
+    gone = {group.name: [0] for group in graph.prunable}
+    callback = LHSPGCallback(adapted, graph, {}, gone, steps=2, mode="decay", epsilon=0.0)
+    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    parameters = dict(adapted.named_parameters())
+    rows = [(m, parameters[m.parameter]) for g in graph.prunable for m in g.members if ".lora_B" in m.parameter]
+    assert rows
+    for member, weight in rows:
+        assert not weight[member.rows([0])].any()
