@@ -37,7 +37,11 @@ def page() -> str:
 
 def _table(keys: Iterable[Key]) -> list[str]:
     rows = [(f"`{key.name}`", key.type, f"`{key.default}`" if key.default else "", key.meaning) for key in keys]
-    return ["| key | type | default | meaning |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [
+        "| key | type | default | meaning |",
+        "| --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.config import Recipe, load_recipe
     from secateur.errors import SecateurError
-    from secateur.graph import trace, verify
+    from secateur.graph import trace
     from secateur.loading import load
-    from secateur.pipeline import Result, apply_plan, prune, save
+    from secateur.pipeline import Result, prune, save
     from secateur.planning import Budget
+    from secateur.surgery import apply_plan
     from secateur.types import DependencyGraph, PruningPlan
 
     __version__: str
@@ -26,13 +27,12 @@ _HOMES = {
     "Recipe": "config",
     "Result": "pipeline",
     "SecateurError": "errors",
-    "apply_plan": "pipeline",
+    "apply_plan": "surgery",
     "load": "loading",
     "load_recipe": "config",
     "prune": "pipeline",
     "save": "pipeline",
     "trace": "graph",
-    "verify": "graph",
 }
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "prune",
     "save",
     "trace",
-    "verify",
 ]
 
 

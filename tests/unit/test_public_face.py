@@ -11,7 +11,7 @@ import pytest
 import secateur
 
 NAMES = """Budget DependencyGraph PruningPlan Recipe Result SecateurError __version__
-    apply_plan load load_recipe prune save trace verify""".split()
+    apply_plan load load_recipe prune save trace""".split()
 
 
 def test_the_public_names_are_these() -> None:

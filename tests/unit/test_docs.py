@@ -1,0 +1,111 @@
+"""The documentation says what is true: links lead somewhere, examples run, the map is the house."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from secateur.cli import app
+from secateur.config import load_recipe
+from secateur.testing.tiny import build
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    """The fenced code blocks of a page that are marked with ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    help_text = CliRunner().invoke(app, ["--help"]).stdout
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in blocks(page.read_text()):
+        for line in block.splitlines():
+            words = line.split()
+            if words[:1] == ["secateur"] and len(words) > 1 and words[1].isalpha():
+                assert re.search(rf"^  {words[1]} ", help_text, re.MULTILINE), f"{name(page)}: {line}"
+                usage = CliRunner().invoke(app, [words[1], "--help"]).stdout
+                for option in re.findall(r"--[a-z-]+", line.partition("#")[0]):
+                    assert option in usage, f"{name(page)}: {line}"
+            if words[:1] == ["make"]:
+                assert words[1] in targets, f"{name(page)}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_settings_in_the_pages_exist(page: Path) -> None:
+    for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", page.read_text()):
+        load_recipe(None, [override])
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama-gqa").save_pretrained(tmp_path / "tiny")
+    [example] = blocks((ROOT / "README.md").read_text(), "python")
+    assert '"smollm2-135m"' in example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example.replace('"smollm2-135m"', '"tiny"'), names)
+    assert names["result"].plan.ratio_reached == pytest.approx(0.2, abs=0.05)  # type: ignore[attr-defined]
+    assert (tmp_path / "out" / "small" / "config.json").is_file()
+
+
+def test_the_map_of_the_readme_is_the_house() -> None:
+    text = (ROOT / "README.md").read_text()
+    house = {path.name for path in (ROOT / "src" / "secateur").iterdir() if not path.name.startswith("__")}
+    house -= {"py.typed"}
+    drawn = set(re.findall(r"[├└]── (\w+(?:\.py)?)", text))
+    assert {item.removesuffix("/") for item in drawn} - {"__init__.py"} == house
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipes_parse_and_say_what_they_are_for(path: Path) -> None:
+    load_recipe(path)
+    assert path.read_text().startswith("# ")
+    assert f"recipes/{path.name}" in (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_recipes_in_the_pages_parse(tmp_path: Path) -> None:
+    for page in PAGES:
+        for index, block in enumerate(blocks(page.read_text(), "yaml")):
+            path = tmp_path / f"{index}.yaml"
+            path.write_text(block)
+            if yaml.safe_load(block):
+                load_recipe(path)
+
+
+def test_the_page_of_keys_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("write_keys", ROOT / "docs" / "write_keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    write_keys = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_keys)
+    assert (ROOT / "docs" / "keys.md").read_text() == write_keys.page(), "run: python docs/write_keys.py"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    missing = [
+        name(page)
+        for page in PAGES
+        if page.is_relative_to(ROOT / "docs") and page.relative_to(ROOT / "docs").as_posix() not in navigation
+    ]
+    assert not missing
