@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT ?= out/smollm2-20
 export TOKENIZERS_PARALLELISM = false
+export NO_MKDOCS_2_WARNING = 1
 
 .PHONY: help install quickstart test check format docs constraints clean
 
@@ -36,9 +37,10 @@ check: install  ## what CI runs: format, lint, types, documentation, tests
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m pytest
 
-format: install  ## format the code and mend what the linter can mend
+format: install  ## format the code and mend what the linter can mend, rewrite docs/keys.md
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/write_keys.py
 
 docs: install  ## show the documentation at http://127.0.0.1:8000
 	$(BIN)/mkdocs serve

@@ -81,9 +81,9 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps .
 
 def _version(asked: bool) -> None:
     if asked:
-        import secateur
+        from importlib.metadata import version
 
-        typer.echo(f"secateur {secateur.__version__}")
+        typer.echo(f"secateur {version('secateur')}")
         raise typer.Exit
 
 
