@@ -43,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from secateur.errors import InputError, ModelError
 from secateur.progress import say
+from secateur.surgery.rebuild import is_uneven, pruned_class_of
 from secateur.types import Settings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -141,6 +142,23 @@ def load(
     model.config._name_or_path = str(name)  # what plans, cards and adapters record; a cache path would mean nothing
     cast(torch.nn.Module, model).to(place).eval()
     return model, _open_tokenizer(folder, str(name), trust_remote_code)
+
+
+def outline(
+    name: str = "smollm2-135m", *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model that ``load`` would open, without its weights (meta device): enough to trace a model of any size.
+
+    Raises ModelError as ``load`` does, apart from damaged weights.
+    """
+    folder = _find(str(name), revision)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
+    config = _check_config(folder, str(name), trust_remote_code)
+    with _quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.config._name_or_path = str(name)
+    return model.eval()
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -416,9 +434,10 @@ def _open_model(
     folder: Path, name: str, config: PreTrainedConfig, precision: torch.dtype, trust: bool
 ) -> PreTrainedModel:
     """Read the weights; raises ModelError when the file and the architecture do not fit each other."""
+    opener: Any = pruned_class_of(config) if is_uneven(config) else AutoModelForCausalLM
     try:
         with _quiet():
-            opened: Any = AutoModelForCausalLM.from_pretrained(
+            opened: Any = opener.from_pretrained(
                 folder,
                 config=config,
                 dtype=precision,
@@ -435,6 +454,7 @@ def _open_model(
         raise ModelError(
             f"{name} has no fitting weights for {len(wrong)} parameters of its config.json ({wrong[0]}, …)."
         )
+    model.stored_dtype = config.dtype or precision  # a pruned checkpoint is written in the type of its source
     return cast(PreTrainedModel, model)
 
 
@@ -458,11 +478,7 @@ def _open_adapter(
     """The base model that an adapter names, with the adapter merged into it."""
     from peft import PeftModel
 
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{name} is an adapter that does not name its base model. Merge it first, then give the result."
-        )
+    base = _adapter_base(folder, name)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{name} is an adapter without adapter_model.safetensors; pickled adapters are not opened.")
     say(f"{name} is an adapter of {base}: opening the base model and merging it")
@@ -476,6 +492,16 @@ def _open_adapter(
         raise ModelError(f"The adapter {name} does not fit its base model {base}: {_first_line(error)}") from error
     merged.config._name_or_path = name
     return merged.eval(), _open_tokenizer(folder, name, trust) or tokenizer
+
+
+def _adapter_base(folder: Path, name: str) -> str:
+    """Name of the model that an adapter was trained on."""
+    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{name} is an adapter that does not name its base model. Merge it first, then give the result."
+        )
+    return str(base)
 
 
 def _first_line(error: Exception) -> str:
