@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from secateur.graph.axes import Atom, Axis, resolve, size_of
+from secateur.graph.axes import Atom, Axis, leaves, resolve, size_of
 from secateur.graph.places import Place, Places, common
 from secateur.graph.symbols import SymbolTable
-from secateur.types import DependencyGraph, Kind, Member, NodeGroup
+from secateur.types import DependencyGraph, Kind, Member, NodeGroup, Role
 
 RENORMALISING = (
     "mean",
@@ -113,8 +113,9 @@ def _candidates(table: SymbolTable, places: Places, order: Sequence[str]) -> lis
             for atom, inside, width in occurrences(axis):
                 starts[id(atom), width] += inside
                 found.setdefault(id(atom), Candidate(atom))
-            role = "in" if (name, number) in table.contracted else "out"
+            consumed = {id(atom) for part in table.contracted.get((name, number), ()) for atom in leaves(part)}
             for (key, width), offsets in starts.items():
+                role: Role = "in" if key in consumed else "out"
                 found[key].members.append(Member(name, number, role, tuple(sorted(offsets)), width, width))
                 found[key].places.append(place)
     return [

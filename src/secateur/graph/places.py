@@ -29,7 +29,7 @@ class Places:
     """Looks up the ``Place`` of every parameter or buffer of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+        self._peft = isinstance(model, PeftModel)
         self._tuners = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         self._layers = self._decoder_layers(model)
 
@@ -46,18 +46,17 @@ class Places:
     def _unwrapped(self, name: str) -> tuple[tuple[str, ...], bool]:
         """Module path and whether it is an adapter's, for a parameter called ``name``."""
         parts = name.split(".")
-        for length in range(len(parts) - 1, 0, -1):
-            path = ".".join(parts[:length])
-            if path in self._tuners:
-                below = parts[length:-1]
-                adapter = not below or below[0] != "base_layer"
-                inner = [] if adapter else below[1:]
-                return (*self._plain(path), *inner), adapter
-        return self._plain(".".join(parts[:-1])), False
+        module: list[str] = []
+        for length, part in enumerate(parts[:-1]):
+            if ".".join(parts[:length]) in self._tuners and part != "base_layer":
+                return self._plain(module), True
+            if part != "base_layer":
+                module.append(part)
+        return self._plain(module), ".".join(parts[:-1]) in self._tuners
 
-    def _plain(self, path: str) -> tuple[str, ...]:
-        parts = path.removeprefix(self._prefix).split(".")
-        return tuple(part for part in parts if part not in ("", "original_module", "modules_to_save"))
+    def _plain(self, module: Sequence[str]) -> tuple[str, ...]:
+        plain = module[2:] if self._peft else module
+        return tuple(part for part in plain if part not in ("", "original_module", "modules_to_save"))
 
     def __getitem__(self, name: str) -> Place:
         module, adapter = self._unwrapped(name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from secateur.graph.axes import leaf, mark, size_of, unify
 from secateur.graph.rules_elementwise import Rule
-from secateur.graph.symbols import Call, SymbolTable
+from secateur.graph.symbols import Call, Origin, SymbolTable
+
+Dims = Sequence[int | None]
 
 
 def _contract(
@@ -25,7 +29,8 @@ def mm(table: SymbolTable, call: Call) -> None:
     """``[m, k] @ [k, n]``"""
     left, right = call["self"], call["mat2"]
     _contract(table, left, 1, right, 0)
-    table.put(call.out, (table[left].axes[0], table[right].axes[1]))
+    origins = _product_origins(table, left, (0, None), right, (None, 1))
+    table.put(call.out, (table[left].axes[0], table[right].axes[1]), origins=origins)
 
 
 def addmm(table: SymbolTable, call: Call) -> None:
@@ -39,22 +44,35 @@ def addmm(table: SymbolTable, call: Call) -> None:
 def bmm(table: SymbolTable, call: Call) -> None:
     """``[b, m, k] @ [b, k, n]``: what the batch dimension holds besides samples is heads (or experts)."""
     left, right = call["self"], call["mat2"]
-    _bmm(table, left, right)
-    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]))
+    origins = _bmm(table, left, right)
+    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]), origins=origins)
 
 
 def baddbmm(table: SymbolTable, call: Call) -> None:
     """``bias + [b, m, k] @ [b, k, n]``"""
-    left, right = call["batch1"], call["batch2"]
-    _bmm(table, left, right)
-    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]))
-    table.broadcast((call["self"], call.out))
+    start, left, right = call["self"], call["batch1"], call["batch2"]
+    origins = _bmm(table, left, right)
+    table.put(call.out, (table[left].axes[0], table[left].axes[1], table[right].axes[2]), origins=origins)
+    table.broadcast((start, call.out))
+    if table[start].origins and start.dim() == 3 and origins:
+        table[call.out].origins += table[start].origins
 
 
-def _bmm(table: SymbolTable, left: torch.Tensor, right: torch.Tensor) -> None:
+def _bmm(table: SymbolTable, left: torch.Tensor, right: torch.Tensor) -> tuple[Origin, ...]:
     _contract(table, left, 2, right, 1, batch=1)
-    plain = table[left].origin is None and table[right].origin is None
+    plain = not table[left].origins and not table[right].origins
     mark(table[left].axes[0], "head" if plain else "batch")
+    return _product_origins(table, left, (0, 1, None), right, (0, None, 2))
+
+
+def _product_origins(
+    table: SymbolTable, left: torch.Tensor, left_dims: Dims, right: torch.Tensor, right_dims: Dims
+) -> tuple[Origin, ...]:
+    """A product of two weights (``B A`` of an adapter) is a weight."""
+    first, second = table[left].origins, table[right].origins
+    if not first or not second:
+        return ()
+    return tuple(o.through(left_dims) for o in first) + tuple(o.through(right_dims) for o in second)
 
 
 def mv(table: SymbolTable, call: Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ def same_values(table: SymbolTable, call: Call) -> None:
     """The same elements in another place or type: indices remain indices."""
     symbol = table[call.tensors[0]]
     for out in call.outputs:
-        table.put(out, symbol.axes, symbol.domain, symbol.origin, symbol.constant)
+        table.put(out, symbol.axes, symbol.domain, symbol.origins, symbol.constant)
 
 
 def copy_into(table: SymbolTable, call: Call) -> None:
@@ -38,6 +38,14 @@ def copy_into(table: SymbolTable, call: Call) -> None:
     target, source = call["self"], call["src"]
     table.broadcast([target, source])
     table.put(call.out, table[target].axes, table[source].domain)
+
+
+def become(table: SymbolTable, call: Call) -> None:
+    """``set_``: a tensor takes the place of another (peft does this to parameters of experts)."""
+    target, source = call["self"], call["source"]
+    if target.shape != source.shape:
+        raise NotImplementedError
+    table.broadcast([target, source])
 
 
 def comparison(table: SymbolTable, call: Call) -> None:
@@ -68,15 +76,17 @@ def choice(table: SymbolTable, call: Call) -> None:
 
 def _put(table: SymbolTable, call: Call, axes: tuple[Axis, ...]) -> None:
     for out in call.outputs:
-        table.put(out, axes, origin=_origin(table, call))
+        table.put(out, axes, origins=_origins(table, call.tensors, out.dim()))
 
 
-def _origin(table: SymbolTable, call: Call) -> Origin | None:
-    """A parameter that is scaled or shifted is still that parameter's rows and columns (weight norm, ``-exp(A)``)."""
-    shape = call.outputs[0].shape
-    origins = [table[tensor].origin for tensor in call.tensors if tensor.shape == shape]
-    known = [origin for origin in origins if origin is not None]
-    return known[0] if len(known) == 1 and len(origins) == 1 else None
+def _origins(table: SymbolTable, tensors: Sequence[torch.Tensor], rank: int) -> Iterator[Origin]:
+    """What is computed from nothing but parameters (and numbers) is still a weight: ``W + B A``, ``-exp(A)``."""
+    tensors = [tensor for tensor in tensors if tensor.dim()]
+    if all(table[tensor].origins for tensor in tensors):
+        for tensor in tensors:
+            new = rank - tensor.dim()
+            for origin in table[tensor].origins:
+                yield origin.through([None if dim < new else dim - new for dim in range(rank)])
 
 
 def _named(names: str, rule: Rule) -> dict[str, Rule]:
@@ -98,6 +108,7 @@ RULES: dict[str, Rule] = {
     **_named("eq ne lt le gt ge", comparison),
     "aten.where": choice,
     "aten.copy_": copy_into,
+    "aten.set_.source_Tensor": become,
     **dict.fromkeys(
         (
             "aten.clone",

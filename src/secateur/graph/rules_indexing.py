@@ -13,7 +13,7 @@ import torch
 
 from secateur.graph.axes import Axis, cut, leaf, mark, refuse, size_of, span, unify
 from secateur.graph.rules_elementwise import Rule
-from secateur.graph.symbols import Call, Origin, SymbolTable
+from secateur.graph.symbols import Call, SymbolTable
 
 
 def _look_up(table: SymbolTable, call: Call, axis: Axis, index: torch.Tensor) -> None:
@@ -58,10 +58,8 @@ def index(table: SymbolTable, call: Call) -> None:
     together = all(after == before + 1 for before, after in pairwise(places))
     at = places[0] if together else 0
     dims[at:at] = [None] * len(new)
-    origin = symbol.origin
-    if origin is not None:
-        origin = Origin(origin.parameter, tuple(None if dim is None else origin.dims[dim] for dim in dims))
-    table.put(call.out, (*kept[:at], *new, *kept[at:]), symbol.domain, origin)
+    origins = (origin.through(dims) for origin in symbol.origins)
+    table.put(call.out, (*kept[:at], *new, *kept[at:]), symbol.domain, origins)
 
 
 def _constant_run(

@@ -9,14 +9,7 @@ import torch
 
 from secateur.graph.axes import Axis, cut, join, leaf, mark, refuse, regroup, size_of, span, split_axis, unify
 from secateur.graph.rules_elementwise import Rule
-from secateur.graph.symbols import Call, Origin, SymbolTable
-
-
-def _kept_dims(origin: Origin | None, dims: Sequence[int | None]) -> Origin | None:
-    """The origin of a result whose dimension ``i`` is dimension ``dims[i]`` of the operand (None: a new one)."""
-    if origin is None:
-        return None
-    return Origin(origin.parameter, tuple(None if dim is None else origin.dims[dim] for dim in dims))
+from secateur.graph.symbols import Call, SymbolTable
 
 
 def _wrap(dim: int, rank: int) -> int:
@@ -27,7 +20,7 @@ def _put_dims(table: SymbolTable, call: Call, dims: Sequence[int | None]) -> Non
     """The result has the operand's axes in the order ``dims``; None is a new dimension of size 1."""
     symbol = table[call.tensors[0]]
     axes = [() if dim is None else symbol.axes[dim] for dim in dims]
-    table.put(call.out, axes, symbol.domain, _kept_dims(symbol.origin, dims))
+    table.put(call.out, axes, symbol.domain, (origin.through(dims) for origin in symbol.origins))
 
 
 # --- order of dimensions ------------------------------------------------------------------------------------------
@@ -73,8 +66,13 @@ def view(table: SymbolTable, call: Call) -> None:
     """All factors in a row, divided again at the sizes of the result."""
     x = call["self"]
     symbol = table[x]
-    dims = _view_dims(x.shape, call.out.shape) if symbol.origin is not None else ()
-    table.put(call.out, regroup(symbol.axes, call.out.shape), symbol.domain, _kept_dims(symbol.origin, dims))
+    dims = _view_dims(x.shape, call.out.shape) if symbol.origins else ()
+    table.put(
+        call.out,
+        regroup(symbol.axes, call.out.shape),
+        symbol.domain,
+        (origin.through(dims) for origin in symbol.origins),
+    )
 
 
 def _view_dims(before: Sequence[int], after: Sequence[int]) -> list[int | None]:
@@ -109,7 +107,7 @@ def expand(table: SymbolTable, call: Call) -> None:
         else:
             axes.append(_repeat(size))
             dims.append(None)
-    table.put(call.out, axes, symbol.domain, _kept_dims(symbol.origin, dims))
+    table.put(call.out, axes, symbol.domain, (origin.through(dims) for origin in symbol.origins))
 
 
 def _repeat(size: int) -> Axis:
@@ -138,7 +136,7 @@ def _with_axis(table: SymbolTable, x: torch.Tensor, out: torch.Tensor, dim: int,
         del axes[dim], dims[dim]
     else:
         axes[dim] = axis
-    table.put(out, axes, symbol.domain, _kept_dims(symbol.origin, dims))
+    table.put(out, axes, symbol.domain, (origin.through(dims) for origin in symbol.origins))
 
 
 def slice_(table: SymbolTable, call: Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,10 +15,14 @@ from secateur.graph.axes import Axis, Conflict, leaf, refuse, unify
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor that is a parameter seen through layout operators: which dimensions are which of the parameter's."""
+    """A tensor is made of a parameter, for instance a view of it: which dimensions are which of the parameter's."""
 
     parameter: str
     dims: tuple[int | None, ...]
+
+    def through(self, dims: Sequence[int | None]) -> Origin:
+        """The origin of a result whose dimension ``i`` is dimension ``dims[i]`` of this tensor (None: a new one)."""
+        return Origin(self.parameter, tuple(None if dim is None else self.dims[dim] for dim in dims))
 
 
 @dataclass
@@ -28,7 +32,8 @@ class Symbol:
     axes: tuple[Axis, ...]
     domain: Axis | None = None
     """For integers that are indices: the axis that they index."""
-    origin: Origin | None = None
+    origins: tuple[Origin, ...] = ()
+    """The parameters that it is made of, for a weight as opposed to an activation."""
     constant: bool = False
     """Its values are written in the code, and do not depend on the model or its input."""
 
@@ -89,8 +94,8 @@ class SymbolTable:
     other_buffers: Mapping[int, str]
     used: dict[str, Symbol] = field(default_factory=dict)
     """Symbols of the parameters and persistent buffers that the run has used, by name."""
-    contracted: set[tuple[str, int]] = field(default_factory=set)
-    """Axes of parameters that were summed over in a product: (name, axis)."""
+    contracted: dict[tuple[str, int], list[Axis]] = field(default_factory=dict)
+    """What was summed over in products of a parameter: (name, axis) to that axis, or parts of it."""
     _symbols: dict[int, Symbol] = field(default_factory=dict)
     _alive: list[torch.Tensor] = field(default_factory=list)
 
@@ -107,7 +112,7 @@ class SymbolTable:
         symbol = Symbol(tuple(leaf(size) for size in tensor.shape))
         name = self.parameters.get(id(tensor)) or self.persistent_buffers.get(id(tensor))
         if name is not None:
-            symbol.origin = Origin(name, tuple(range(tensor.dim())))
+            symbol.origins = (Origin(name, tuple(range(tensor.dim()))),)
             self.used[name] = symbol
             return symbol
         buffer = self.other_buffers.get(id(tensor))
@@ -122,14 +127,14 @@ class SymbolTable:
         tensor: torch.Tensor,
         axes: Iterable[Axis],
         domain: Axis | None = None,
-        origin: Origin | None = None,
+        origins: Iterable[Origin] = (),
         constant: bool = False,
     ) -> None:
         """Say what ``tensor``, the result of an operator, is; raises Conflict when the sizes do not fit."""
         axes = tuple(axes)
         if len(axes) != tensor.dim():
             raise Conflict(f"{len(axes)} axes for a tensor of {tensor.dim()} dimensions")
-        self._symbols[id(tensor)] = Symbol(axes, domain, origin, constant)
+        self._symbols[id(tensor)] = Symbol(axes, domain, tuple(origins), constant)
         self._alive.append(tensor)
 
     def symbols(self, tensors: Iterable[torch.Tensor]) -> Iterator[Symbol]:
@@ -152,9 +157,11 @@ class SymbolTable:
 
     def contract(self, tensor: torch.Tensor, dim: int) -> None:
         """Note that ``dim`` of ``tensor`` is summed over in a product."""
-        origin = self[tensor].origin
-        if origin is not None and origin.dims[dim] is not None:
-            self.contracted.add((origin.parameter, origin.dims[dim]))
+        symbol = self[tensor]
+        for origin in symbol.origins:
+            of = origin.dims[dim]
+            if of is not None:
+                self.contracted.setdefault((origin.parameter, of), []).append(symbol.axes[dim])
 
     def index_arithmetic(self, call: Call, tensors: Iterable[torch.Tensor]) -> None:
         """Computing with indices: after a cut they would be others, so what they index must stay."""

@@ -204,6 +204,8 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs) if not meta else self._on_meta(func, args, kwargs)
             self._unreal |= {_storage(tensor) for tensor in Call(func, (), {}, out).outputs if not tensor.is_meta}
             return out
+        if meta and kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta":
+            kwargs = {**kwargs, "device": torch.device("meta")}  # there are no values that could be moved
         if not meta or not real:
             return func(*args, **kwargs)
         return self._on_meta(func, args, kwargs)
