@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from secateur.errors import ModelError
+from secateur.graph import trace
 from secateur.surgery.attributes import attribute_changes, refresh_sizes, refresh_wrapper, require_known
 from secateur.surgery.rows import Rows, removed_rows
 from secateur.types import DependencyGraph, PruningPlan
@@ -26,10 +27,7 @@ def apply_plan(plan: PruningPlan, model: M, graph: DependencyGraph | None = None
 
     Raises PlanError when the plan was made for another model, before anything changes.
     """
-    if graph is None:
-        from secateur.graph import trace
-
-        graph = trace(model)
+    graph = trace(model) if graph is None else graph
     plan.check(graph)
     slice_model(model, graph, plan.kept)
     return model
