@@ -1,7 +1,7 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
 from secateur.export.huggingface import ExportSettings, StandardForm, check_output, save, standard_form
-from secateur.export.verify import Verification, verify_folder, verify_folders
+from secateur.export.verify import Verification, verify_folder
 
 __all__ = [
     "ExportSettings",
@@ -11,5 +11,4 @@ __all__ = [
     "save",
     "standard_form",
     "verify_folder",
-    "verify_folders",
 ]

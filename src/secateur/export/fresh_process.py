@@ -29,7 +29,7 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     started = time.monotonic()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    opened: Any = AutoModelForCausalLM.from_pretrained(
         job["folder"],
         trust_remote_code=job["trust"],
         dtype="auto",
@@ -37,13 +37,14 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
         local_files_only=True,
         output_loading_info=True,
     )
+    model, info = opened
     model.eval()
     seconds = time.monotonic() - started
     reference = load_file(job["reference"])
     ids = reference["ids"]
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits.float()
-        facts = _generate(model, ids[:1])
+        facts = generate(model, ids[:1], ("dynamic", "static"))
     return {
         "class_name": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -59,12 +60,12 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generate(model: Any, ids: Any, steps: int = 6) -> dict[str, Any]:
-    """Generate greedily with a dynamic and a static cache, and compare with one forward pass without any."""
+def generate(model: Any, ids: Any, caches: tuple[str, ...], steps: int = 6) -> dict[str, Any]:
+    """Generate greedily with each kind of cache, and compare the logits with one forward pass that uses none."""
     import torch
 
     facts: dict[str, Any] = {}
-    for cache in ("dynamic", "static"):
+    for cache in caches:
         options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
         try:
             made = model.generate(
@@ -80,11 +81,11 @@ def _generate(model: Any, ids: Any, steps: int = 6) -> dict[str, Any]:
                 output_logits=True,
                 **options,
             )
-        except Exception as error:  # some families have no static cache; the caller decides what that means
+            stepwise = torch.stack(made.logits, dim=1).float()
+            at_once = model(input_ids=made.sequences[:, :-1], use_cache=False).logits[:, -steps:].float()
+        except Exception as error:  # whatever a family raises that has no such cache
             facts[f"{cache}_cache_error"] = f"{type(error).__name__}: {error}"
             continue
-        stepwise = torch.stack(made.logits, dim=1).float()
-        at_once = model(input_ids=made.sequences[:, :-1], use_cache=False).logits[:, -steps:].float()
         facts[f"{cache}_cache_difference"] = float((stepwise - at_once).abs().max())
         facts["generated"] = made.sequences[0, -steps:].tolist()
     return facts
@@ -102,7 +103,7 @@ def _tokenize(folder: str) -> dict[str, Any]:
 
 
 def main(jobs: str, results: str) -> None:
-    sys.meta_path.insert(0, _NoSecateur())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoSecateur())
     import torch
     import transformers
 

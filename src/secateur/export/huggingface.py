@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import InputError, ModelError
+from secateur.errors import InputError, ModelError, VerificationError
+from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
 from secateur.export.uneven import uneven_config
-from secateur.export.verify import Verification, verify_folder
+from secateur.export.verify import Reference, Verification, verify_folder
 from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
 from secateur.types import DependencyGraph, Settings
 
@@ -108,7 +109,7 @@ def save(
     kept: Mapping[str, Sequence[int]],
     settings: ExportSettings | None = None,
 ) -> Verification:
-    """Write a sliced model, prove in a fresh process that the folder opens and computes the same, then give it its name.
+    """Write a sliced model; give the folder its name once a fresh process has opened it and computed the same.
 
     Args:
         model: sliced in place, adapters merged; it is not changed.
@@ -124,22 +125,45 @@ def save(
         ModelError: the model cannot be described by a config.
         VerificationError: the folder does not open, or computes something else.
     """
-    settings = settings or ExportSettings()
     target = check_output(folder)
-    form = standard_form(model, graph, kept)
-    weights = _weights(model, _dtype(model, settings))
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _write(model, form, weights, tokenizer, scratch, settings)
-        ids = sample_ids(model.config)
-        verification = verify_folder(scratch, ids, logits_of(model, weights, ids), note=form.note)
+        reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
+        verification = verify_folder(reference)
         (scratch / ARTEFACTS).mkdir()
         verification.save(scratch / ARTEFACTS / "verification.json")
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return verification
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    graph: DependencyGraph,
+    kept: Mapping[str, Sequence[int]],
+    settings: ExportSettings | None = None,
+) -> Reference:
+    """The part of ``save`` that writes, without proof; returns what the proof needs."""
+    settings = settings or ExportSettings()
+    form = standard_form(model, graph, kept)
+    weights = _weights(model, _dtype(model, settings))
+    standard = _on_meta(form.model_class, form.config)
+    standard.load_state_dict(weights, strict=True, assign=True)
+    standard.tie_weights()
+    if model.can_generate():
+        standard.generation_config = copy.deepcopy(model.generation_config)
+    with _quiet():
+        standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    _open_permissions(folder)
+    ids = sample_ids(model.config)
+    return Reference(folder, ids, *_answers(model, weights, ids), form.note)
 
 
 def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
@@ -149,15 +173,21 @@ def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Logits ``[batch, length, vocabulary]`` of the model in memory with ``weights``, which are of the written type."""
-    training = model.training
+def _answers(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], ids: torch.Tensor
+) -> tuple[torch.Tensor, float | None]:
+    """Logits of the model in memory with ``weights``, which are of the written type; and what a cache changes."""
+    training, ids = model.training, ids.to(model.device)
     model.eval()
     try:
-        inputs = {"input_ids": ids.to(model.device), "use_cache": False}
-        return torch.func.functional_call(model, dict(weights), kwargs=inputs).logits.float().cpu()
+        inputs = {"input_ids": ids, "use_cache": False}
+        logits = torch.func.functional_call(model, dict(weights), kwargs=inputs).logits
+        cached = generate(model, ids[:1], ("dynamic",)) if model.can_generate() else {}
+    except RuntimeError as error:
+        raise VerificationError(f"The model in memory does not compute, so it was not saved: {error}") from error
     finally:
         model.train(training)
+    return logits.float().cpu(), cached.get("dynamic_cache_difference")
 
 
 def _dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
@@ -177,26 +207,6 @@ def _weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tens
             cast[id(tensor)] = tensor.detach() if keep else tensor.detach().to(dtype)
         weights[name] = cast[id(tensor)]
     return weights
-
-
-def _write(
-    model: PreTrainedModel,
-    form: StandardForm,
-    weights: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    settings: ExportSettings,
-) -> None:
-    standard = _on_meta(form.model_class, form.config)
-    standard.load_state_dict(weights, strict=True, assign=True)
-    standard.tie_weights()
-    if model.can_generate():
-        standard.generation_config = copy.deepcopy(model.generation_config)
-    with _quiet():
-        standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    _open_permissions(folder)
 
 
 def _publish(scratch: Path, target: Path) -> None:

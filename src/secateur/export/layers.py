@@ -32,13 +32,23 @@ class LayerSizes:
         """Name → a group that it counts and that loses units now."""
         if is_uneven(config):
             self._continue_from(config)
-        layers = list(config.per_layer_config)
+        elif config.is_heterogeneous and kept:
+            raise ModelError(
+                f"The layers of this {config.model_type} model differ in size by design (per_layer_config), and a cut "
+                "on top of that cannot be described yet."
+            )
+        layer_configs = list(config.per_layer_config)
         for group in graph:
             lost = group.size - len(kept.get(group.name, range(group.size)))
             if lost and group.layer is None:
                 self._cut_everywhere(group, lost)
-            elif lost:
-                self._cut(layers[group.layer], group, lost)
+            elif lost and group.layer is not None:
+                if group.layer >= len(layer_configs):
+                    raise ModelError(
+                        f"{group.name} lies beyond the {len(layer_configs)} layers that the config of this "
+                        f"{graph.model_type} model counts, so its size cannot be described. Protect it."
+                    )
+                self._cut(layer_configs[group.layer], group, lost)
 
     def of(self, layer: int, name: str) -> int:
         """Size ``name`` of ``layer``."""
@@ -75,6 +85,8 @@ class LayerSizes:
         place, layer = place_of(group), group.layer
         if place is None or layer is None:
             raise ModelError(f"{group.name} does not lie inside one layer, so layers cannot differ in it. Protect it.")
+        if any(place.path != other.path for other in self.names):
+            raise ModelError(f"{group.name} lies in a second list of layers, which no config can describe. Protect it.")
         if place not in self.names:
             self.names[place] = self._free_name(size_name(layer_config, group))
         name = self.names[place]

@@ -68,7 +68,7 @@ class Place:
     path: str
     """Of the list of layers, as ``model.layers``."""
     rows: frozenset[tuple[str, int]]
-    """``"path inside the layer:axis"`` of each member, with its rows for each unit."""
+    """``"path inside the layer:axis"`` of each member, with the rows of one unit."""
 
 
 def place_of(group: NodeGroup) -> Place | None:
@@ -77,5 +77,8 @@ def place_of(group: NodeGroup) -> Place | None:
     prefix = path + marker
     if group.layer is None or not all(member.parameter.startswith(prefix) for member in group.members):
         return None
-    rows = {(f"{m.parameter.removeprefix(prefix)}:{m.axis}", m.rows_per_unit) for m in group.members}
-    return Place(path, frozenset(rows))
+    rows: dict[str, int] = {}
+    for member in group.members:
+        key = f"{member.parameter.removeprefix(prefix)}:{member.axis}"
+        rows[key] = rows.get(key, 0) + member.rows_per_unit  # several members on one axis: fused projections
+    return Place(path, frozenset(rows.items()))

@@ -7,6 +7,7 @@ Sizes of layers go to transformers' own ``per_layer_config``; ``pruned_layers`` 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
@@ -39,7 +40,8 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
     config.pruned_layers = {"path": path, "follows": follows}
     module = MODELING_FILE.removesuffix(".py")
     config.auto_map = {"AutoModelForCausalLM": f"{module}.Pruned{family.__name__}"}
-    config.per_layer_config = sizes.sizes
+    per_layer: dict[int | str, dict[str, Any]] = {layer: dict(own) for layer, own in sizes.sizes.items()}
+    config.per_layer_config = per_layer
     try:
         type(config).from_dict(config.to_dict())
     except AmbiguousGlobalPerLayerAttributeError:

@@ -33,6 +33,9 @@ class PrunedLayers:
                 lacking = getattr(whole, size) - getattr(own, size)
                 for follower, per_unit in followers.items() if lacking else ():
                     self._shrink(layer, follower, lacking * per_unit, own)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if "Rotary" in type(module).__name__:
+                module.config = whole  # Rotary embeddings serve all layers; only the width of a head matters to them.
 
     def _shrink(self, layer: nn.Module, follower: str, amount: int, own: Any) -> None:
         name, _, axis = follower.partition(":")

@@ -6,11 +6,10 @@ is made here, from the same source.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import transformers
@@ -39,7 +38,6 @@ def family_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
 
 
-@functools.cache
 def pruned_class(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of this family's models with uneven layers; its ``save_pretrained`` writes the modelling file too."""
     return type(f"Pruned{family.__name__}", (_WritesItsCode, PrunedLayers, family), {"__module__": __name__})
@@ -55,11 +53,11 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
             f"{config.model_type} is not a causal language model that transformers {transformers.__version__} knows. "
             "Install the version named in the folder's config.json."
         )
-    return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return pruned_class(cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
 
 
 def modeling_source(family: type[PreTrainedModel]) -> str:
-    """The text of ``modeling_pruned.py``: the family's class, imported from transformers, with :class:`PrunedLayers`."""
+    """The text of ``modeling_pruned.py``: :class:`PrunedLayers` and the family's class, imported from transformers."""
     return _TEMPLATE.render(
         family=family.__name__,
         pruned_layers=inspect.getsource(PrunedLayers).replace("  # type: ignore[attr-defined]", ""),
