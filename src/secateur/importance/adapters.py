@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -111,22 +110,19 @@ def scores_from_adapter_gradients(
 
 
 def _group_scores(model: nn.Module, group: NodeGroup, form: Form, normalise: bool) -> torch.Tensor:
-    total: torch.Tensor | None = None
-    for member, layer in _wrapped(model, group):
-        score = sum_rows(composed(layer).row_sums(member.axis, form), member, group.size).cpu()
-        if normalise and float(score.norm()) > 0:
-            score = score / score.norm()
-        total = score if total is None else total + score
-    if total is None:
-        raise unscorable(group, "lora", "none of its weights has a LoRA adapter (attach one: lora.targets)")
+    total = torch.zeros(group.size)
+    for member, operator in _composed_members(model, group):
+        score = sum_rows(operator.row_sums(member.axis, form), member, group.size).cpu()
+        total += score / score.norm() if normalise and float(score.norm()) > 0 else score
     return total
 
 
-def _wrapped(model: nn.Module, group: NodeGroup) -> Iterator[tuple[Member, LoraLayer]]:
-    for member in base_members(group):
-        layer = lora_layer(model, member.parameter)
-        if layer is not None:
-            yield member, layer
+def _composed_members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, Composed]]:
+    layers = [(member, lora_layer(model, member.parameter)) for member in base_members(group)]
+    found = [(member, composed(layer)) for member, layer in layers if layer is not None]
+    if not found:
+        raise unscorable(group, "lora", "none of its weights has a LoRA adapter (attach one: lora.targets)")
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,6 +146,8 @@ class Adapters:
         adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
         if not adapters:
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
+        for group in graph.prunable:
+            _composed_members(model, group)
         with borrowed(model, adapters):
             mean_loss_backward(model, blocks, self.batch_size)
             return scores_from_adapter_gradients(model, graph, self.form, self.normalise)

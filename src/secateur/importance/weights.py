@@ -23,13 +23,19 @@ def lora_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
     return layer if isinstance(layer, LoraLayer) and parameter == f"{path}.base_layer.weight" else None
 
 
+def stored_weight(model: nn.Module, parameter: str) -> torch.Tensor:
+    """The parameter (or buffer) at this path, detached."""
+    path, _, leaf = parameter.rpartition(".")
+    weight: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return weight.detach()
+
+
 def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:
     """The values that ``parameter`` acts with, detached: ``W``, or ``W + s B A`` for a LoRA-wrapped weight.
 
     Same shape as the parameter. The sum is a new tensor that lives as long as the caller keeps it.
     """
-    path, _, leaf = parameter.rpartition(".")
-    weight = getattr(model.get_submodule(path), leaf).detach()
+    weight = stored_weight(model, parameter)
     layer = lora_layer(model, parameter)
     if layer is None or layer.merged or layer.disable_adapters:
         return weight

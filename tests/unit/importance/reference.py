@@ -1,0 +1,87 @@
+"""The criteria once more, slowly and plainly: one unit, one row, one element at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from secateur.types import DependencyGraph, Member, NodeGroup
+
+
+def rows_of(member: Member, unit: int) -> list[int]:
+    return [offset + unit * member.stride + step for offset in member.offsets for step in range(member.width)]
+
+
+def slices(parameter: torch.Tensor, member: Member, unit: int) -> list[torch.Tensor]:
+    """The slices of a parameter that belong to a unit."""
+    return [parameter.select(member.axis, row) for row in rows_of(member, unit)]
+
+
+def magnitude(model: nn.Module, group: NodeGroup, over: str) -> list[float]:
+    parameters = dict(model.named_parameters())
+    scores = []
+    for unit in range(group.size):
+        norms, squares = 0.0, 0.0
+        for member in group.members:
+            for piece in slices(parameters[member.parameter].detach(), member, unit):
+                square = sum(float(value) ** 2 for value in piece.flatten())
+                squares += square
+                norms += square**0.5 if member.role == "in" else 0.0
+        scores.append(norms if over == "consumers" else squares**0.5)
+    return scores
+
+
+def wanda(model: nn.Module, group: NodeGroup, ids: torch.Tensor, transposed: bool = False) -> list[float]:
+    """``ids``: all blocks at once. Only for groups that are consumed by plain linears."""
+    parameters, inputs = dict(model.named_parameters()), {}
+
+    def keep(name: str) -> None:
+        module = model.get_submodule(name.rpartition(".")[0])
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] = args[0].reshape(-1, args[0].shape[-1])
+
+        hooks.append(module.register_forward_pre_hook(hook))
+
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    consumers = [member for member in group.members if member.role == "in"]
+    for member in consumers:
+        keep(member.parameter)
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in hooks:
+        handle.remove()
+    scores = []
+    for unit in range(group.size):
+        score = 0.0
+        for member in consumers:
+            weight, x = parameters[member.parameter].detach(), inputs[member.parameter]
+            for channel in rows_of(member, unit):
+                size = float((x[:, channel] ** 2).mean()) ** 0.5
+                column = weight.select(member.axis, channel)
+                score += sum(abs(float(value)) * size for value in column) / len(column)
+        scores.append(score)
+    return scores
+
+
+def taylor(model: nn.Module, graph: DependencyGraph, ids: torch.Tensor, form: str) -> dict[str, list[float]]:
+    """``ids``: all blocks in one batch; gradients of every parameter by one plain backward pass."""
+    parameters = dict(model.named_parameters())
+    loss = model(input_ids=ids, labels=ids).loss
+    gradients = dict(
+        zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True)
+    )
+    scores: dict[str, list[float]] = {}
+    for group in graph.prunable:
+        scores[group.name] = []
+        for unit in range(group.size):
+            total = 0.0
+            for member in group.members:
+                weights = slices(parameters[member.parameter].detach(), member, unit)
+                gradient = gradients[member.parameter]
+                assert gradient is not None
+                for w, g in zip(weights, slices(gradient, member, unit), strict=True):
+                    product = w * g
+                    total += float(product.abs().sum() if form == "element" else product.sum())
+            scores[group.name].append(abs(total))
+    return scores
