@@ -135,6 +135,12 @@ def refuse(axis: Axis, reason: str) -> None:
         atom.refusals.setdefault(reason)
 
 
+def sever(axis: Axis, reason: str) -> None:
+    """Refuse ``axis``, and note that what becomes of its units is not known: the other half of the place is missing."""
+    refuse(axis, reason)
+    mark(axis, "severed")
+
+
 def mark(axis: Axis, what: str) -> None:
     """Note that everything below ``axis`` took part in ``what``."""
     for atom in nodes(axis):

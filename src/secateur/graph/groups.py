@@ -27,7 +27,6 @@ RENORMALISING = (
     "cumulative sum",
     "cumulative product",
     "product",
-    "sort",
 )
 """Marks of reductions that have to be told which units are gone."""
 
@@ -58,6 +57,24 @@ class Candidate:
     @property
     def rows(self) -> int:
         return sum(member.rows_per_unit for member in self.members) * self.atom.size
+
+    def overlaps(self, other: Candidate) -> bool:
+        """Whether both own some row of some parameter, as the factors of a product do."""
+        mine, theirs = self._intervals(), other._intervals()
+        return any(
+            start < other_stop and other_start < stop
+            for axis in mine.keys() & theirs.keys()
+            for start, stop in mine[axis]
+            for other_start, other_stop in theirs[axis]
+        )
+
+    def _intervals(self) -> dict[tuple[str, int], list[tuple[int, int]]]:
+        """The rows it owns on each axis of each parameter; the rows of all units from one start lie together."""
+        spans: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for member in self.members:
+            length = self.atom.size * member.width
+            spans[member.parameter, member.axis] += [(start, start + length) for start in member.offsets]
+        return spans
 
 
 def find_groups(model: nn.Module, table: SymbolTable) -> DependencyGraph:
@@ -138,20 +155,31 @@ def _kinds(candidates: Sequence[Candidate]) -> dict[int, Kind]:
         kind = _own_kind(candidate)
         if kind is not None:
             kinds[id(candidate.atom)] = kind
-    heads = [candidate for candidate in candidates if kinds.get(id(candidate.atom)) == "attention"]
-    for candidate in candidates:
-        kind = kinds.get(id(candidate.atom))
-        rivals = [head for head in heads if head is not candidate and head.axes & candidate.axes]
-        if kind == "attention" and any(_outranks(rival, candidate) for rival in rivals):
-            del kinds[id(candidate.atom)]  # query heads within a KV head
-        elif kind in ("ffn", "state", "hidden") and rivals:
-            del kinds[id(candidate.atom)]  # dimensions within a head
+    by_axis: dict[tuple[str, int], list[Candidate]] = defaultdict(list)
+    for candidate in sorted(candidates, key=lambda candidate: _rank(candidate, kinds.get(id(candidate.atom)))):
+        if id(candidate.atom) not in kinds:
+            continue
+        if any(candidate.overlaps(rival) for axis in candidate.axes for rival in by_axis[axis]):
+            del kinds[id(candidate.atom)]
+            continue
+        for axis in candidate.axes:
+            by_axis[axis].append(candidate)
     return kinds
 
 
-def _outranks(head: Candidate, other: Candidate) -> bool:
-    """Of two atoms of the same rows, the head is the one that more rows belong to: a KV head owns its query heads."""
-    return (head.rows, -head.atom.serial) > (other.rows, -other.atom.serial)
+def _rank(candidate: Candidate, kind: Kind | None) -> tuple[int, int, int, int]:
+    """Who owns rows that are a product of several atoms.
+
+    Heads before the dimensions within them; a KV head, which more rows belong to, before its query heads; of the rest
+    the finer.
+    """
+    order = ("vocab", "hidden", "expert", "attention", "state", "ffn")
+    if "hidden" in candidate.atom.marks or kind != "hidden":
+        first = order.index(kind) if kind in order else len(order)
+    else:
+        first = len(order)
+    rows = candidate.rows if kind == "attention" else 0
+    return (first, -rows, -candidate.atom.size, candidate.atom.serial)
 
 
 def _own_kind(candidate: Candidate) -> Kind | None:
@@ -163,19 +191,15 @@ def _own_kind(candidate: Candidate) -> Kind | None:
     if "top-k" in atom.marks:
         return "expert"
     if not both:
-        return "ffn" if _without_rule(atom) and len(candidate.layers) == 1 else None
+        severed = "severed" in atom.marks and len(candidate.layers) == 1 and candidate.layers != [None]
+        return "ffn" if severed else None
     if "head" in atom.marks:
         return "attention"
     if len(candidate.layers) > 1 and "nonlinear" not in atom.marks:
         return "hidden"
     if "depthwise convolution" in atom.marks:
         return "state"
-    return "ffn" if "nonlinear" in atom.marks or _without_rule(atom) else None
-
-
-def _without_rule(atom: Atom) -> bool:
-    """Whether an operator that is not understood has touched this place, so that its other half may be unknown."""
-    return any("has no rule" in reason or reason.startswith("conflicting") for reason in atom.refusals)
+    return "ffn" if atom.marks & {"nonlinear", "severed"} else None
 
 
 # --- names and protection -------------------------------------------------------------------------------------------

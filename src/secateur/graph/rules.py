@@ -10,7 +10,7 @@ from secateur.graph import (
     rules_layout,
     rules_reduction,
 )
-from secateur.graph.axes import Axis, leaf, refuse
+from secateur.graph.axes import Axis, leaf, sever
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -35,9 +35,9 @@ def protect(table: SymbolTable, call: Call, reason: str) -> None:
         symbol = table[tensor]
         shapes.setdefault(tuple(tensor.shape), symbol.axes)
         for axis in (*symbol.axes, symbol.domain or ()):
-            refuse(axis, reason)
+            sever(axis, reason)
     for out in call.outputs:
         axes = shapes.get(tuple(out.shape)) or tuple(leaf(size) for size in out.shape)
         for axis in axes:
-            refuse(axis, reason)
+            sever(axis, reason)
         table.put(out, axes)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from secateur.graph.axes import Axis, cut, leaf, mark, refuse, size_of, span, unify
+from secateur.graph.axes import Axis, cut, leaf, mark, refuse, sever, size_of, span, unify
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -22,7 +22,7 @@ def _look_up(table: SymbolTable, call: Call, axis: Axis, index: torch.Tensor) ->
     if index.dtype == torch.bool:
         refuse(axis, f"chosen by a mask ({call.name})")
     elif domain is None or size_of(domain) != size_of(axis):
-        refuse(axis, f"indexed by computed values ({call.name})")
+        sever(axis, f"indexed by computed values ({call.name})")
         if domain is not None:
             refuse(domain, f"values index something of another size ({call.name})")
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from secateur.graph.axes import Axis, cut, join, leaf, mark, refuse, regroup, size_of, span, split_axis, unify
+from secateur.graph.axes import Axis, cut, join, leaf, mark, refuse, regroup, sever, size_of, span, split_axis, unify
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -258,9 +258,9 @@ def reorder(table: SymbolTable, call: Call) -> None:
     axes = list(table[x].axes)
     dims = call["dims"] or range(x.dim())
     for dim in (_wrap(dim, x.dim()) for dim in dims):
-        refuse(axes[dim], f"units are reordered ({call.name})")
+        sever(axes[dim], f"units are reordered ({call.name})")
         axes[dim] = leaf(x.shape[dim])
-        refuse(axes[dim], f"units are reordered ({call.name})")
+        sever(axes[dim], f"units are reordered ({call.name})")
     table.put(call.out, axes)
 
 

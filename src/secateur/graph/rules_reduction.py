@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from secateur.graph.axes import Axis, leaf, mark, refuse, split_axis, unify
+from secateur.graph.axes import Axis, leaf, mark, refuse, sever, split_axis, unify
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -97,13 +97,12 @@ def topk(table: SymbolTable, call: Call) -> None:
 
 
 def sort(table: SymbolTable, call: Call) -> None:
-    """Sorted values lie along a new axis, whose units are not those of the old one; the indices lead back to it."""
+    """Sorted values lie along a new axis, whose units are in another order; the indices lead back to the old one."""
     x = call["self"]
     axes = list(table[x].axes)
     dim = call["dim"] % x.dim()
     before, after = axes[dim], leaf(x.shape[dim])
-    mark(before, "sort")
-    refuse(after, f"units are reordered ({call.name})")
+    sever(before + after, f"units are reordered ({call.name})")
     axes[dim] = after
     *values, indices = call.outputs
     for out in values:
