@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from secateur.training.lora import LoraSettings, attach_lora, merge_lora
-from secateur.training.trainer import TrainingSettings, train, wants_bf16
+from secateur.training.trainer import TrainingSettings, train
 
-__all__ = ["LoraSettings", "TrainingSettings", "attach_lora", "merge_lora", "train", "wants_bf16"]
+__all__ = ["LoraSettings", "TrainingSettings", "attach_lora", "merge_lora", "train"]

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur import progress
+from secateur.precision import Precision, autocast_dtype
 from secateur.types import Settings
 
 
@@ -34,8 +35,8 @@ class TrainingSettings(Settings):
     """Decoupled weight decay of A and B."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 switches clipping off."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it."""
+    precision: Precision = "auto"
+    """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -75,17 +76,6 @@ class _Progress(TrainerCallback):
         self.bar.advance(note=self.note)
 
 
-def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bf16: as asked, or with ``auto`` where the hardware computes in bf16."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False
-
-
 def train(
     model: PeftModel,
     ids: torch.Tensor,
@@ -117,7 +107,7 @@ def train(
             optim="adamw_torch" if settings.optimizer == "adamw" else "sgd",
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            bf16=wants_bf16(settings.precision, device),
+            bf16=autocast_dtype(settings.precision, device) is torch.bfloat16,
             use_cpu=device.type == "cpu",
             activation_checkpointing=settings.gradient_checkpointing,
             logging_steps=max(1, steps // 20),

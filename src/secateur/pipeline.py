@@ -1,0 +1,306 @@
+"""The whole run on one page: discover, decide, cut, grow back, measure, save, verify. Each stage is callable alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.config import Recipe, dump, revise
+from secateur.data import TokenBlocks, load_blocks
+from secateur.errors import InputError
+from secateur.evaluation import TextLoss, losses_by_source, model_bytes, model_parameters
+from secateur.export import check_output
+from secateur.graph import trace
+from secateur.importance import CRITERIA
+from secateur.loading import load
+from secateur.methods import METHODS, PruningTask
+from secateur.planning import allocate, describe, make_plan, restrict
+from secateur.precision import autocast_dtype
+from secateur.progress import say
+from secateur.recovery import recover
+from secateur.surgery import masked, slice_model
+from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
+from secateur.workspace import Workspace
+
+
+@dataclass
+class Result:
+    """What a run ends with; ``secateur.save`` writes it to a folder."""
+
+    model: PreTrainedModel
+    """The smaller model: the one that was given, changed in place."""
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: PruningPlan
+    graph: DependencyGraph
+    """Of the model before the cut."""
+    recipe: Recipe
+    scores: Scores | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Blocks for each purpose; None where a run does not need them."""
+
+    calibration: TokenBlocks | None = None
+    recovery: TokenBlocks | None = None
+    """Also what progressive methods train on."""
+    evaluation: TokenBlocks | None = None
+
+
+def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = False) -> Result:
+    """What ``secateur prune`` does: open the model that the recipe names, and prune it into the folder ``output``."""
+    check_output(output)
+    model, tokenizer = load(**recipe.model.model_dump())
+    return prune(model, tokenizer, recipe=recipe, output=output, resume=resume, dry_run=dry_run)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    ratio: float | None = None,
+    method: str | None = None,
+    recipe: Recipe | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Make ``model`` smaller, in place.
+
+    Args:
+        model: any causal language model of transformers.
+        tokenizer: of that model. Without one there is no text: the method must need none, and nothing is evaluated
+            or, unless the recipe insists, recovered.
+        ratio: fraction of all parameters to remove, between 0 and 1; default 0.2.
+        method: a name from ``secateur methods``; default ``lorashear``.
+        recipe: every other setting. ``ratio`` and ``method`` win over what it says.
+        output: folder to save to; until it is finished, the stages are kept beside it.
+        resume: go on after the last finished stage of an interrupted run for ``output``.
+        dry_run: discover, check the budget and the text, and stop. The result's plan is by random scores.
+
+    Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
+    """
+    recipe = _complete(recipe, ratio, method, tokenizer)
+    if output is not None:
+        check_output(output)
+    graph = trace(model)
+    texts = read_texts(recipe, tokenizer)
+    result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
+    if dry_run:
+        return result
+    work = Workspace.open(output, dump(recipe), resume)
+    result.metrics = work.metrics()
+
+    with stage(work, "dense", "Measuring the dense model", result):
+        measure(result, texts, "dense")
+    with stage(work, "baseline", "Pruning without LoRA, for comparison", result):
+        measure_baseline(result, texts)
+    with stage(work, "decide", f"Choosing what goes: {recipe.method.name}", result):
+        decide(result, texts, work)
+    with stage(work, "pruned", "Cutting it out", result):
+        cut(result)
+        measure(result, texts, "pruned")
+    with stage(work, "recovered", "Growing the lost knowledge back", result):
+        grow_back(result, texts, work)
+        measure(result, texts, "recovered")
+    with stage(work, "speed", "Timing dense and pruned", result):
+        time_both(result)
+    if output is not None:
+        save(result, output, work=work)
+        work.remove()
+    return result
+
+
+def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
+    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment."""
+    scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
+    plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
+    before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
+    say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
+    return plan
+
+
+def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Texts:
+    """Token blocks for each purpose that the recipe has; the splits never overlap."""
+    if tokenizer is None:
+        return Texts()
+    needs = METHODS[recipe.method.name].needs
+    baseline = _baseline(recipe)
+    trains = needs == "training" or recipe.recovery.steps > 0
+    scores = needs != "nothing" or (baseline is not None and METHODS[baseline].needs != "nothing")
+    read = partial(load_blocks, tokenizer=tokenizer, seed=recipe.seed)
+    return Texts(
+        calibration=read(recipe.calibration, "calibration") if scores else None,
+        recovery=read(recipe.recovery, "recovery") if trains else None,
+        evaluation=read(recipe.evaluation, "evaluation") if recipe.evaluation.tokens else None,
+    )
+
+
+def decide(result: Result, texts: Texts, work: Workspace) -> None:
+    """Let the method choose the units that go, and write the plan. Methods that train change weights, never shapes."""
+    recipe = result.recipe
+    method = METHODS[recipe.method.name](recipe.method.settings)
+    if work.has("plan.json"):
+        result.plan = PruningPlan.model_validate(work.read_json("plan.json"))
+        result.scores = Scores(work.read_tensors("scores.safetensors")) if work.has("scores.safetensors") else None
+        if method.needs == "training":
+            work.read_weights("decided.safetensors", result.model)
+        return
+    decision = method.run(_task(result, texts, work))
+    result.plan = _plan(result.graph, recipe, decision.removed)
+    result.scores = decision.scores
+    result.metrics["method"] = decision.metrics
+    if result.scores is not None:
+        work.write_tensors("scores.safetensors", dict(result.scores.values))
+    if method.needs == "training":
+        work.write_weights("decided.safetensors", result.model)
+    work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
+    say(describe(result.plan, result.graph))
+
+
+def cut(result: Result) -> None:
+    """Apply the plan: from here on the shapes are the small ones."""
+    slice_model(result.model, result.graph, result.plan.kept)
+
+
+def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
+    """Recover by LoRA fine-tuning, merged at the end."""
+    recipe = result.recipe
+    if texts.recovery is None or recipe.recovery.steps == 0:
+        return
+    if work.has("recovered.safetensors"):
+        work.read_weights("recovered.safetensors", result.model)
+        return
+    log = recover(
+        result.model,
+        texts.recovery,
+        steps=recipe.recovery.steps,
+        lora=recipe.lora,
+        training=recipe.training,
+        seed=recipe.seed,
+    )
+    result.metrics["recovery"] = {"log": log}
+    work.write_weights("recovered.safetensors", result.model)
+
+
+def measure(result: Result, texts: Texts, state: str) -> None:
+    """Perplexity by source, parameters and bytes of the model as it is now, under ``metrics[state]``."""
+    if state in result.metrics:
+        return
+    numbers: dict[str, Any] = {
+        "parameters": model_parameters(result.model),
+        "bytes": model_bytes(result.model, result.recipe.export.dtype),
+    }
+    if texts.evaluation is not None:
+        losses = _losses(result, texts.evaluation)
+        numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}
+        result.metrics["window"] = texts.evaluation.window
+        result.metrics["tokens"] = {source: loss.tokens for source, loss in losses.items()}
+    result.metrics[state] = numbers
+
+
+def measure_baseline(result: Result, texts: Texts) -> None:
+    """What one shot without any training would have cost at the same ratio: masks on the dense model, then off."""
+    name = _baseline(result.recipe)
+    if name is None or texts.evaluation is None or "baseline" in result.metrics:
+        return
+    decision = METHODS[name]().run(_task(result, texts, Workspace(None)))
+    with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
+        losses = _losses(result, texts.evaluation)
+    perplexity = {source: loss.perplexity for source, loss in losses.items()}
+    result.metrics["baseline"] = {"name": f"{name} without LoRA", "perplexity": perplexity}
+
+
+def time_both(result: Result) -> None:
+    """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns."""
+    if not result.recipe.evaluation.speed or "speed" in result.metrics:
+        return
+    result.metrics["speed"] = compare_speed(dense_twin(result), result.model)
+
+
+def save(result: Result, folder: str | Path, *, work: Workspace | None = None) -> None:
+    """Write the model and everything that explains it to ``folder``, and verify it in a fresh process.
+
+    The folder appears whole or not at all; raises VerificationError when it does not compute what the model in memory
+    does, and InputError when it exists and is not empty.
+    """
+    save_result(result, Path(folder), events=work.events if work is not None else [])
+
+
+def _losses(result: Result, blocks: TokenBlocks) -> dict[str, TextLoss]:
+    settings = result.recipe.evaluation
+    dtype = autocast_dtype(settings.precision, result.model.device)
+    return losses_by_source(result.model, blocks, batch_size=settings.batch_size, autocast=dtype)
+
+
+def _plan(graph: DependencyGraph, recipe: Recipe, removed: dict[str, list[int]]) -> PruningPlan:
+    return make_plan(
+        graph,
+        removed,
+        recipe.budget,
+        method=recipe.method.name,
+        seed=recipe.seed,
+        base_model=recipe.model.name,
+        revision=recipe.model.revision,
+    )
+
+
+def _complete(
+    recipe: Recipe | None, ratio: float | None, method: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Recipe:
+    """The recipe with the arguments that win over it, refused when it needs text and there can be none."""
+    flags = {"budget.ratio": ratio, "method": method}
+    if recipe is None and tokenizer is None:
+        flags["recovery.steps"] = 0
+    recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
+    if tokenizer is None:
+        needs = METHODS[recipe.method.name].needs
+        if needs != "nothing" or recipe.recovery.steps > 0:
+            what = f"the method {recipe.method.name} reads text" if needs != "nothing" else "recovery reads text"
+            raise InputError(
+                f"There is no tokenizer, and {what}. Give the tokenizer, or choose a method that needs no text "
+                "(magnitude, random) and recovery.steps=0."
+            )
+    return recipe
+
+
+def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
+    recipe = result.recipe
+    return PruningTask(
+        model=result.model,
+        tokenizer=result.tokenizer,
+        graph=result.graph,
+        budget=recipe.budget,
+        calibration=texts.calibration,
+        training_blocks=texts.recovery,
+        lora=recipe.lora,
+        training=recipe.training,
+        seed=recipe.seed,
+        work=work.path("method"),
+        log=work.log,
+    )
+
+
+def _baseline(recipe: Recipe) -> str | None:
+    """The one-shot method to compare with; none when the run is one-shot itself."""
+    return recipe.evaluation.baseline if METHODS[recipe.method.name].needs == "training" else None
+
+
+@contextmanager
+def stage(work: Workspace, name: str, title: str, result: Result) -> Iterator[None]:
+    """Say what happens, time it, and keep the numbers so far."""
+    say(title)
+    started = time.monotonic()
+    yield
+    seconds = result.metrics.setdefault("seconds", {})
+    seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
+    work.write_json("metrics.json", result.metrics)
+    work.log({"stage": name, "seconds": seconds[name]})

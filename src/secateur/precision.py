@@ -1,0 +1,31 @@
+"""In which type matrix products are computed; weights stay in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+"""``bf16``: autocast over fp32 master weights; ``fp32``: no autocast; ``auto``: bf16 where the processor computes in it."""
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type to autocast to on this device, or None to compute in the weights' own type."""
+    if precision == "bf16" or (precision == "auto" and _computes_in_bf16(device)):
+        return torch.bfloat16
+    return None
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which matrix products are computed as ``precision`` says."""
+    dtype = autocast_dtype(precision, device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

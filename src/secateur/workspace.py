@@ -1,0 +1,122 @@
+"""Where an unfinished run lives: beside its output, stage by stage, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from secateur.errors import InputError
+
+
+class Workspace:
+    """The files of a run before it is finished, in ``.OUT.secateur`` beside ``OUT``; in memory only when there is no OUT.
+
+    A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.events: list[dict[str, Any]] = []
+
+    @classmethod
+    def open(cls, output: Path | None, recipe: str, resume: bool) -> Workspace:
+        """Start a run, or go on with the one that was interrupted.
+
+        Args:
+            output: where the finished folder will be; None keeps nothing on disk.
+            recipe: the full recipe as text: a run goes on only with the recipe that it was started with.
+            resume: whether to go on with what is there.
+
+        Raises InputError when an unfinished run is there and ``resume`` is not set, or when its recipe differs.
+        """
+        if output is None:
+            return cls(None)
+        folder = output.absolute().parent / f".{output.name}.secateur"
+        written = folder / "recipe.yaml"
+        if written.exists() and not resume:
+            raise InputError(
+                f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
+                "or delete that folder to start anew."
+            )
+        if written.exists() and written.read_text() != recipe:
+            raise InputError(
+                f"The unfinished run in {folder} was started with another recipe ({written}). Repeat its settings "
+                "to resume it, or delete that folder to start anew."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            space = cls(folder)
+            space.write_text("recipe.yaml", recipe)
+        except OSError as error:
+            raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another output folder.") from error
+        if (folder / "run.jsonl").exists():
+            space.events = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+        return space
+
+    def path(self, name: str) -> Path | None:
+        """Path of a stage's file or folder, or None when nothing is kept on disk."""
+        return None if self.folder is None else self.folder / name
+
+    def has(self, name: str) -> bool:
+        path = self.path(name)
+        return path is not None and path.exists()
+
+    def write_text(self, name: str, text: str) -> None:
+        if self.folder is not None:
+            temporary = self.folder / f"{name}.tmp"
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        assert self.folder is not None
+        return json.loads((self.folder / name).read_text())
+
+    def metrics(self) -> dict[str, Any]:
+        """The numbers of the stages that are finished."""
+        found: dict[str, Any] = self.read_json("metrics.json") if self.has("metrics.json") else {}
+        return found
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self.folder is not None:
+            temporary = self.folder / f"{name}.tmp"
+            save_file(tensors, temporary)
+            os.replace(temporary, self.folder / name)
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        assert self.folder is not None
+        return load_file(self.folder / name)
+
+    def write_weights(self, name: str, model: nn.Module) -> None:
+        """Keep all weights of ``model``; tied ones once."""
+        if self.folder is not None:
+            temporary = self.folder / f"{name}.tmp"
+            save_model(model, str(temporary))
+            os.replace(temporary, self.folder / name)
+
+    def read_weights(self, name: str, model: nn.Module) -> None:
+        """Load what ``write_weights`` kept into a model of the same shapes."""
+        assert self.folder is not None
+        load_model(model, str(self.folder / name))
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one event, with the time, to ``run.jsonl``."""
+        event = {"time": round(time.time(), 1), **event}
+        self.events.append(event)
+        if self.folder is not None:
+            with (self.folder / "run.jsonl").open("a") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def remove(self) -> None:
+        """The run is finished and its results are in the output folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)

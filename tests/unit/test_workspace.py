@@ -1,0 +1,61 @@
+"""An unfinished run: found again, refused when it would be overwritten, gone when it is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.workspace import Workspace
+
+
+def test_without_output_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = Workspace.open(None, "recipe", resume=False)
+    space.write_json("metrics.json", {"a": 1})
+    space.log({"stage": "dense"})
+    assert not space.has("metrics.json")
+    assert not list(tmp_path.iterdir())
+    assert space.events[0]["stage"] == "dense"
+
+
+def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(tmp_path: Path) -> None:
+    first = Workspace.open(tmp_path / "out", "seed: 0", resume=False)
+    first.write_json("metrics.json", {"dense": 1})
+    first.log({"stage": "dense"})
+    with pytest.raises(InputError, match="--resume"):
+        Workspace.open(tmp_path / "out", "seed: 0", resume=False)
+    with pytest.raises(InputError, match="another recipe"):
+        Workspace.open(tmp_path / "out", "seed: 1", resume=True)
+    again = Workspace.open(tmp_path / "out", "seed: 0", resume=True)
+    assert again.metrics() == {"dense": 1}
+    assert [event["stage"] for event in again.events] == ["dense"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_leaves_no_workspace(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "out", "", resume=False)
+    space.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_come_back_as_they_were_also_when_tied(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "out", "", resume=False)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    expected = model["head"].weight.detach().clone()
+    space.write_weights("model.safetensors", model)
+    with torch.no_grad():
+        model["embed"].weight.zero_()
+    space.read_weights("model.safetensors", model)
+    assert torch.equal(model["head"].weight, expected)
+    assert model["head"].weight is model["embed"].weight
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Choose another"):
+        Workspace.open(tmp_path / "file" / "out", "", resume=False)
