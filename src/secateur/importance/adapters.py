@@ -143,6 +143,8 @@ class Adapters:
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
         """See ``Criterion.score``; ``model`` carries LoRA adapters."""
         blocks = calibration(blocks, self.name)
+        if not graph.prunable:
+            return Scores({})
         adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
         if not adapters:
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")

@@ -42,6 +42,8 @@ class Taylor:
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
         blocks = calibration(blocks, self.name)
+        if not graph.prunable:
+            return Scores({})
         parameters = dict(model.named_parameters())
         wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
         for name in wanted:

@@ -198,6 +198,7 @@ def test_models_without_usable_adapters_are_refused() -> None:
     with pytest.raises(ModelError, match=r"layers\.0\.mlp.*lora\.targets"):
         Adapters().score(partial, trace(partial), blocks(), seed=0)
     merged = adapted("llama-gqa", anything, rank=4)
+    graph = trace(merged)
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
-        Adapters().score(merged, trace(merged), blocks(), seed=0)
+        Adapters().score(merged, graph, blocks(), seed=0)

@@ -238,6 +238,14 @@ def test_text_is_asked_for(criterion: str) -> None:
             CRITERIA[criterion].score(model, graph, nothing, seed=0)
 
 
+def test_nothing_to_cut_is_nothing_to_score() -> None:
+    model = with_lora(TINY["llama-gqa"]())
+    graph = trace(model)
+    protected = replace(graph, groups=tuple(replace(group, protected="a test") for group in graph))
+    for criterion in CRITERIA.values():
+        assert list(criterion.score(model, protected, blocks(), seed=0)) == []
+
+
 def test_a_group_that_cannot_be_read_is_named() -> None:
     model = TINY["llama-gqa"]()
     graph = trace(model)
