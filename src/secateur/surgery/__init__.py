@@ -1,6 +1,7 @@
 """The only room that changes shapes; masking, which computes the same without changing any."""
 
 from secateur.surgery.mask import masked, zero_units
-from secateur.surgery.slice import apply_plan, slice_model
+from secateur.surgery.slice import apply_plan, sharing_copy, slice_model
+from secateur.surgery.verify import Check, verify
 
-__all__ = ["apply_plan", "masked", "slice_model", "zero_units"]
+__all__ = ["Check", "apply_plan", "masked", "sharing_copy", "slice_model", "verify", "zero_units"]

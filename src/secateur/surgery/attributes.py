@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +25,10 @@ from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
 Meaning = Literal["proportional", "kv_heads", "queries_per_kv"]
+
+
+GROUPED_MULTIPLE = 8
+"""Widths of stacked experts that every kernel takes are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,7 @@ class Change:
 
     def apply(self) -> None:
         if self.in_config:
-            config = copy.copy(self.module.config)
-            setattr(config, self.name, self.value)
-            self.module.config = config
+            _set_in_own_config(self.module, self.name, self.value)
         else:
             setattr(self.module, self.name, self.value)
 
@@ -160,14 +165,41 @@ def refresh_sizes(module: nn.Module) -> None:
 
 
 def refresh_wrapper(wrapper: LoraLayer) -> None:
-    """Set the size attributes of an adapter layer from the layer that it wraps."""
-    base = wrapper.get_base_layer()
-    sizes = (
-        (base.in_features, base.out_features)
-        if isinstance(base, nn.Linear)
-        else tuple(base.get_parameter("weight").shape)
-    )
-    wrapper.in_features, wrapper.out_features = sizes  # Conv1D and embeddings store [in, out]
+    """Set the size attributes of an adapter layer from its adapters, after these were cut."""
+    for down, up in adapters_of(wrapper).values():
+        wrapper.in_features, wrapper.out_features = down.shape[1], up.shape[0]
+
+
+def use_kernels_for_any_width(module: nn.Module, name: str) -> None:
+    """Take stacked experts off the grouped kernels when these cannot read their new width.
+
+    ``torch.nn.functional.grouped_mm``, the default of transformers, needs rows of a multiple of 16 bytes (8 numbers in
+    half precision) and fails otherwise, also for a model that was built with such a width.
+    """
+    tensor, config = getattr(module, name), getattr(module, "config", None)
+    aligned = all(size % GROUPED_MULTIPLE == 0 for size in tensor.shape[1:])
+    if tensor.dim() == 3 and not aligned and hasattr(config, "_experts_implementation"):
+        _set_in_own_config(module, "_experts_implementation", "eager")
+
+
+def _set_in_own_config(module: nn.Module, name: str, value: Any) -> None:
+    config = copy.copy(module.config)
+    setattr(config, name, value)
+    module.config = config
+
+
+def adapters_of(wrapper: LoraLayer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name of the adapter → its A of shape [rank, in] and B of shape [out, rank]."""
+    linear = {name: (wrapper.lora_A[name].weight, wrapper.lora_B[name].weight) for name in wrapper.lora_A}
+    tables = wrapper.lora_embedding_A
+    return {**linear, **{name: (tables[name], wrapper.lora_embedding_B[name]) for name in tables}}
+
+
+def adapted_weight(wrapper: BaseTunerLayer) -> torch.Tensor:
+    """The weight that an adapter layer adds to."""
+    weight = wrapper.get_param() if isinstance(wrapper, ParamWrapper) else wrapper.get_base_layer().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 _SIZED = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -12,7 +13,15 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.surgery.attributes import attribute_changes, refresh_sizes, refresh_wrapper, require_known
+from secateur.surgery.attributes import (
+    adapted_weight,
+    adapters_of,
+    attribute_changes,
+    refresh_sizes,
+    refresh_wrapper,
+    require_known,
+    use_kernels_for_any_width,
+)
 from secateur.surgery.rows import Rows, removed_rows
 from secateur.types import DependencyGraph, PruningPlan
 
@@ -56,8 +65,16 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
         refresh_sizes(module)
     for wrapper in wrappers:
         refresh_wrapper(wrapper)
+    for module, name in (place for places in owners.values() for place in places):
+        use_kernels_for_any_width(module, name)
     for change in changes:
         change.apply()
+
+
+def sharing_copy(model: M) -> M:
+    """A copy that shares every tensor with ``model``: cheap, and slicing one leaves the other whole."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _owners(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -75,13 +92,12 @@ def _adapted(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> list[LoraLayer
     """The adapter layers around weights that are cut; all their adapters must be cut with them."""
     wrappers = []
     for path, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or id(module.get_base_layer().weight) not in cuts:
+        if not isinstance(module, BaseTunerLayer) or id(adapted_weight(module)) not in cuts:
             continue
         if not isinstance(module, LoraLayer):
             raise ModelError(f"{path} carries a {type(module).__name__} adapter; only LoRA is cut. Merge it first.")
-        axes = len(cuts[id(module.get_base_layer().weight)])
-        for adapter in module.lora_A:
-            pair = (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+        axes = len(cuts[id(adapted_weight(module))])
+        for adapter, pair in adapters_of(module).items():
             if sum(len(cuts.get(id(tensor), ())) for tensor in pair) != axes:
                 raise ModelError(
                     f"The adapter {adapter!r} of {path} is not active, so that it is not in the graph and would not be "
