@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe, dump, revise
 from secateur.data import TokenBlocks, load_blocks
 from secateur.errors import InputError
-from secateur.evaluation import TextLoss, losses_by_source, model_bytes, model_parameters
-from secateur.export import check_output
+from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
+from secateur.export import ARTEFACTS, Verification, check_output, written_dtype
+from secateur.export import save as save_folder
 from secateur.graph import trace
 from secateur.importance import CRITERIA
 from secateur.loading import load
@@ -43,6 +47,9 @@ class Result:
     recipe: Recipe
     scores: Scores | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    """JSON-able numbers: ``dense``, ``baseline``, ``pruned``, ``recovered``, ``speed``, ``seconds`` …"""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What happened when, as in ``run.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def prune(
     if dry_run:
         return result
     work = Workspace.open(output, dump(recipe), resume)
-    result.metrics = work.metrics()
+    result.metrics, result.events = work.metrics(), work.events
 
     with stage(work, "dense", "Measuring the dense model", result):
         measure(result, texts, "dense")
@@ -108,13 +115,15 @@ def prune(
     with stage(work, "pruned", "Cutting it out", result):
         cut(result)
         measure(result, texts, "pruned")
-    with stage(work, "recovered", "Growing the lost knowledge back", result):
-        grow_back(result, texts, work)
-        measure(result, texts, "recovered")
+    if recipe.recovery.steps > 0:
+        with stage(work, "recovered", "Growing the lost knowledge back", result):
+            grow_back(result, texts, work)
+            measure(result, texts, "recovered")
     with stage(work, "speed", "Timing dense and pruned", result):
         time_both(result)
     if output is not None:
-        save(result, output, work=work)
+        with stage(work, "save", "Saving, and opening the folder in a fresh process", result):
+            save(result, output)
         work.remove()
     return result
 
@@ -174,8 +183,7 @@ def cut(result: Result) -> None:
 def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
     """Recover by LoRA fine-tuning, merged at the end."""
     recipe = result.recipe
-    if texts.recovery is None or recipe.recovery.steps == 0:
-        return
+    assert texts.recovery is not None
     if work.has("recovered.safetensors"):
         work.read_weights("recovered.safetensors", result.model)
         return
@@ -195,9 +203,10 @@ def measure(result: Result, texts: Texts, state: str) -> None:
     """Perplexity by source, parameters and bytes of the model as it is now, under ``metrics[state]``."""
     if state in result.metrics:
         return
+    count = parameter_count(result.model)
     numbers: dict[str, Any] = {
-        "parameters": model_parameters(result.model),
-        "bytes": model_bytes(result.model, result.recipe.export.dtype),
+        "parameters": count,
+        "bytes": count * written_dtype(result.model, result.recipe.export).itemsize,
     }
     if texts.evaluation is not None:
         losses = _losses(result, texts.evaluation)
@@ -220,19 +229,53 @@ def measure_baseline(result: Result, texts: Texts) -> None:
 
 
 def time_both(result: Result) -> None:
-    """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns."""
+    """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns.
+
+    Both are timed in the type that is written, as copies, so that the model in memory stays as it is.
+    """
     if not result.recipe.evaluation.speed or "speed" in result.metrics:
         return
-    result.metrics["speed"] = compare_speed(dense_twin(result), result.model)
+    dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
+    # surgery leaves the config of the dense model in place, so that it still describes one
+    twin = type(result.model)(copy.deepcopy(result.model.config)).to(device, dtype).eval()
+    small = copy.deepcopy(result.model).to(dtype)
+    result.metrics["speed"] = compare_speed({"dense": twin, _last(result): small})
+    for state, speed in result.metrics["speed"]["batch 1"].items():
+        result.metrics[state] |= speed
 
 
-def save(result: Result, folder: str | Path, *, work: Workspace | None = None) -> None:
-    """Write the model and everything that explains it to ``folder``, and verify it in a fresh process.
+def save(result: Result, folder: str | Path) -> None:
+    """Write the model and everything that explains it to ``folder``, proved in a fresh process.
 
-    The folder appears whole or not at all; raises VerificationError when it does not compute what the model in memory
+    The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
     does, and InputError when it exists and is not empty.
     """
-    save_result(result, Path(folder), events=work.events if work is not None else [])
+    save_folder(
+        result.model,
+        result.tokenizer,
+        folder,
+        graph=result.graph,
+        kept=result.plan.kept,
+        settings=result.recipe.export,
+        complete=partial(_write_artefacts, result),
+    )
+
+
+def _write_artefacts(result: Result, folder: Path, verification: Verification) -> None:
+    """Everything beside the model: what was asked, found, decided and measured."""
+    artefacts = folder / ARTEFACTS
+    result.metrics["machine"] = machine()
+    (artefacts / "recipe.yaml").write_text(dump(result.recipe))
+    (artefacts / "graph.json").write_text(json.dumps(result.graph.to_json()) + "\n")
+    (artefacts / "metrics.json").write_text(json.dumps(result.metrics, indent=1) + "\n")
+    (artefacts / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in result.events))
+    result.plan.save(artefacts / "plan.json")
+    if result.scores is not None:
+        save_file(dict(result.scores.values), artefacts / "scores.safetensors")
+
+
+def _last(result: Result) -> str:
+    return "recovered" if "recovered" in result.metrics else "pruned"
 
 
 def _losses(result: Result, blocks: TokenBlocks) -> dict[str, TextLoss]:

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,7 @@ def save(
     graph: DependencyGraph,
     kept: Mapping[str, Sequence[int]],
     settings: ExportSettings | None = None,
+    complete: Callable[[Path, Verification], None] | None = None,
 ) -> Verification:
     """Write a sliced model; give the folder its name once a fresh process has opened it and computed the same.
 
@@ -116,6 +117,7 @@ def save(
         folder: see ``check_output``. Nothing appears there unless the proof succeeds.
         graph: the graph from before the cut.
         kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing.
+        complete: adds files of its own to the folder (under its temporary name) once it is verified.
 
     Returns:
         What was verified, as also written to ``secateur/verification.json`` in the folder.
@@ -133,6 +135,8 @@ def save(
         verification = verify_folder(reference)
         (scratch / ARTEFACTS).mkdir()
         verification.save(scratch / ARTEFACTS / "verification.json")
+        if complete is not None:
+            complete(scratch, verification)
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -151,7 +155,7 @@ def write(
     """The part of ``save`` that writes, without proof; returns what the proof needs."""
     settings = settings or ExportSettings()
     form = standard_form(model, graph, kept)
-    weights = _weights(model, _dtype(model, settings))
+    weights = _weights(model, written_dtype(model, settings))
     standard = _on_meta(form.model_class, form.config)
     standard.load_state_dict(weights, strict=True, assign=True)
     standard.tie_weights()
@@ -190,7 +194,8 @@ def _answers(
     return logits.float().cpu(), cached.get("dynamic_cache_difference")
 
 
-def _dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
+def written_dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
+    """The type that the weights of ``model`` are written in."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     return getattr(model, "stored_dtype", None) or model.dtype

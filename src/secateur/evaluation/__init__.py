@@ -1,0 +1,19 @@
+"""What a model can do and what it costs: perplexity, tasks, size and speed."""
+
+from __future__ import annotations
+
+from secateur.evaluation.efficiency import Speed, compare_speed, machine, parameter_count
+from secateur.evaluation.perplexity import TextLoss, losses_by_source, perplexity, text_loss
+from secateur.evaluation.settings import EvaluationSettings
+
+__all__ = [
+    "EvaluationSettings",
+    "Speed",
+    "TextLoss",
+    "compare_speed",
+    "losses_by_source",
+    "machine",
+    "parameter_count",
+    "perplexity",
+    "text_loss",
+]
