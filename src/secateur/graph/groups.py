@@ -77,8 +77,8 @@ class Candidate:
         return spans
 
 
-def find_groups(model: nn.Module, table: SymbolTable) -> DependencyGraph:
-    """The dependency graph of ``model``, from the symbols that a recorded run left in ``table``."""
+def find_groups(model: nn.Module, table: SymbolTable) -> tuple[DependencyGraph, dict[str, Atom]]:
+    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and each group's atom by name."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     places = Places(model)
     candidates = _candidates(table, places, list(shapes))
@@ -91,7 +91,8 @@ def find_groups(model: nn.Module, table: SymbolTable) -> DependencyGraph:
         for candidate, name in zip(chosen, names, strict=True)
     )
     config = getattr(model, "config", None)
-    return DependencyGraph(getattr(config, "model_type", type(model).__name__), groups, shapes)
+    graph = DependencyGraph(getattr(config, "model_type", type(model).__name__), groups, shapes)
+    return graph, {name: candidate.atom for candidate, name in zip(chosen, names, strict=True)}
 
 
 # --- members --------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def histogram(table: SymbolTable, call: Call) -> None:
     """``histc`` of expert numbers with one bin for each expert: the bins are the experts."""
     x, bins = call["self"], call["bins"]
     domain = table[x].domain
-    if domain is None or size_of(domain) != bins:
+    if domain is None or size_of(domain) != bins or (call["min"], call["max"]) != (0, bins - 1):
         raise NotImplementedError
     mark(domain, "counted")
     table.put(call.out, (domain,))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from secateur.graph.axes import Axis, leaf, mark, refuse, sever, split_axis, unify
-from secateur.graph.rules_elementwise import Rule
+from secateur.graph.rules_elementwise import Rule, elementwise
 from secateur.graph.symbols import Call, SymbolTable
 
 
@@ -166,6 +166,8 @@ RULES: dict[str, Rule] = {
     "aten.cumsum_": normalisation("cumulative sum"),
     "aten.cumprod": normalisation("cumulative product"),
     "aten.logcumsumexp": normalisation("cumulative sum"),
+    "aten.max.other": elementwise,
+    "aten.min.other": elementwise,
     "aten.max": extremum,
     "aten.min": extremum,
     "aten.argmax": argument_of_extremum,

@@ -59,6 +59,25 @@ class Call:
         return self.args[position] if position < len(self.args) else default
 
     @property
+    def by_name(self) -> dict[str, Any]:
+        """The arguments that were given, by name."""
+        return {**dict(zip(_signature(self.func), self.args, strict=False)), **self.kwargs}
+
+    def again(self, arguments: Mapping[str, Any]) -> Any:
+        """Call the operator with other ``arguments``, given by name."""
+        schema = self.func._schema.arguments
+        positional = [argument for argument in schema if not argument.kwarg_only]
+        while positional and positional[-1].name not in arguments:
+            positional.pop()
+        args = [arguments.get(argument.name, self[argument.name]) for argument in positional]
+        kwargs = {
+            argument.name: arguments[argument.name]
+            for argument in schema
+            if argument.kwarg_only and argument.name in arguments
+        }
+        return self.func(*args, **kwargs)
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments, in order."""
         return [value for value in tree_leaves((self.args, dict(self.kwargs))) if isinstance(value, torch.Tensor)]
@@ -121,6 +140,14 @@ class SymbolTable:
         for axis in symbol.axes:
             refuse(axis, reason)
         return symbol
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._symbols
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The parameter or buffer that ``tensor`` is, if it is one."""
+        tables = (self.parameters, self.persistent_buffers, self.other_buffers)
+        return next((table[id(tensor)] for table in tables if id(tensor) in table), None)
 
     def put(
         self,

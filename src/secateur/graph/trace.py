@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from secateur.errors import ModelError
-from secateur.graph.axes import Conflict, leaf, mark, refuse, unify
+from secateur.graph.axes import Atom, Conflict, leaf, mark, refuse, unify
 from secateur.graph.groups import find_groups
 from secateur.graph.rules import RULES, protect
 from secateur.graph.symbols import Call, SymbolTable, operator_name
@@ -32,6 +32,8 @@ class Trace:
     graph: DependencyGraph
     calls: Sequence[Call]
     table: SymbolTable
+    atoms: Mapping[str, Atom]
+    """The leaf that each group's units are, by the group's name."""
     token_ids: torch.Tensor
     logits: torch.Tensor
 
@@ -91,8 +93,8 @@ def _record(twin: nn.Module, model: nn.Module) -> Trace:
     if logits.shape[-1] == embedding.shape[0]:
         unify(output, vocabulary)
     mark(output, "vocab")
-    graph = find_groups(model, table)
-    return Trace(graph, recorder.calls, table, token_ids, logits)
+    graph, atoms = find_groups(model, table)
+    return Trace(graph, recorder.calls, table, atoms, token_ids, logits)
 
 
 def _buffers(twin: nn.Module, persistent: bool) -> dict[int, str]:
@@ -187,7 +189,7 @@ class Recorder(TorchDispatchMode):
             rule(self.table, call)
         except Conflict as conflict:
             protect(self.table, call, f"conflicting factorisation ({call.name}: {conflict})")
-        except NotImplementedError:
+        except (NotImplementedError, KeyError):
             protect(self.table, call, f"the operator {call.name} has no rule for these arguments")
 
     # --- devices ----------------------------------------------------------------------------------------------------
