@@ -155,6 +155,10 @@ def write(
     """The part of ``save`` that writes, without proof; returns what the proof needs."""
     settings = settings or ExportSettings()
     form = standard_form(model, graph, kept)
+    if any(
+        getattr(vars(module).get("config"), "_experts_implementation", None) == "eager" for module in model.modules()
+    ):
+        form.config.experts_implementation = "eager"  # some width is one that the grouped kernels cannot read
     weights = _weights(model, written_dtype(model, settings))
     standard = _on_meta(form.model_class, form.config)
     standard.load_state_dict(weights, strict=True, assign=True)

@@ -12,6 +12,9 @@ from secateur.export.sizes import Place, place_of, query_heads_name, size_name
 from secateur.surgery.rebuild import is_uneven
 from secateur.types import DependencyGraph, NodeGroup
 
+OWN_NAME = "layer_"
+"""Prefix of a size that is written per layer under a name of our own."""
+
 
 class LayerSizes:
     """The sizes of layers after ``kept`` was cut out of the model that ``config`` and ``graph`` describe.
@@ -67,10 +70,11 @@ class LayerSizes:
         return config
 
     def _continue_from(self, config: PreTrainedConfig) -> None:
-        self.sizes = {int(layer): own for layer, own in config.to_dict()["per_layer_config"].items()}
+        for layer, own in config.to_dict()["per_layer_config"].items():
+            self.sizes[int(layer)] = {name.removeprefix(OWN_NAME): size for name, size in own.items()}
         for name, followers in config.pruned_layers["follows"].items():
             rows = frozenset((key, rows) for key, rows in followers.items() if ":" in key)
-            self.names[Place(config.pruned_layers["path"], rows)] = name
+            self.names[Place(config.pruned_layers["path"], rows)] = name.removeprefix(OWN_NAME)
 
     def _cut_everywhere(self, group: NodeGroup, lost: int) -> None:
         name = size_name(self.whole, group)
@@ -113,8 +117,12 @@ def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     plain = copy.deepcopy(config)
     if is_uneven(config):
         plain.per_layer_config = None
-        for name in ("pruned_layers", "auto_map", "allow_global_per_layer_attribute_access"):
+        for name in ("pruned_layers", "auto_map"):
             vars(plain).pop(name, None)
+        for name in [
+            name for name in vars(plain) if name.startswith(OWN_NAME) and hasattr(plain, name[len(OWN_NAME) :])
+        ]:
+            delattr(plain, name)
     return plain
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from secateur.errors import ModelError
-from secateur.export.layers import LayerSizes
+from secateur.export.layers import OWN_NAME, LayerSizes, without_layer_sizes
 from secateur.surgery.attributes import attribute_changes
 from secateur.surgery.rebuild import MODELING_FILE
 from secateur.types import NodeGroup
@@ -30,24 +30,40 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
             f"{family.__name__} comes with its own code, beside which layers of different sizes cannot be described. "
             "Prune all layers to the same sizes, or use a family that transformers contains."
         )
-    follows = dict((getattr(before.config, "pruned_layers", None) or {}).get("follows", {}))
+    config = copy.deepcopy(sizes.whole)
+    names = {name: _writable(config, name) for own in sizes.sizes.values() for name in own}
+    known = (getattr(before.config, "pruned_layers", None) or {}).get("follows", {})
+    follows: dict[str, dict[str, int]] = {}
     path = ""
     for place, name in sizes.names.items():
         path = place.path
-        if name not in follows:
-            follows[name] = dict(sorted(place.rows)) | _attributes(before, sizes, sizes.cut_now[name], path)
-    config = copy.deepcopy(sizes.whole)
+        follows[names[name]] = known.get(names[name]) or dict(sorted(place.rows)) | _attributes(
+            before, sizes, sizes.cut_now[name], path
+        )
     config.pruned_layers = {"path": path, "follows": follows}
     module = MODELING_FILE.removesuffix(".py")
     config.auto_map = {"AutoModelForCausalLM": f"{module}.Pruned{family.__name__}"}
-    per_layer: dict[int | str, dict[str, Any]] = {layer: dict(own) for layer, own in sizes.sizes.items()}
+    per_layer: dict[int | str, dict[str, Any]] = {}
+    for layer, own in sizes.sizes.items():
+        per_layer[layer] = {names[name]: size for name, size in own.items()}
     config.per_layer_config = per_layer
-    try:
-        type(config).from_dict(config.to_dict())
-    except AmbiguousGlobalPerLayerAttributeError:
-        # The family's validator (Llama's, of the heads) wants the global size although layers differ from it.
-        config.allow_global_per_layer_attribute_access = True
     return config
+
+
+def _writable(config: PreTrainedConfig, name: str) -> str:
+    """``name``, or one of our own for a size that the family's validator does not let layers differ in.
+
+    Llama's, for one, divides the hidden size by the one number of heads, and fails when there are several. What is
+    written under our name counts all the same: ``pruned_layers`` refers to it.
+    """
+    trial = without_layer_sizes(config).to_dict()
+    trial["per_layer_config"] = {0: {name: trial[name] + 1}}
+    try:
+        type(config).from_dict(trial)
+    except AmbiguousGlobalPerLayerAttributeError:
+        setattr(config, OWN_NAME + name, getattr(config, name))
+        return OWN_NAME + name
+    return name
 
 
 def _attributes(before: PreTrainedModel, sizes: LayerSizes, group: NodeGroup, path: str) -> dict[str, int]:
@@ -56,9 +72,8 @@ def _attributes(before: PreTrainedModel, sizes: LayerSizes, group: NodeGroup, pa
     paths = {id(module): name.removeprefix(prefix) for name, module in before.named_modules()}
     attributes = {}
     for change in attribute_changes(before, sizes.graph, {group.name: range(group.size - 1)}):
-        name = f"{paths[id(change.module)]}."
-        if change.in_config:
-            attributes[f"{name}config"] = 1  # any number: the module gets the layer's own config
-        elif change.value != getattr(change.module, change.name):
-            attributes[name + change.name] = getattr(change.module, change.name) - change.value
+        holder = change.module.config if change.in_config else change.module
+        path = paths[id(change.module)] + (".config" if change.in_config else "")
+        if change.value != getattr(holder, change.name):
+            attributes[f"{path}.{change.name}"] = getattr(holder, change.name) - change.value
     return attributes

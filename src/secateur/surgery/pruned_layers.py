@@ -17,14 +17,14 @@ class PrunedLayers:
 
     ``per_layer_config`` holds the sizes of each layer; what it does not name has the global size, from before pruning.
     ``pruned_layers`` says where the layers are (``path``) and what in a layer follows which size (``follows``):
-    ``"mlp.down_proj.weight:1": 1`` is axis 1 of that weight, 1 shorter for each unit that the layer lacks;
-    a name without an axis is a number that a module keeps about itself, or the config where it looks such numbers up.
+    ``"mlp.down_proj.weight:1": 1`` is axis 1 of that weight, which is 1 shorter for each unit that the layer lacks;
+    a name without an axis is a number that a module, or the config of a module, keeps about itself.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         sizes = config.to_dict()["per_layer_config"]
         config.per_layer_config = None  # The family's own code builds all layers in the global sizes ...
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         whole = copy.copy(config)
         config.per_layer_config = sizes  # ... and what a layer lacks is taken off, before any weight is loaded.
         layers = self.get_submodule(config.pruned_layers["path"])  # type: ignore[attr-defined]
@@ -32,27 +32,29 @@ class PrunedLayers:
             for size, followers in config.pruned_layers["follows"].items():
                 lacking = getattr(whole, size) - getattr(own, size)
                 for follower, per_unit in followers.items() if lacking else ():
-                    self._shrink(layer, follower, lacking * per_unit, own)
+                    self._shrink(layer, follower, lacking * per_unit)
         for module in self.modules():  # type: ignore[attr-defined]
             if "Rotary" in type(module).__name__:
-                module.config = whole  # Rotary embeddings serve all layers; only the width of a head matters to them.
+                module.config = whole  # It serves all layers, and needs no more than the width of a head.
 
-    def _shrink(self, layer: nn.Module, follower: str, amount: int, own: Any) -> None:
+    def _shrink(self, layer: Any, follower: str, amount: int) -> None:
         name, _, axis = follower.partition(":")
         path, _, attribute = name.rpartition(".")
         try:
-            module = layer.get_submodule(path)
-            value = getattr(module, attribute)
+            owner = layer.get_submodule(path.removesuffix(".config"))
+            if path.endswith(".config"):  # All modules share the config; this one needs its own.
+                owner.config = copy.copy(owner.config)
+                owner = owner.config
+                owner.per_layer_config = None
+            value = getattr(owner, attribute)
         except AttributeError:
             return  # A layer of another kind, such as a dense one among mixtures of experts, does not have it.
-        if attribute == "config":
-            module.config = own
-        elif not axis:
-            setattr(module, attribute, value - amount)
+        if not axis:
+            setattr(owner, attribute, value - amount)
         elif value is not None:
             smaller = value.detach().narrow(int(axis), 0, value.shape[int(axis)] - amount).clone()
-            setattr(module, attribute, nn.Parameter(smaller) if isinstance(value, nn.Parameter) else smaller)
-            self._refresh(module)
+            setattr(owner, attribute, nn.Parameter(smaller) if isinstance(value, nn.Parameter) else smaller)
+            self._refresh(owner)
 
     def _refresh(self, module: Any) -> None:
         """Let a layer of torch know the new shape of its weight."""
