@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,8 +109,9 @@ def prune(
 
     with stage(work, "dense", "Measuring the dense model", result):
         measure(result, texts, "dense")
-    with stage(work, "baseline", "Pruning without LoRA, for comparison", result):
-        measure_baseline(result, texts)
+    if texts.evaluation is not None and _baseline(recipe) is not None:
+        with stage(work, "baseline", "Pruning without LoRA, for comparison", result):
+            measure_baseline(result, texts)
     with stage(work, "decide", f"Choosing what goes: {recipe.method.name}", result):
         decide(result, texts, work)
     with stage(work, "pruned", "Cutting it out", result):
@@ -119,8 +121,9 @@ def prune(
         with stage(work, "recovered", "Growing the lost knowledge back", result):
             grow_back(result, texts, work)
             measure(result, texts, "recovered")
-    with stage(work, "speed", "Timing dense and pruned", result):
-        time_both(result)
+    if texts.evaluation is not None and recipe.evaluation.speed:
+        with stage(work, "speed", "Timing dense and pruned", result):
+            time_both(result)
     if output is not None:
         with stage(work, "save", "Saving, and opening the folder in a fresh process", result):
             save(result, output)
@@ -219,8 +222,10 @@ def measure(result: Result, texts: Texts, state: str) -> None:
 def measure_baseline(result: Result, texts: Texts) -> None:
     """What one shot without any training would have cost at the same ratio: masks on the dense model, then off."""
     name = _baseline(result.recipe)
-    if name is None or texts.evaluation is None or "baseline" in result.metrics:
+    if "baseline" in result.metrics:
         return
+    assert name is not None
+    assert texts.evaluation is not None
     decision = METHODS[name]().run(_task(result, texts, Workspace(None)))
     with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
         losses = _losses(result, texts.evaluation)
@@ -233,15 +238,21 @@ def time_both(result: Result) -> None:
 
     Both are timed in the type that is written, as copies, so that the model in memory stays as it is.
     """
-    if not result.recipe.evaluation.speed or "speed" in result.metrics:
+    if "speed" in result.metrics:
         return
     dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
     # surgery leaves the config of the dense model in place, so that it still describes one
-    twin = type(result.model)(copy.deepcopy(result.model.config)).to(device, dtype).eval()
-    small = copy.deepcopy(result.model).to(dtype)
+    twin = _cast(type(result.model)(copy.deepcopy(result.model.config)).eval(), dtype, device)
+    small = _cast(copy.deepcopy(result.model), dtype, device)
     result.metrics["speed"] = compare_speed({"dense": twin, _last(result): small})
     for state, speed in result.metrics["speed"]["batch 1"].items():
         result.metrics[state] |= speed
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return model
 
 
 def save(result: Result, folder: str | Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
-"""``bf16``: autocast over fp32 master weights; ``fp32``: no autocast; ``auto``: bf16 where the processor computes in it."""
+"""``bf16``: autocast over fp32 weights; ``fp32``: no autocast; ``auto``: bf16 where the processor computes in it."""
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -64,7 +64,8 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
         if _console is not None:
-            _console.print(f"  {self.description}: {self.done}/{self.total} in {time.monotonic() - self._started:.0f} s")
+            seconds = time.monotonic() - self._started
+            _console.print(f"  {self.description}: {self.done}/{self.total} in {seconds:.0f} s")
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from secateur.errors import InputError
 
 
 class Workspace:
-    """The files of a run before it is finished, in ``.OUT.secateur`` beside ``OUT``; in memory only when there is no OUT.
+    """The files of a run before it is finished, in ``.OUT.secateur`` beside ``OUT``; in memory when there is no OUT.
 
     A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed.
     """
@@ -55,7 +56,7 @@ class Workspace:
             space = cls(folder)
             space.write_text("recipe.yaml", recipe)
         except OSError as error:
-            raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another output folder.") from error
+            raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another folder.") from error
         if (folder / "run.jsonl").exists():
             space.events = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
         return space
@@ -108,13 +109,13 @@ class Workspace:
         assert self.folder is not None
         load_model(model, str(self.folder / name))
 
-    def log(self, event: dict[str, Any]) -> None:
+    def log(self, event: Mapping[str, Any]) -> None:
         """Append one event, with the time, to ``run.jsonl``."""
-        event = {"time": round(time.time(), 1), **event}
-        self.events.append(event)
+        entry = {"time": round(time.time(), 1), **event}
+        self.events.append(entry)
         if self.folder is not None:
             with (self.folder / "run.jsonl").open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
     def remove(self) -> None:
         """The run is finished and its results are in the output folder."""

@@ -10,7 +10,7 @@ a little every step, so that what they did is re-learned by the others before th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,14 +43,14 @@ def half_space_step(
     Returns:
         The new rows: ``x̃ = x + γ B A - λ x / ‖x‖`` inside the half-space, exact zeros outside.
     """
-    norm2 = sum(_dot(rows, rows) for rows in x)
-    assert isinstance(norm2, torch.Tensor)
+    norm2 = _norm2(x)
     scale = shrink / norm2.sqrt().clamp_min(torch.finfo(norm2.dtype).tiny)
     trial = []
     for rows, extra in zip(x, update, strict=True):
         shrunk = rows - _per_unit(scale, rows) * rows
         trial.append(shrunk if extra is None else shrunk + extra)
-    inside = sum(_dot(new, rows) for new, rows in zip(trial, x, strict=True)) >= epsilon * norm2
+    towards = torch.stack([_dot(new, rows) for new, rows in zip(trial, x, strict=True)]).sum(0)
+    inside = towards >= epsilon * norm2
     inside &= norm2 > 0
     return [new * _per_unit(inside, new) for new in trial]
 
@@ -58,6 +58,11 @@ def half_space_step(
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of each unit's rows, ``[n, ...] x [n, ...] -> [n]``."""
     return (a * b).flatten(1).sum(1)
+
+
+def _norm2(x: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Squared norm of each unit over all its members, ``[n]``."""
+    return torch.stack([_dot(rows, rows) for rows in x]).sum(0)
 
 
 def _per_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -100,7 +105,7 @@ def _find_adapters(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tens
     adapters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
+            a, b = (module.get_parameter(f"lora_{part}.default.weight").detach() for part in "AB")
             adapters[f"{name}.base_layer.weight"] = (a, b, float(module.scaling["default"]))
     return adapters
 
@@ -152,7 +157,7 @@ class LHSPGCallback(TrainerCallback):
         self.step = 0
         self._redundant = _producers(model, graph, redundant)
         self._gone = _producers(model, graph, gone)
-        self._shrink = [sum(_dot(rows.read(), rows.read()) for rows in unit).sqrt() / steps for unit in self._redundant]  # type: ignore[union-attr]
+        self._shrink = [_norm2(rows.read() for rows in unit).sqrt() / steps for unit in self._redundant]
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

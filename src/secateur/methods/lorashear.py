@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from secateur import progress
 from secateur.graph import trace
 from secateur.importance import CRITERIA
-from secateur.methods.base import Decision, PruningTask
+from secateur.methods.base import Decision, MethodNeeds, PruningTask
 from secateur.methods.lhspg import LHSPGCallback, Projection
 from secateur.planning import allocate
 from secateur.surgery import zero_units
@@ -36,7 +36,7 @@ class LoRAShearSettings(Settings):
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
     """ε of the half-space projection: bigger zeroes earlier; unused with ``decay``."""
-    saliency: dict[str, float] = {"taylor": 1.0}
+    saliency: dict[str, float] = Field(default={"taylor": 1.0}, min_length=1)
     """Criteria that rank the units anew in every period, with their weights."""
 
 
@@ -46,15 +46,11 @@ class LoRAShear:
     name: ClassVar[str] = "lorashear"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.18356"
     summary: ClassVar[str] = "progressive: LoRA learns what redundant units did while LHSPG drives them to zero"
-    needs: ClassVar[Literal["training"]] = "training"
-    Settings: ClassVar[type[LoRAShearSettings]] = LoRAShearSettings
+    needs: ClassVar[MethodNeeds] = "training"
+    Settings: ClassVar[type[Settings]] = LoRAShearSettings
 
     def __init__(self, settings: LoRAShearSettings | None = None) -> None:
         self.settings = settings or LoRAShearSettings()
-
-    @property
-    def training_steps(self) -> int:
-        return self.settings.warmup_steps + self.settings.periods * self.settings.period_steps
 
     def run(self, task: PruningTask) -> Decision:
         """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
@@ -70,13 +66,16 @@ class LoRAShear:
             chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
             redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in chosen.items()}
             description = f"period {period + 1}/{settings.periods}"
-            self._train(task, redundant, removed, settings.period_steps, seed=task.seed + 1 + period, description=description)
+            seed = task.seed + 1 + period
+            self._train(task, redundant, removed, settings.period_steps, seed=seed, description=description)
             removed = chosen
             zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
             history.keep(removed, period + 1)
         return Decision(removed=removed, scores=scores, metrics={"training": history.log})
 
-    def _train(self, task: PruningTask, redundant: Removed, gone: Removed, steps: int, *, seed: int, description: str) -> None:
+    def _train(
+        self, task: PruningTask, redundant: Removed, gone: Removed, steps: int, *, seed: int, description: str
+    ) -> None:
         """One period: fresh adapters and optimiser, training under the projection, and the merge at its end."""
         assert task.training_blocks is not None
         adapted = attach_lora(task.model, task.lora, seed)

@@ -15,7 +15,7 @@ class LoraSettings(Settings):
 
     rank: int = 8
     """LoRA rank r."""
-    alpha: float = 16.0
+    alpha: int = 16
     """Numerator of the scaling alpha / r that multiplies B A."""
     dropout: float = 0.0
     """Dropout on the adapters' input while training."""
