@@ -6,6 +6,7 @@ one message on standard error and exit code 1, in one place (``_Commands``).
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from secateur.errors import InputError, SecateurError
+from secateur.errors import InputError, SecateurError, VerificationError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,6 +153,39 @@ def prune(
 
 
 @app.command()
+def inspect(
+    model: Model,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Cut every group on a copy and compare with masking it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole graph as JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what can be cut out of a model, and why the rest cannot."""
+    from secateur import progress, tables
+    from secateur.graph import trace
+    from secateur.loading import load, outline
+    from secateur.surgery.verify import verify as verify_cuts
+
+    progress.show()
+    network = outline(model, trust_remote_code=trust_remote_code)
+    graph = trace(network)
+    if as_json:
+        typer.echo(json.dumps(graph.to_json(), indent=1))
+    else:
+        _console().print(tables.groups(graph))
+    if verify:
+        whole, _ = load(model, device="cpu", trust_remote_code=trust_remote_code)
+        found = verify_cuts(whole)
+        if not as_json:
+            _console().print(tables.checks(found))
+        wrong = [check.group for check in found if not check.ok]
+        if wrong:
+            raise VerificationError(f"Slicing is not masking for {', '.join(wrong[:5])}. Please report this model.")
+        progress.say(f"All {len(found)} cuts compute what masking them computes.")
+
+
+@app.command()
 def methods() -> None:
     """List the pruning methods, what they need, and their papers."""
     from secateur.methods import METHODS
@@ -197,7 +231,7 @@ def _header(recipe: Recipe) -> str:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _debugging() -> bool:

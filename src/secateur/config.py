@@ -115,6 +115,14 @@ def load_recipe(
     return validate(Recipe, tree)
 
 
+def revise(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
+    """The same recipe with the dotted keys in ``flags`` set to other values; raises InputError as ``load_recipe``."""
+    tree = recipe.model_dump(mode="json")
+    for key, value in flags.items():
+        _put(tree, key, value)
+    return validate(Recipe, tree)
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every key filled in and a line of meaning above each; ``load_recipe`` reads it back."""
     return "\n".join(["# A secateur recipe with every key: secateur prune --recipe FILE", *_lines(recipe, 0)]) + "\n"

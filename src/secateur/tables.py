@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from secateur.surgery.verify import Check
+from secateur.types import DependencyGraph, NodeGroup
 
 _STATES = ("dense", "pruned", "recovered")
 
@@ -21,7 +26,7 @@ def results(metrics: Mapping[str, Any]) -> Table:
     columns = {state: metrics[state] for state in states}
     if "baseline" in metrics:
         columns[metrics["baseline"]["name"]] = metrics["baseline"]
-    table = Table(caption=_caption(metrics), caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, caption=_caption(metrics), caption_justify="left")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == states[-1] else None)
@@ -50,6 +55,38 @@ def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) 
         return None
     loss = sum(count * math.log(perplexity[source]) for source, count in tokens.items())
     return math.exp(loss / sum(tokens.values()))
+
+
+def groups(graph: DependencyGraph) -> Table:
+    """The node groups of a model; alike ones of different layers share a line."""
+    alike: dict[tuple[str, str, int, str], list[NodeGroup]] = {}
+    for group in graph:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", group.name)
+        alike.setdefault((pattern, group.kind, group.size, group.protected or ""), []).append(group)
+    total = graph.parameter_count()
+    table = Table(box=SIMPLE_HEAD, caption=f"{graph.model_type}, {_count(total)} parameters", caption_justify="left")
+    table.add_column("group", no_wrap=True)
+    table.add_column("kind")
+    for name in ("units", "params/unit", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("cannot be cut because", overflow="fold")
+    for (pattern, kind, size, reason), members in alike.items():
+        cost = sum(graph.unit_cost(group) for group in members)
+        units = f"{len(members)} x {size:,}" if len(members) > 1 else f"{size:,}"
+        share = f"{cost * size / total:.1%}"
+        table.add_row(pattern, kind, units, f"{cost // len(members):,}", share, reason)
+    return table
+
+
+def checks(found: Sequence[Check]) -> Table:
+    """What ``inspect --verify`` found, worst first."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("cut", no_wrap=True)
+    table.add_column("largest difference", justify="right")
+    table.add_column("", overflow="fold")
+    for check in sorted(found, key=lambda check: (check.ok, -check.max_difference)):
+        table.add_row(check.group, f"{check.max_difference:.1e}", check.message, style=None if check.ok else "red")
+    return table
 
 
 def _caption(metrics: Mapping[str, Any]) -> str:
