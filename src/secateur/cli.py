@@ -186,6 +186,42 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File or source; may be repeated. Built-in text when left out.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in all.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file too.", metavar="FILE")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a model: perplexity on held-out text, parameters, bytes and speed."""
+    from secateur import pipeline, progress, tables
+    from secateur.config import load_recipe
+
+    flags = {
+        "model.name": model,
+        "model.device": device,
+        "model.trust_remote_code": trust_remote_code or None,
+        "evaluation.text": text,
+        "evaluation.window": window,
+        "evaluation.tokens": tokens,
+    }
+    settings = load_recipe(flags={key: value for key, value in flags.items() if value is not None})
+    if as_json is not None and not as_json.absolute().parent.is_dir():
+        raise InputError(f"--json {as_json}: there is no folder {as_json.parent}. Name a file in one that exists.")
+    progress.show()
+    metrics = pipeline.evaluate(settings)
+    _console().print(tables.results(metrics, ["model"]))
+    if as_json is not None:
+        as_json.write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+@app.command()
 def methods() -> None:
     """List the pruning methods, what they need, and their papers."""
     from secateur.methods import METHODS

@@ -70,6 +70,25 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
     return prune(model, tokenizer, recipe=recipe, output=output, resume=resume, dry_run=dry_run)
 
 
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """What ``secateur evaluate`` does: perplexity by source, parameters, bytes and speed of the recipe's model, under
+    ``model``, with the window, the tokens and the machine beside it."""
+    model, tokenizer = load(**recipe.model.model_dump())
+    blocks = load_blocks(recipe.evaluation, "evaluation", tokenizer, recipe.seed)
+    losses = _losses(model, recipe, blocks)
+    numbers = _size(model, recipe)
+    numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}
+    if recipe.evaluation.speed:
+        small = _cast(model, written_dtype(model, recipe.export), model.device)
+        numbers |= compare_speed({"model": small}, batch_sizes=(1,))["batch 1"]["model"]
+    return {
+        "model": numbers,
+        "window": blocks.window,
+        "tokens": {source: loss.tokens for source, loss in losses.items()},
+        "machine": machine(),
+    }
+
+
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -206,13 +225,9 @@ def measure(result: Result, texts: Texts, state: str) -> None:
     """Perplexity by source, parameters and bytes of the model as it is now, under ``metrics[state]``."""
     if state in result.metrics:
         return
-    count = parameter_count(result.model)
-    numbers: dict[str, Any] = {
-        "parameters": count,
-        "bytes": count * written_dtype(result.model, result.recipe.export).itemsize,
-    }
+    numbers: dict[str, Any] = _size(result.model, result.recipe)
     if texts.evaluation is not None:
-        losses = _losses(result, texts.evaluation)
+        losses = _losses(result.model, result.recipe, texts.evaluation)
         numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}
         result.metrics["window"] = texts.evaluation.window
         result.metrics["tokens"] = {source: loss.tokens for source, loss in losses.items()}
@@ -228,7 +243,7 @@ def measure_baseline(result: Result, texts: Texts) -> None:
     assert texts.evaluation is not None
     decision = METHODS[name]().run(_task(result, texts, Workspace(None)))
     with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
-        losses = _losses(result, texts.evaluation)
+        losses = _losses(result.model, result.recipe, texts.evaluation)
     perplexity = {source: loss.perplexity for source, loss in losses.items()}
     result.metrics["baseline"] = {"name": f"{name} without LoRA", "perplexity": perplexity}
 
@@ -289,10 +304,15 @@ def _last(result: Result) -> str:
     return "recovered" if "recovered" in result.metrics else "pruned"
 
 
-def _losses(result: Result, blocks: TokenBlocks) -> dict[str, TextLoss]:
-    settings = result.recipe.evaluation
-    dtype = autocast_dtype(settings.precision, result.model.device)
-    return losses_by_source(result.model, blocks, batch_size=settings.batch_size, autocast=dtype)
+def _size(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
+    count = parameter_count(model)
+    return {"parameters": count, "bytes": count * written_dtype(model, recipe.export).itemsize}
+
+
+def _losses(model: PreTrainedModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, TextLoss]:
+    settings = recipe.evaluation
+    dtype = autocast_dtype(settings.precision, model.device)
+    return losses_by_source(model, blocks, batch_size=settings.batch_size, autocast=dtype)
 
 
 def _plan(graph: DependencyGraph, recipe: Recipe, removed: dict[str, list[int]]) -> PruningPlan:

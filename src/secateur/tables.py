@@ -13,31 +13,33 @@ from rich.table import Table
 from secateur.surgery.verify import Check
 from secateur.types import DependencyGraph, NodeGroup
 
-_STATES = ("dense", "pruned", "recovered")
+STATES = ("dense", "pruned", "recovered")
 
 
-def results(metrics: Mapping[str, Any]) -> Table:
-    """Dense, pruned and recovered side by side, with the baseline as one more column.
+def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Table:
+    """Models side by side, each compared with the first; the baseline of a run is one more column.
 
     ``metrics`` is what ``metrics.json`` holds: per state the perplexity by source, parameters, bytes and tokens per
-    second; what a run did not measure is left out.
+    second; what was not measured is left out.
     """
-    states = [state for state in _STATES if state in metrics]
+    states = [state for state in states if state in metrics]
     columns = {state: metrics[state] for state in states}
     if "baseline" in metrics:
         columns[metrics["baseline"]["name"]] = metrics["baseline"]
+    whole = metrics[states[0]]
     table = Table(box=SIMPLE_HEAD, caption=_caption(metrics), caption_justify="left")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == states[-1] else None)
-    for source in metrics["dense"].get("perplexity", {}):
-        table.add_row(f"perplexity, {source}", *(_number(item["perplexity"].get(source)) for item in columns.values()))
+    for source in whole.get("perplexity", {}):
+        table.add_row(
+            f"perplexity, {source}", *(_number(item.get("perplexity", {}).get(source)) for item in columns.values())
+        )
     counts = metrics.get("tokens", {})
     if len(counts) > 1:
-        means = (mean_perplexity(item["perplexity"], counts) for item in columns.values())
+        means = (mean_perplexity(item.get("perplexity", {}), counts) for item in columns.values())
         table.add_row("perplexity, all", *map(_number, means))
     table.add_section()
-    whole = metrics["dense"]
     for label, key, show in (
         ("parameters", "parameters", _count),
         ("size on disk", "bytes", _bytes),
@@ -96,7 +98,8 @@ def _caption(metrics: Mapping[str, Any]) -> str:
         parts.append(f"Perplexity over {sum(counts.values()):,} tokens in windows of {metrics['window']} tokens.")
     machine = metrics.get("machine", {})
     if machine:
-        parts.append("Speed on " + ", ".join(f"{value}" for value in machine.values()) + ".")
+        threads = f", {machine['threads']} threads" if not machine["gpu"] else ""
+        parts.append(f"Measured on {machine['gpu'] or machine['processor']}{threads}; one sequence at a time.")
     return " ".join(parts)
 
 
