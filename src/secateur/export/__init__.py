@@ -1,5 +1,6 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
+from secateur.export.card import licence_of, model_card
 from secateur.export.huggingface import (
     ARTEFACTS,
     ExportSettings,
@@ -9,14 +10,20 @@ from secateur.export.huggingface import (
     standard_form,
     written_dtype,
 )
+from secateur.export.report import html_report
+from secateur.export.story import Story
 from secateur.export.verify import Verification, verify_folder
 
 __all__ = [
     "ARTEFACTS",
     "ExportSettings",
     "StandardForm",
+    "Story",
     "Verification",
     "check_output",
+    "html_report",
+    "licence_of",
+    "model_card",
     "save",
     "standard_form",
     "verify_folder",

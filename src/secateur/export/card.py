@@ -1,0 +1,73 @@
+"""The model card: ``README.md`` of a saved folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from secateur.export.story import Story, compare, widths
+from secateur.loading import BUILT_IN
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("secateur.export"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def model_card(story: Story) -> str:
+    """Markdown with a YAML head: what was cut, what it costs, how to load it, and the recipe that repeats it."""
+    environment = _TEMPLATES.overlay()
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md.jinja").render(
+        story=story,
+        head=yaml.safe_dump(_head(story), sort_keys=False, allow_unicode=True).strip(),
+        comparison=compare(story.metrics),
+        widths=widths(story),
+        fence=_fence(story.recipe),
+    )
+
+
+def licence_of(base_model: str) -> str | None:
+    """Licence of a built-in model, or what the model card in a local folder says; None when neither is known."""
+    if base_model in BUILT_IN:
+        return BUILT_IN[base_model].licence.lower()
+    card = Path(base_model).expanduser() / "README.md"
+    try:
+        head = card.read_text(encoding="utf-8").split("---", 2)[1]
+        licence = yaml.safe_load(head).get("license")
+    except (OSError, UnicodeDecodeError, IndexError, AttributeError, yaml.YAMLError):
+        return None  # no card, or one without a head: then the licence is not known here
+    return licence if isinstance(licence, str) else None
+
+
+def _head(story: Story) -> dict[str, object]:
+    head: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "secateur", story.plan.method],
+    }
+    if story.licence:
+        head["license"] = story.licence
+    if _HUB_ID.fullmatch(story.plan.base_model) and not Path(story.plan.base_model).exists():
+        head["base_model"] = story.plan.base_model
+    return head
+
+
+def _cell(value: object) -> str:
+    """Text that cannot end a table cell, a line, or its markup."""
+    text = re.sub(r"\s+", " ", str(value))
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
+
+
+def _fence(text: str) -> str:
+    """Backticks enough to hold ``text``."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)

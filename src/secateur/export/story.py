@@ -1,0 +1,160 @@
+"""What the model card and the report tell: the facts of a run, and the comparison that both show."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from secateur.export.verify import Verification
+from secateur.types import DependencyGraph, PruningPlan
+
+_STATES = ("dense", "pruned", "recovered")
+
+
+@dataclass(frozen=True)
+class Story:
+    """The facts of a run, as its artefacts hold them."""
+
+    plan: PruningPlan
+    graph: DependencyGraph
+    """Of the model before the cut."""
+    verification: Verification
+    recipe: str = ""
+    """YAML."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """As in ``metrics.json``; everything is optional. Per state (``dense``, ``pruned``, ``recovered``, and
+    ``baseline``, which has a ``name``): ``perplexity`` by source, ``parameters``, ``bytes``,
+    ``prefill_tokens_per_s``, ``decode_tokens_per_s``. ``tokens`` by source and ``window`` say what perplexity was
+    measured on, ``machine`` where speed was, ``seconds`` by stage what it took. Lists of ``{step, loss}`` anywhere
+    below ``method`` and ``recovery`` are training curves."""
+    licence: str | None = None
+    """Of the base model, when it is known."""
+
+    @property
+    def base(self) -> str:
+        """Name of the base model; of a local folder only the last part, the rest is nobody's business."""
+        name = self.plan.base_model
+        return Path(name).expanduser().resolve().name if Path(name).is_dir() else name or self.graph.model_type
+
+    @property
+    def title(self) -> str:
+        return f"{self.base.rpartition('/')[2]}, {self.plan.ratio_reached:.0%} smaller"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of what was measured in each state."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How much of the alike groups of all layers is left."""
+
+    name: str
+    """For instance ``layers.*.mlp``."""
+    kind: str
+    size: int
+    """Units in the largest layer before."""
+    layers: list[tuple[int, int, int]]
+    """(Layer, units kept, units before)."""
+
+
+def compare(metrics: Mapping[str, Any]) -> Comparison:
+    """The states side by side; numbers that are not perplexities with their change against the dense model."""
+    columns = {state: metrics[state] for state in _STATES if state in metrics}
+    if "baseline" in metrics:
+        columns[metrics["baseline"]["name"]] = metrics["baseline"]
+    dense = columns.get("dense", {})
+    rows = []
+    for source in dense.get("perplexity", {}):
+        cells = [_number(column.get("perplexity", {}).get(source)) for column in columns.values()]
+        rows.append((f"perplexity, {source}", cells))
+    for label, key, show in (
+        ("parameters", "parameters", _count),
+        ("size on disk", "bytes", _bytes),
+        ("prefill, tokens/s", "prefill_tokens_per_s", _number),
+        ("decode, tokens/s", "decode_tokens_per_s", _number),
+    ):
+        values = [column.get(key) for column in columns.values()]
+        if any(value is not None for value in values):
+            rows.append((label, [_beside(value, dense.get(key), show) for value in values]))
+    return Comparison(list(columns), rows, _caption(metrics))
+
+
+def widths(story: Story) -> list[Widths]:
+    """Every set of alike groups that may be cut, in model order."""
+    alike: dict[str, list[tuple[int, int, int]]] = {}
+    kinds = {}
+    for group in story.graph.prunable:
+        if group.layer is not None:
+            name = re.sub(rf"\b{group.layer}\b", "*", group.name, count=1)
+            left = len(story.plan.kept.get(group.name, range(group.size)))
+            alike.setdefault(name, []).append((group.layer, left, group.size))
+            kinds[name] = group.kind
+    return [Widths(name, kinds[name], max(size for *_, size in rows), rows) for name, rows in alike.items()]
+
+
+def curves(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Training curves as points (step, loss), by the path of keys that leads to them."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in ("method", "recovery"):
+        _collect(metrics.get(name), name, found)
+    return found
+
+
+def _collect(value: Any, path: str, found: dict[str, list[tuple[float, float]]]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _collect(item, f"{path}, {key}", found)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        points = [item for item in value if isinstance(item, Mapping) and "loss" in item]
+        steps = [item.get("step", number) for number, item in enumerate(points)]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            steps = list(range(len(points)))  # several rounds in a row, each counting from 1
+        losses = [float(item["loss"]) for item in points]
+        if sum(math.isfinite(loss) for loss in losses) > 1:
+            found[path] = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+
+
+def _caption(metrics: Mapping[str, Any]) -> str:
+    parts = []
+    tokens = metrics.get("tokens", {})
+    if tokens and "window" in metrics:
+        parts.append(f"Perplexity over {sum(tokens.values()):,} tokens in windows of {metrics['window']} tokens.")
+    machine = metrics.get("machine", {})
+    if machine and "speed" in metrics:
+        where = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('threads')} threads"
+        parts.append(f"Speed of one sequence on {where}, torch {machine.get('torch')}.")
+    return " ".join(parts)
+
+
+def _beside(value: float | None, whole: float | None, show: Any) -> str:
+    if value is None:
+        return ""
+    return show(value) if not whole or value == whole else f"{show(value)} ({(value - whole) / whole:+.1%})"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M" if value >= 1e5 else f"{value:,}"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}" if unit == "GB" else f"{value / size:.0f} {unit}"
+    return f"{value / 1e3:.0f} kB"
