@@ -20,7 +20,16 @@ from secateur.config import Recipe, dump, revise
 from secateur.data import TokenBlocks, load_blocks
 from secateur.errors import InputError
 from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
-from secateur.export import ARTEFACTS, Verification, check_output, written_dtype
+from secateur.export import (
+    ARTEFACTS,
+    Story,
+    Verification,
+    check_output,
+    html_report,
+    licence_of,
+    model_card,
+    written_dtype,
+)
 from secateur.export import save as save_folder
 from secateur.graph import trace
 from secateur.importance import CRITERIA
@@ -298,6 +307,16 @@ def _write_artefacts(result: Result, folder: Path, verification: Verification) -
     result.plan.save(artefacts / "plan.json")
     if result.scores is not None:
         save_file(dict(result.scores.values), artefacts / "scores.safetensors")
+    story = Story(
+        plan=result.plan,
+        graph=result.graph,
+        verification=verification,
+        recipe=dump(result.recipe),
+        metrics=result.metrics,
+        licence=licence_of(result.plan.base_model),
+    )
+    (folder / "README.md").write_text(model_card(story))
+    (artefacts / "report.html").write_text(html_report(story))
 
 
 def _last(result: Result) -> str:
