@@ -62,9 +62,11 @@ def verify(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 
         subject = (copy.deepcopy(model) if twin is None else twin).float().eval()
         note = "" if twin is None else f" on a twin with random weights and {subject.config.num_hidden_layers} layers"
         graph = trace(subject)
+        if twin is not None:
+            _require_alike(graph, trace(model))
         choices = _choices(graph, ratio)
         vocabulary = subject.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(0, vocabulary, (2, 16), device=subject.device)
+        ids = torch.randint(0, vocabulary, (2, 12), device=subject.device)
         dense = _logits(subject, ids)
         return [
             _check(subject, graph, name, kept, ids, dense, note)
@@ -134,6 +136,14 @@ def _twin(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         if "lora_B" in name:  # zero at first, which would hide mistakes
             nn.init.normal_(parameter, std=0.02)
     return twin
+
+
+def _require_alike(twin: DependencyGraph, whole: DependencyGraph) -> None:
+    """The layers of the twin must have the groups of the model's first layers."""
+    known = {(group.name, group.kind, group.size, group.protected) for group in whole}
+    for group in twin:
+        if group.layer is not None and (group.name, group.kind, group.size, group.protected) not in known:
+            raise ModelError(f"{group.name} of a model with few layers is not that of this model: cannot verify it.")
 
 
 def _fewer_layers(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,0 +1,110 @@
+"""``verify``: every group passes on a sound graph, and each way of being wrong is seen."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from secateur.graph import trace
+from secateur.surgery import verify
+from secateur.testing.contracts import with_adapters
+from secateur.testing.tiny import TINY
+from secateur.types import DependencyGraph, Member, NodeGroup
+
+VERIFY, SLICE = (importlib.import_module(f"secateur.surgery.{name}") for name in ("verify", "slice"))
+"""The modules; ``verify`` is also the name of the function."""
+
+
+def with_group(graph: DependencyGraph, group: NodeGroup) -> DependencyGraph:
+    return replace(graph, groups=tuple(group if old.name == group.name else old for old in graph))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, model: nn.Module, wrong: DependencyGraph) -> dict[str, str]:
+    """Names and messages of the failed checks when the tracer answers ``wrong``."""
+    monkeypatch.setattr(VERIFY, "trace", lambda _: wrong)
+    return {check.group: check.message for check in verify(model) if not check.ok}
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "phi3", "falcon-new", "olmo2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_sound_graphs_pass_and_the_model_is_untouched(family: str, lora: bool) -> None:
+    model = with_adapters(TINY[family]()) if lora else TINY[family]()
+    model.to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    checks = verify(model)
+    assert [check.message for check in checks if not check.ok] == []
+    assert [check.group for check in checks] == [*(g.name for g in trace(model).prunable), "all groups", "some groups"]
+    assert all(check.max_difference <= 1e-4 < 1e-2 < check.effect for check in checks)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-gqa"]()
+    assert verify(model, seed=1) == verify(model, seed=1)
+    assert verify(model, seed=1) != verify(model, seed=2)
+
+
+def test_a_missing_member_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-gqa"]()
+    graph = trace(model)
+    group = graph["layers.0.mlp"]
+    without_gate = tuple(member for member in group.members if "gate_proj" not in member.parameter)
+    wrong = failing(monkeypatch, model, with_group(graph, replace(group, members=without_gate)))
+    assert "layers.0.mlp" in wrong
+    assert "layers.1.mlp" not in wrong
+
+
+def test_a_misaligned_member_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-mha"]()
+    graph = trace(model)
+    group = graph["layers.1.attention"]
+
+    def interleaved(member: Member) -> Member:
+        if "v_proj" not in member.parameter:
+            return member
+        return replace(member, offsets=tuple(range(0, 48, 4)), stride=1, width=1)
+
+    moved = tuple(interleaved(member) for member in group.members)
+    wrong = failing(monkeypatch, model, with_group(graph, replace(group, members=moved)))
+    assert "slicing differs from masking" in wrong["layers.1.attention"]
+
+
+def test_a_stale_attribute_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SLICE, "attribute_changes", lambda *_: [])
+    wrong = {check.group for check in verify(TINY["opt"]()) if not check.ok}
+    assert {"layers.0.attention", "layers.1.attention", "all groups"} <= wrong
+    assert "layers.0.mlp" not in wrong
+
+
+def test_a_group_without_effect_is_seen() -> None:
+    model = TINY["llama-gqa"]()
+    nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    checks = {check.group: check for check in verify(model)}
+    assert not checks["layers.0.mlp"].ok
+    assert "no visible effect" in checks["layers.0.mlp"].message
+    assert checks["layers.1.mlp"].ok
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_large_model_is_represented_by_a_twin(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    monkeypatch.setattr(VERIFY, "WHOLE_UP_TO", 1000)
+    monkeypatch.setattr(VERIFY, "TWIN_LAYERS", 1)
+    model = with_adapters(TINY["gemma3"]()) if lora else TINY["gemma3"]()
+    checks = verify(model)
+    assert {check.group for check in checks} == {"layers.0.attention", "layers.0.mlp", "all groups", "some groups"}
+    assert all(check.ok and "twin with random weights and 1 layers" in check.message for check in checks)
+
+
+def test_a_model_without_weights_is_verified_by_a_twin() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(TINY["qwen3"]().config)
+    checks = verify(model)
+    assert all(check.ok and "twin" in check.message for check in checks)
+    assert all(parameter.is_meta for parameter in model.parameters())
