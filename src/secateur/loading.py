@@ -156,7 +156,11 @@ def outline(
         return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     with _quiet(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = (
+            pruned_class_of(config)(config)
+            if is_uneven(config)
+            else AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        )
     model.config._name_or_path = str(name)
     return model.eval()
 
@@ -445,14 +449,16 @@ def _open_model(
                 trust_remote_code=trust,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
     except Exception as error:  # transformers raises RuntimeError, ValueError, OSError, KeyError ... for misfits
         raise ModelError(f"The weights of {name} do not fit its config.json: {_first_line(error)}") from error
     model, info = opened
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    shapes = [f"{key}: {list(stored)} instead of {list(wanted)}" for key, stored, wanted in info["mismatched_keys"]]
+    wrong = sorted(shapes) + sorted(info["missing_keys"])
     if wrong:  # transformers would go on with random numbers in their place
         raise ModelError(
-            f"{name} has no fitting weights for {len(wrong)} parameters of its config.json ({wrong[0]}, …)."
+            f"{name} has no fitting weights for {len(wrong)} parameters of its config.json; the first is {wrong[0]}."
         )
     model.stored_dtype = config.dtype or precision  # a pruned checkpoint is written in the type of its source
     return cast(PreTrainedModel, model)

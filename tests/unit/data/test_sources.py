@@ -195,8 +195,8 @@ ARTICLE = """{{Infobox person|name=Ada|born={{birth date|1815|12|10}}}}
 '''Ada Lovelace''' was an English [[mathematician]] and [[Writer|author]], known for her work on [[Babbage|him]] and
 <!-- a comment -->
 '''Ada Lovelace''' (10 December 1815 – 27 November 1852{{sfn|Toole|1998}}) was an English [[mathematician]] and \
-[[Writer|author]], chiefly known for her work on the [[Analytical Engine]].<ref name="a">{{cite book|title=X}}</ref> She \
-walked {{convert|10|km}} a day, it is said ({{lang-el|x}}; ), and wrote letters. \
+[[Writer|author]], chiefly known for her work on the [[Analytical Engine]].<ref name="a">{{cite book|title=X}}</ref> \
+She walked {{convert|10|km}} a day, it is said ({{lang-el|x}}; ), and wrote letters. \
 The temperature was <math>x^2</math> degrees. She was the first to see it.<ref/>
 
 [[File:Ada.jpg|thumb|A [[portrait]] of Ada]]
