@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,24 +133,25 @@ def prune(
         "model.device": device,
         "model.trust_remote_code": trust_remote_code or None,
     }
-    from secateur import pipeline, progress, tables
+    from secateur import pipeline, progress
     from secateur.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
     progress.show()
     progress.say(_header(settings))
+    if resume and _finished(output, settings):
+        progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
+        _report(json.loads((output / "secateur" / "metrics.json").read_text()), output)
+        return
     try:
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
     except KeyboardInterrupt as interrupt:
         typer.echo(
-            f"Interrupted. Finished stages are kept in {output}; the same command with --resume goes on after them.",
-            err=True,
+            f"Interrupted. Finished stages are kept; the same command with --resume goes on to {output}.", err=True
         )
         raise typer.Exit(130) from interrupt
     if not dry_run:
-        console = _console()
-        console.print(tables.results(result.metrics))
-        console.print(f"The model is in {output}; its report is {output / 'secateur' / 'report.html'}.")
+        _report(result.metrics, output)
 
 
 @app.command()
@@ -262,6 +264,24 @@ def parse_ratio(text: str) -> float:
 
 def _header(recipe: Recipe) -> str:
     return f"secateur: {recipe.budget.ratio:.0%} of all parameters off {recipe.model.name} by {recipe.method.name}"
+
+
+def _finished(output: Path, recipe: Recipe) -> bool:
+    """Whether ``output`` is what a run of this recipe ended with."""
+    from secateur.config import load_recipe
+
+    written = output / "secateur" / "recipe.yaml"
+    return written.is_file() and (output / "config.json").is_file() and load_recipe(written) == recipe
+
+
+def _report(metrics: Mapping[str, Any], output: Path) -> None:
+    from secateur import tables
+
+    console = _console()
+    console.print(tables.results(metrics))
+    console.print(f"The model is in {output}")
+    if (output / "secateur" / "report.html").is_file():
+        console.print(f"Its report is {output / 'secateur' / 'report.html'}")
 
 
 def _console() -> Console:

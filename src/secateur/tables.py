@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from secateur.surgery.verify import Check
@@ -16,18 +17,19 @@ from secateur.types import DependencyGraph, NodeGroup
 STATES = ("dense", "pruned", "recovered")
 
 
-def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Table:
-    """Models side by side, each compared with the first; the baseline of a run is one more column.
+def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Group:
+    """Models side by side, each compared with the first; the baseline of a run stands beside it.
 
     ``metrics`` is what ``metrics.json`` holds: per state the perplexity by source, parameters, bytes and tokens per
     second; what was not measured is left out.
     """
     states = [state for state in states if state in metrics]
-    columns = {state: metrics[state] for state in states}
+    columns = {states[0]: metrics[states[0]]}
     if "baseline" in metrics:
         columns[metrics["baseline"]["name"]] = metrics["baseline"]
+    columns |= {state: metrics[state] for state in states[1:]}
     whole = metrics[states[0]]
-    table = Table(box=SIMPLE_HEAD, caption=_caption(metrics), caption_justify="left")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == states[-1] else None)
@@ -48,7 +50,7 @@ def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Table
     ):
         if key in whole:
             table.add_row(label, *(_beside(item.get(key), whole[key], show) for item in columns.values()))
-    return table
+    return Group(table, _caption(metrics))
 
 
 def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
@@ -59,14 +61,14 @@ def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) 
     return math.exp(loss / sum(tokens.values()))
 
 
-def groups(graph: DependencyGraph) -> Table:
+def groups(graph: DependencyGraph) -> Group:
     """The node groups of a model; alike ones of different layers share a line."""
     alike: dict[tuple[str, str, int, str], list[NodeGroup]] = {}
     for group in graph:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", group.name)
         alike.setdefault((pattern, group.kind, group.size, group.protected or ""), []).append(group)
     total = graph.parameter_count()
-    table = Table(box=SIMPLE_HEAD, caption=f"{graph.model_type}, {_count(total)} parameters", caption_justify="left")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("group", no_wrap=True)
     table.add_column("kind")
     for name in ("units", "params/unit", "share"):
@@ -77,7 +79,7 @@ def groups(graph: DependencyGraph) -> Table:
         units = f"{len(members)} x {size:,}" if len(members) > 1 else f"{size:,}"
         share = f"{cost * size / total:.1%}"
         table.add_row(pattern, kind, units, f"{cost // len(members):,}", share, reason)
-    return table
+    return Group(table, f"{graph.model_type}, {_count(total)} parameters")
 
 
 def checks(found: Sequence[Check]) -> Table:

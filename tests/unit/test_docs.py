@@ -54,7 +54,8 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_the_pages_exist(page: Path) -> None:
     for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", page.read_text()):
-        load_recipe(None, [override])
+        if override != "section.key=value":
+            load_recipe(None, [override])
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,141 @@
+"""The command line on a tiny model with a tokenizer: a whole run, shown again, measured, inspected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from secateur.cli import app
+from secateur.config import dump, load_recipe
+from secateur.types import PruningPlan
+
+ARTEFACTS = {"graph.json", "metrics.json", "plan.json", "recipe.yaml", "run.jsonl", "verification.json"}
+SMALL = """
+calibration: {text: letters.txt, window: 32, tokens: 256}
+method: {name: lorashear, periods: 2, period_steps: 2}
+recovery: {text: letters.txt, window: 32, tokens: 512, steps: 4}
+evaluation: {text: letters.txt, window: 32, tokens: 512}
+"""
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model that reads bytes, a text, and a recipe for both."""
+    place = tmp_path_factory.mktemp("cli")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(place / "tiny")
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(place / "tiny")
+    words = "the letter came late and nobody in the house had asked who wrote it".split()
+    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
+    (place / "letters.txt").write_text("\n\n".join(paragraphs))
+    (place / "small.yaml").write_text(SMALL)
+    return place
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """The folder of a finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        result = call("prune", "tiny", "-o", "out", "--recipe", "small.yaml", "--ratio", "0.15")
+    assert result.exit_code == 0, result.stderr
+    shown = result.stdout
+    for word in ("dense", "pruned", "recovered", "without LoRA", "perplexity, letters.txt", "parameters", "decode"):
+        assert word in shown
+    assert "windows of 32 tokens" in shown
+    return place / "out"
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(finished: Path) -> None:
+    assert {path.name for path in (finished / "secateur").iterdir()} >= ARTEFACTS
+    plan = PruningPlan.load(finished / "secateur" / "plan.json")
+    assert plan.ratio_asked == 0.15
+    metrics = json.loads((finished / "secateur" / "metrics.json").read_text())
+    assert metrics["recovered"]["parameters"] == plan.parameters_after < metrics["dense"]["parameters"]
+    assert not (finished.parent / ".out.secateur").exists()
+    assert not list(finished.rglob("*.bin"))
+
+
+def test_the_written_recipe_is_the_recipe_that_ran(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    flags = {"model.name": "tiny", "budget.ratio": 0.15}
+    assert (finished / "secateur" / "recipe.yaml").read_text() == dump(load_recipe(Path("small.yaml"), flags=flags))
+
+
+def test_a_finished_run_is_shown_again_not_done_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    result = call("prune", "tiny", "-o", "out", "--recipe", "small.yaml", "--ratio", "0.15", "--resume")
+    assert result.exit_code == 0
+    assert "recovered" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_another_recipe_does_not_touch_a_finished_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    for flags in (["--ratio", "0.3", "--resume"], ["--ratio", "0.15"]):
+        result = call("prune", "tiny", "-o", "out", "--recipe", "small.yaml", *flags)
+        assert result.exit_code == 1
+        assert "not empty" in result.stderr
+
+
+def test_a_dry_run_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    result = call("prune", "tiny", "-o", "dry", "--recipe", "small.yaml", "--dry-run")
+    assert result.exit_code == 0
+    assert "node groups" in result.stderr
+    assert not (place / "dry").exists()
+    assert not (place / ".dry.secateur").exists()
+
+
+def test_evaluate_prints_and_writes_the_numbers(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    options = ["--text", "letters.txt", "--window", "32", "--tokens", "512", "--json", "numbers.json"]
+    result = call("evaluate", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    numbers = json.loads(Path("numbers.json").read_text())
+    stored = json.loads((finished / "secateur" / "metrics.json").read_text())["recovered"]
+    assert numbers["model"]["perplexity"]["letters.txt"] == pytest.approx(stored["perplexity"]["letters.txt"], rel=1e-3)
+    assert numbers["model"]["parameters"] == stored["parameters"]
+    assert "perplexity, letters.txt" in result.stdout
+
+
+def test_inspect_shows_what_can_be_cut_and_verifies_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    result = call("inspect", "tiny", "--verify")
+    assert result.exit_code == 0, result.stderr
+    assert "layers.*.mlp" in result.stdout
+    assert "2 x 64" in result.stdout
+    assert "slice = mask" in result.stdout
+
+
+def test_inspect_as_json_is_json(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    graph = json.loads(call("inspect", "tiny", "--json").stdout)
+    assert {group["name"] for group in graph["groups"]} >= {"layers.0.mlp", "layers.1.attention", "hidden", "vocab"}
