@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data import TokenBlocks
 from secateur.importance import Criterion
 from secateur.planning import Budget, allocate, restrict
+from secateur.precision import autocast
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import DependencyGraph, Scores, Settings
 
@@ -80,6 +81,11 @@ class NoSettings(Settings):
 
 def one_shot(task: PruningTask, criterion: Criterion) -> Decision:
     """Score once, cut once: the whole of every one-shot method."""
-    graph = restrict(task.graph, task.budget)
-    scores = criterion.score(task.model, graph, task.calibration, task.seed)
-    return Decision(allocate(graph, scores, task.budget), scores)
+    scores = score(task, criterion, task.seed)
+    return Decision(allocate(task.graph, scores, task.budget), scores)
+
+
+def score(task: PruningTask, criterion: Criterion, seed: int) -> Scores:
+    """Scores of what the budget may cut, computed in the precision that the task trains in."""
+    with autocast(task.training.precision, task.model.device):
+        return criterion.score(task.model, restrict(task.graph, task.budget), task.calibration, seed)

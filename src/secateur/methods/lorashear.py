@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from secateur import progress
 from secateur.graph import trace
 from secateur.importance import CRITERIA
-from secateur.methods.base import Decision, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
 from secateur.methods.lhspg import LHSPGCallback, Projection
 from secateur.planning import allocate
 from secateur.surgery import zero_units
@@ -106,7 +106,7 @@ def _saliency(task: PruningTask, weights: Mapping[str, float], seed: int) -> Sco
     """Weighted sum of criteria, each divided by its L2 norm over all groups so that none drowns the others (HESSO)."""
     total: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
-        scores = CRITERIA[name].score(task.model, task.graph, task.calibration, seed)
+        scores = score(task, CRITERIA[name], seed)
         norm = torch.stack([scores[group].double().square().sum() for group in scores]).sum().sqrt()
         scale = weight / float(norm) if norm > 0 else weight
         for group in scores:
