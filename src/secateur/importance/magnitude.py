@@ -51,7 +51,7 @@ class Magnitude:
 
     def _all(self, model: nn.Module, group: NodeGroup) -> torch.Tensor:
         squares = [
-            sum_units(effective_weight(model, member.parameter).square(), member, group.size).cpu()
+            sum_units(effective_weight(model, member.parameter).float().square(), member, group.size).cpu()
             for member in base_members(group)
         ]
         return torch.stack(squares).sum(0).sqrt()

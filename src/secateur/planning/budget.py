@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from secateur.errors import PlanError
 from secateur.planning.shapes import RunsOn, needs_equal_widths, refusal
 from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 
@@ -87,8 +88,13 @@ class Budget(Settings):
 def restrict(graph: DependencyGraph, budget: Budget) -> DependencyGraph:
     """The same graph with every group protected that this budget must not touch, and the reason.
 
-    Score and mask with this one, and only what can be cut is looked at.
+    Score and mask with this one, and only what can be cut is looked at. Raises PlanError for a pattern in
+    ``budget.protect`` that no group has: a typing error would leave unprotected what was meant.
     """
+    for pattern in budget.protect:
+        if not any(fnmatchcase(group.name, pattern) for group in graph):
+            names = ", ".join(group.name for group in graph.prunable[:4])
+            raise PlanError(f"budget.protect: no group is called {pattern!r}. Names are {names} and so on.")
     layers = [group.layer for group in graph if group.layer is not None]
     last = max(layers, default=-1)
     reasons = {group.name: group.protected or _reason(group, graph, budget, last) for group in graph}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from secateur.errors import PlanError
 from secateur.planning import Budget, restrict
 from secateur.testing.graphs import llama_graph
 
@@ -52,6 +53,11 @@ def test_restrict_protects_what_is_out_of_reach_and_says_why() -> None:
     assert "kinds" in str(restricted["layers.2.attention"].protected)
     assert restricted.fingerprint == graph.fingerprint
     assert restrict(restricted, budget) == restricted
+
+
+def test_a_pattern_that_protects_nothing_is_an_error() -> None:
+    with pytest.raises(PlanError, match=r"layer\.0.*layers\.0\.attention"):
+        restrict(llama_graph([40] * 2, [2] * 2), Budget(protect=("layer.0.*",)))
 
 
 def test_one_protected_layer_stops_its_whole_kind_where_widths_must_be_equal() -> None:
