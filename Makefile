@@ -34,7 +34,7 @@ check: install  ## what CI runs: format, lint, types, documentation, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	$(BIN)/python -m pytest
 
 format: install  ## format the code and mend what the linter can mend, rewrite docs/keys.md

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.config import dump, load_recipe
+from secateur.testing.tiny import build
+from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.types import PruningPlan
 
 ARTEFACTS = {"graph.json", "metrics.json", "plan.json", "recipe.yaml", "run.jsonl", "verification.json"}
@@ -30,27 +30,10 @@ def call(*arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model that reads bytes, a text, and a recipe for both."""
+    """A folder with a tiny model that reads characters, a text, and a recipe for both."""
     place = tmp_path_factory.mktemp("cli")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(place / "tiny")
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(place / "tiny")
+    tiny_tokenizer().save_pretrained(place / "tiny")
+    build("llama-gqa").save_pretrained(place / "tiny")
     words = "the letter came late and nobody in the house had asked who wrote it".split()
     paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
     (place / "letters.txt").write_text("\n\n".join(paragraphs))
@@ -131,7 +114,7 @@ def test_inspect_shows_what_can_be_cut_and_verifies_it(place: Path, monkeypatch:
     result = call("inspect", "tiny", "--verify")
     assert result.exit_code == 0, result.stderr
     assert "layers.*.mlp" in result.stdout
-    assert "2 x 64" in result.stdout
+    assert "2 x 40" in result.stdout
     assert "slice = mask" in result.stdout
 
 
