@@ -5,6 +5,7 @@ from __future__ import annotations
 from secateur.data.blocks import TokenBlocks, document_end, read_ids
 from secateur.data.builtin import SOURCES, Source
 from secateur.data.mixture import TextSettings, load_blocks
+from secateur.data.own_text import write_own_text
 from secateur.data.sources import OWN_TEXT
 from secateur.data.splits import SHARES, SPLITS, Split, split_of
 
@@ -21,4 +22,5 @@ __all__ = [
     "load_blocks",
     "read_ids",
     "split_of",
+    "write_own_text",
 ]

@@ -1,0 +1,172 @@
+"""Text that the dense model writes itself: a source without a licence, in the model's own distribution.
+
+Distilling a model's own samples back into what is left of it needs no corpus (LLM-QAT, arXiv 2305.17888, section 3.1).
+An instruction-tuned model answers requests, so that the chat format is kept alive; any other continues from the mark
+that begins a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data.blocks import document_end, encode
+from secateur.errors import DataError
+from secateur.loading import cache_folder
+from secateur.progress import Bar, say
+
+_WRITTEN_TOKENS = 256
+_BATCH = 32
+_TEMPERATURE = 1.0
+_TOP_P = 0.95  # the tail of a small model's distribution is noise that would not be worth learning again
+
+_REQUESTS = (
+    "Explain {} to a beginner.",
+    "Write a short story about {}.",
+    "What are the most important facts about {}?",
+    "Describe the history of {}.",
+    "Write a news article about {}.",
+    "Give advice to someone who wants to learn about {}.",
+    "What are common mistakes with {}, and how are they avoided?",
+    "Write a dialogue between two friends about {}.",
+    "Compare two different views on {}.",
+    "Summarise what an encyclopedia would say about {}.",
+)
+_TOPICS = (
+    "the water cycle", "bridges", "gravity", "the Roman Empire", "baking bread", "football", "the stock market",
+    "volcanoes", "chess", "photosynthesis", "jazz", "electric cars", "the French Revolution", "whales", "democracy",
+    "painting", "Python programming", "vaccines", "the Moon", "gardening", "the printing press", "sleep", "trains",
+    "coffee", "probability", "coral reefs", "job interviews", "mountains", "the human heart", "poetry", "recycling",
+    "computers", "the Silk Road", "friendship", "bees", "architecture", "climate change", "cooking rice", "museums",
+    "swimming", "the alphabet", "sorting algorithms", "inflation", "dinosaurs", "the theatre", "bicycles", "elections",
+    "wool", "antibiotics", "deserts",
+)  # fmt: skip
+
+
+def write_own_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, tokens: int, seed: int
+) -> list[str]:
+    """Documents sampled from ``model``, at least ``tokens`` new tokens in all; the same again for the same arguments.
+
+    The result is kept as a file in the cache folder and read from there the next time. About 70 % of it will fall to
+    recovery and 15 % each to calibration and evaluation, as with every source.
+
+    Args:
+        model: the dense model, on any device. Its mode is restored.
+        tokens: how much to write. A 135M model writes some hundred tokens a second on two CPU cores.
+        seed: of the sampling.
+
+    Raises:
+        DataError: no tokenizer, or the tokenizer has no token to start from, or the model only writes empty text.
+    """
+    if tokenizer is None:
+        raise DataError("The model has no tokenizer, so it cannot write text. Put its files into the folder.")
+    file = cache_folder() / f"own-text-{_key(model, tokens, seed)}.jsonl"
+    if file.is_file():
+        return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    say(f"The model writes {tokens:,} tokens of its own text")
+    documents = _write(model, tokenizer, tokens, seed)
+    _keep(file, documents)
+    return documents
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> list[str]:
+    requests = _requests(seed)
+    training, documents = model.training, list[str]()
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    try:
+        with Bar("writing own text", tokens) as bar, torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            while bar.done < tokens:
+                batch = list(itertools.islice(requests, _BATCH))
+                answers = _answer(model, tokenizer, batch)
+                if not any(text for text, _ in answers):
+                    raise DataError("The model writes only empty texts. Take other text than its own.")
+                documents += [
+                    _document(tokenizer, request, text)
+                    for request, (text, _) in zip(batch, answers, strict=True)
+                    if text
+                ]
+                bar.advance(sum(length for _, length in answers))
+    finally:
+        model.train(training)
+    return documents
+
+
+def _requests(seed: int) -> Iterator[str]:
+    """Every request about every topic in random order, over and over (the answers are sampled, so they differ)."""
+    order = Random(seed)
+    every = [request.format(topic) for request in _REQUESTS for topic in _TOPICS]
+    while True:
+        order.shuffle(every)
+        yield from every
+
+
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str]) -> list[tuple[str, int]]:
+    """The model's text for each request, and how many tokens it is."""
+    prompts = [_prompt(tokenizer, request) for request in requests]
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    written = cast(Any, model).generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            max_new_tokens=_WRITTEN_TOKENS,
+            do_sample=True,
+            temperature=_TEMPERATURE,
+            top_p=_TOP_P,
+            top_k=0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+    )[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    lengths = (written != tokenizer.pad_token_id).sum(1).tolist()
+    return [(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": request}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return encode([str(text)], tokenizer)[0]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_end(tokenizer)
+    if start is None:
+        raise DataError("The tokenizer has no token that begins a text (BOS or EOS), so the model cannot write any.")
+    return [start]
+
+
+def _document(tokenizer: PreTrainedTokenizerBase, request: str, text: str) -> str:
+    if not tokenizer.chat_template:
+        return text
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _key(model: PreTrainedModel, tokens: int, seed: int) -> str:
+    """Hash of what decides the text: the model's numbers, how much, and the seed."""
+    digest = hashlib.sha256(f"{tokens}/{seed}/{_WRITTEN_TOKENS}/{_BATCH}/{_TEMPERATURE}/{_TOP_P}".encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.detach().double().sum().item()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _keep(file: Path, documents: list[str]) -> None:
+    """Write the documents as JSON lines, under a temporary name first; without a writable cache they are not kept."""
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(lines, encoding="utf-8")
+        scratch.replace(file)
+    except OSError as error:
+        say(f"The text is not kept for the next run: cannot write {file} ({error.strerror}).")

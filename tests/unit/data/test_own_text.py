@@ -1,0 +1,81 @@
+"""Text that the model writes itself, with tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.data import TextSettings, load_blocks, own_text, write_own_text
+from secateur.errors import DataError
+from secateur.testing.tiny import build
+from secateur.testing.tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache of the test's own, and short texts: the tiny models have 64 positions."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(own_text, "_WRITTEN_TOKENS", 12)
+    monkeypatch.setattr(own_text, "_BATCH", 8)
+    monkeypatch.setattr(own_text, "_TOPICS", ("rain", "tea", "chess"))
+    monkeypatch.setattr(own_text, "_REQUESTS", ("Explain {}.", "Why {}?"))
+    return tmp_path / "cache"
+
+
+def test_enough_text_and_the_same_again(small: Path) -> None:
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    state = torch.get_rng_state()
+    first = write_own_text(model, tokenizer, 200, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(text.strip() for text in first)
+    (file,) = small.iterdir()
+    file.unlink()
+    assert write_own_text(model, tokenizer, 200, 0) == first
+    assert write_own_text(model, tokenizer, 200, 1) != first
+
+
+def test_the_file_is_read_the_next_time_and_only_by_the_same_model(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    first = write_own_text(model, tokenizer, 100, 0)
+
+    def refuse(*arguments: object) -> list[str]:
+        raise AssertionError("written again")
+
+    monkeypatch.setattr(own_text, "_write", refuse)
+    assert write_own_text(model, tokenizer, 100, 0) == first
+    with pytest.raises(AssertionError, match="written again"):
+        write_own_text(build("llama-gqa", seed=1), tokenizer, 100, 0)
+
+
+def test_a_chat_model_answers_requests() -> None:
+    texts = write_own_text(build("llama-gqa"), tiny_tokenizer(chat=True), 100, 0)
+    assert all(text.startswith(("user: Explain ", "user: Why ")) and "\nassistant: " in text for text in texts)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.parent.joinpath("file").touch()
+    monkeypatch.setenv("SECATEUR_CACHE", str(small.parent / "file" / "below"))
+    assert write_own_text(build("llama-gqa"), tiny_tokenizer(), 50, 0)
+
+
+def test_the_mode_of_the_model_is_restored() -> None:
+    model = build("llama-gqa").train()
+    write_own_text(model, tiny_tokenizer(), 20, 0)
+    assert model.training
+
+
+def test_own_text_fills_blocks() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    texts = write_own_text(build("llama-gqa"), tokenizer, 1500, 0)
+    blocks = load_blocks(TextSettings(text=["self"], window=16, tokens=320), "recovery", tokenizer, 0, texts)
+    assert set(blocks.sources) == {"self"}
+    assert len(blocks) == 20
+
+
+def test_without_a_tokenizer_nothing_is_written() -> None:
+    with pytest.raises(DataError, match="no tokenizer"):
+        write_own_text(build("llama-gqa"), None, 20, 0)
