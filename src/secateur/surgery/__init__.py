@@ -2,6 +2,6 @@
 
 from secateur.surgery.mask import masked, zero_units
 from secateur.surgery.slice import apply_plan, sharing_copy, slice_model
-from secateur.surgery.verify import Check, verify
+from secateur.surgery.verify import Check, protect_failing, verify
 
-__all__ = ["Check", "apply_plan", "masked", "sharing_copy", "slice_model", "verify", "zero_units"]
+__all__ = ["Check", "apply_plan", "masked", "protect_failing", "sharing_copy", "slice_model", "verify", "zero_units"]

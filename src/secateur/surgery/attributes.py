@@ -58,7 +58,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("attention", "n_head"),
     Pattern("attention", "all_head_size"),
     Pattern("attention", "split_size"),
-    Pattern("attention", "embed_dim", classes="GPTBigCode|XGLM|Blip"),
+    Pattern("attention", "embed_dim", classes="GPTBigCode|XGLM|Mvp|TrOCR|Blip"),
     Pattern("attention", "hidden_size", classes="Dbrx"),
     Pattern("attention", "num_attention_heads", classes="Phi3|Phi4", in_config=True),
     Pattern("ffn", "intermediate_size"),
@@ -134,7 +134,8 @@ def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGro
     """True when a unit is a KV head with all its query heads, False when it is a query head of the only KV head."""
     if queries_per_kv == 1:
         return True
-    head_dim = int(vars(module)["head_dim"])
+    own = vars(module)
+    head_dim = int(own.get("v_head_dim", own.get("head_dim", 0)))  # what the values add up to is consumed
     consumed = max(member.rows_per_unit for member in group.members if member.role == "in")
     if consumed == queries_per_kv * head_dim:
         return True
@@ -148,7 +149,9 @@ def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGro
 
 def require_known(module: nn.Module) -> None:
     """Raise ModelError for a layer of torch whose sizes ``refresh_sizes`` would leave stale."""
-    if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, (*_SIZED, *_CONTAINERS)):
+    depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+    known = depthwise or isinstance(module, (*_SIZED, *_CONTAINERS))
+    if type(module).__module__.startswith("torch.nn.modules") and not known:
         raise ModelError(f"A {type(module).__name__} layer would be cut, and it is not known how. Protect its group.")
 
 
@@ -162,6 +165,8 @@ def refresh_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.Conv1d):  # depthwise: one filter for each channel
+        module.in_channels = module.out_channels = module.groups = module.weight.shape[0]
 
 
 def refresh_wrapper(wrapper: LoraLayer) -> None:

@@ -97,21 +97,26 @@ def _zero(rows: Rows) -> None:
 def _over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A forward of a norm over the last axis that looks at the surviving entries only; the others become zero.
 
-    Gradients reach the module's own parameters.
+    Further inputs as wide as the first (the gate of a gated norm) are narrowed alike. Gradients reach the module's own
+    parameters.
     """
     rows = next(iter(kept.values()))
 
     def forward(states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        if others or named:
-            raise ModelError(f"{type(module).__name__} takes more than one input: it cannot be masked, only sliced.")
-        index = rows.to(states.device)
+        index, width = rows.to(states.device), states.shape[-1]
+
+        def narrow(value: Any) -> Any:
+            wide = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == width
+            return value.index_select(-1, index) if wide else value
+
         small = copy.copy(module)
         weights: dict[str, Any] = dict(module._parameters)
         weights.update((name, weights[name].index_select(0, index)) for name in kept)
         small._parameters = weights
         if isinstance(small, (nn.LayerNorm, nn.RMSNorm)):
             small.normalized_shape = (len(index),)
-        normed = type(module).forward(small, states.index_select(-1, index))
+        inputs = [narrow(value) for value in (states, *others)]
+        normed = type(module).forward(small, *inputs, **{name: narrow(value) for name, value in named.items()})
         return torch.zeros_like(states, dtype=normed.dtype).index_copy(-1, index, normed)
 
     return forward

@@ -1,33 +1,35 @@
-"""Does cutting a group compute what removing it should? The model's own forward on small tensors against the mask.
+"""Does cutting a group compute what removing it should? Two ways to find out, that share nothing.
 
-This is independent of how the graph was found: members that are missing, misaligned or too many, and attributes that
-went stale, make the two differ.
+The model's own forward on sliced parameters is compared with the masked model: this sees members that are missing,
+misaligned or too many, and attributes that went stale. The recorded operators, replayed on sliced parameters, are
+compared with a masked replay: this sees the same mistakes of the graph, whatever the model's code does.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, SecateurError
-from secateur.graph import trace
+from secateur.graph import Trace, record
+from secateur.graph.replay import replay
 from secateur.progress import track
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
+from secateur.surgery.stand_in import signature, stand_in
 from secateur.types import DependencyGraph
 
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32, relative to the largest logit (at least 1)."""
 WHOLE_UP_TO = 300_000_000
-"""Models with more parameters are verified on a twin with few layers and random weights."""
-TWIN_LAYERS, TWIN_VOCABULARY = 4, 512
+"""Models with more parameters are represented by a stand-in with few layers and random weights."""
+ALL, SOME = "all groups", "some groups"
 
 
 @dataclass(frozen=True)
@@ -47,31 +49,64 @@ def verify(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 
     """Compare slicing with masking: each group that may be cut alone, all together, and a random subset.
 
     Args:
-        seed: draws the token ids, the units that go, and the weights of a twin.
+        seed: draws the token ids, the units that go, and the weights of a stand-in.
         ratio: fraction of each group's units that go (at least one goes and one stays).
 
     The given model is not touched: a copy in fp32 is cut. A model with more than ``WHOLE_UP_TO`` parameters, or
-    without weights, is represented by a twin of the same configuration with fewer layers (the messages say so).
-    Raises ModelError when the model cannot be traced.
+    without weights, is represented by one of the same configuration with fewer layers (the messages say so).
+    Raises ModelError when the model cannot be traced, or no stand-in can be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         size = sum(parameter.numel() for parameter in model.parameters())
-        empty = any(parameter.is_meta for parameter in model.parameters())
-        twin = _twin(model) if empty or size > WHOLE_UP_TO else None
-        subject = (copy.deepcopy(model) if twin is None else twin).float().eval()
-        note = "" if twin is None else f" on a twin with random weights and {subject.config.num_hidden_layers} layers"
-        graph = trace(subject)
-        if twin is not None:
-            _require_alike(graph, trace(model))
-        choices = _choices(graph, ratio)
-        vocabulary = subject.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(0, vocabulary, (2, 12), device=subject.device)
-        dense = _logits(subject, ids)
-        return [
-            _check(subject, graph, name, kept, ids, dense, note)
-            for name, kept in track(choices.items(), "verify", total=len(choices))
-        ]
+        if size <= WHOLE_UP_TO and not any(parameter.is_meta for parameter in model.parameters()):
+            return _checks(copy.deepcopy(model).float().eval(), ratio)
+        small = stand_in(model, record(model).graph)
+        note = f" on random weights and {small.config.num_hidden_layers} layers"
+        return [replace(check, message=check.message + note) for check in _checks(small, ratio)]
+
+
+def protect_failing(
+    model: PreTrainedModel | PeftModel, graph: DependencyGraph, *, seed: int = 0, ratio: float = 0.5
+) -> DependencyGraph:
+    """``graph``, with every group protected whose likes fail in a stand-in with few layers, and the reason.
+
+    ``model`` is left alone, and needs no weights. When no stand-in can be built, a model of up to ``WHOLE_UP_TO``
+    parameters is checked whole; Raises ModelError for a larger one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            small: Any = stand_in(model, graph)
+        except ModelError:
+            if sum(parameter.numel() for parameter in model.parameters()) > WHOLE_UP_TO:
+                raise
+            small = copy.deepcopy(model).float().eval()
+        run = record(small)
+        failed = {check.group: check.message for check in _checks(small, ratio, run) if not check.ok}
+    reasons = {signature(group): failed[group.name] for group in run.graph if group.name in failed}
+    if set(failed) <= {ALL, SOME} and failed:
+        raise ModelError(f"Every group of this {graph.model_type} model can be cut alone, but not together: {failed}.")
+    groups = tuple(
+        replace(group, protected=f"cutting it failed a check: {reasons[signature(group)]}")
+        if signature(group) in reasons
+        else group
+        for group in graph
+    )
+    return replace(graph, groups=groups)
+
+
+def _checks(model: Any, ratio: float, run: Trace | None = None) -> list[Check]:
+    """The checks on ``model``, which stays as it is, by the present random state."""
+    run = record(model) if run is None else run
+    choices = _choices(run.graph, ratio)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (2, 12), device=model.device)
+    dense = _logits(model, ids)
+    return [
+        _check(model, run, name, kept, ids, dense)
+        for name, kept in track(choices.items(), "verify", total=len(choices))
+    ]
 
 
 def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[int]]]:
@@ -83,77 +118,44 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
             kept[group.name] = sorted(torch.randperm(group.size)[goes:].tolist())
     choices = {name: {name: units} for name, units in kept.items()}
     if len(kept) > 1:
-        choices["all groups"] = kept
+        choices[ALL] = kept
         some = [name for name in kept if torch.rand(()) < 0.5] or [next(iter(kept))]
         # every group its own number of units, as in a globally ranked plan
-        choices["some groups"] = {name: kept[name][: int(torch.randint(1, len(kept[name]) + 1, ()))] for name in some}
+        choices[SOME] = {name: kept[name][: int(torch.randint(1, len(kept[name]) + 1, ()))] for name in some}
     return choices
 
 
 def _check(
-    model: nn.Module,
-    graph: DependencyGraph,
-    name: str,
-    kept: Mapping[str, list[int]],
-    ids: torch.Tensor,
-    dense: torch.Tensor,
-    note: str,
+    model: Any, run: Trace, name: str, kept: Mapping[str, list[int]], ids: torch.Tensor, dense: torch.Tensor
 ) -> Check:
+    graph = run.graph
     try:
         with masked(model, graph, kept):
             expected = _logits(model, ids)
         small = sharing_copy(model)
         slice_model(small, graph, kept)
-        sliced = _logits(small, ids)
+        difference, effect = _largest(_logits(small, ids) - expected), _largest(expected - dense)
+        # once over for the graph as a whole: replaying every group would take several times as long as the rest
+        replayed = replay(model, run, kept).difference if name in (ALL, SOME) else 0.0
     except (SecateurError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}: {reason}{note}")
-    scale = max(1.0, float(dense.abs().max()))
-    difference, effect = float((sliced - expected).abs().max()), float((expected - dense).abs().max())
+        return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}: {reason}")
+    scale = max(1.0, _largest(dense))
+    worst = max(difference, replayed)
     if not difference <= TOLERANCE * scale:  # NaN is a difference
-        return Check(name, False, difference, effect, f"slicing differs from masking by {difference:.1e}{note}")
-    if effect <= 10 * max(difference, 1e-6 * scale):
-        return Check(name, False, difference, effect, f"the mask has no visible effect ({effect:.1e}){note}")
-    return Check(name, True, difference, effect, f"slice = mask{note}")
+        return Check(name, False, worst, effect, f"slicing differs from masking by {difference:.1e}")
+    if not replayed <= TOLERANCE * scale:
+        return Check(name, False, worst, effect, f"replaying the sliced operators differs from masking by {worst:.1e}")
+    if effect <= 10 * max(worst, 1e-6 * scale):
+        return Check(name, False, worst, effect, f"the mask has no visible effect ({effect:.1e})")
+    return Check(name, True, worst, effect, "slice = mask")
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
 
-def _twin(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """The same configuration with few layers, a small vocabulary and random weights, adapters included."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = _fewer_layers(copy.deepcopy(base.config))
-    twin = AutoModelForCausalLM.from_config(config, attn_implementation=base.config._attn_implementation)
-    if type(twin) is not type(base):
-        raise ModelError(f"Cannot build a smaller {type(base).__name__} from its config to verify it.")
-    if isinstance(model, PeftModel):
-        twin = get_peft_model(twin, copy.deepcopy(model.active_peft_config))
-    for name, parameter in twin.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide mistakes
-            nn.init.normal_(parameter, std=0.02)
-    return twin
-
-
-def _require_alike(twin: DependencyGraph, whole: DependencyGraph) -> None:
-    """The layers of the twin must have the groups of the model's first layers."""
-    known = {(group.name, group.kind, group.size, group.protected) for group in whole}
-    for group in twin:
-        if group.layer is not None and (group.name, group.kind, group.size, group.protected) not in known:
-            raise ModelError(f"{group.name} of a model with few layers is not that of this model: cannot verify it.")
-
-
-def _fewer_layers(config: PretrainedConfig) -> PretrainedConfig:
-    layers = config.num_hidden_layers
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layers:  # such as layer_types
-            setattr(config, name, value[:TWIN_LAYERS])
-    config.num_hidden_layers = min(layers, TWIN_LAYERS)
-    config.vocab_size = min(config.vocab_size, TWIN_VOCABULARY)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, 0)
-    return config
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max())

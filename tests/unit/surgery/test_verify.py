@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from secateur.graph import trace
-from secateur.surgery import verify
+from secateur.graph import record, trace
+from secateur.surgery import protect_failing, verify
 from secateur.testing.contracts import with_adapters
 from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Member, NodeGroup
@@ -26,7 +26,7 @@ def with_group(graph: DependencyGraph, group: NodeGroup) -> DependencyGraph:
 
 def failing(monkeypatch: pytest.MonkeyPatch, model: nn.Module, wrong: DependencyGraph) -> dict[str, str]:
     """Names and messages of the failed checks when the tracer answers ``wrong``."""
-    monkeypatch.setattr(VERIFY, "trace", lambda _: wrong)
+    monkeypatch.setattr(VERIFY, "record", lambda seen: replace(record(seen), graph=wrong))
     return {check.group: check.message for check in verify(model) if not check.ok}
 
 
@@ -93,18 +93,41 @@ def test_a_group_without_effect_is_seen() -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_large_model_is_represented_by_a_twin(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+@pytest.mark.parametrize(("family", "layers"), [("gemma3", 2), ("deepseek-v3", 2), ("llama-one-layer", 1)])
+def test_a_large_model_is_represented_by_a_stand_in(
+    monkeypatch: pytest.MonkeyPatch, family: str, layers: int, lora: bool
+) -> None:
     monkeypatch.setattr(VERIFY, "WHOLE_UP_TO", 1000)
-    monkeypatch.setattr(VERIFY, "TWIN_LAYERS", 1)
-    model = with_adapters(TINY["gemma3"]()) if lora else TINY["gemma3"]()
+    model = with_adapters(TINY[family]()) if lora else TINY[family]()
     checks = verify(model)
-    assert {check.group for check in checks} == {"layers.0.attention", "layers.0.mlp", "all groups", "some groups"}
-    assert all(check.ok and "twin with random weights and 1 layers" in check.message for check in checks)
+    assert [check for check in checks if not check.ok] == []
+    assert all(f"on random weights and {layers} layers" in check.message for check in checks)
 
 
-def test_a_model_without_weights_is_verified_by_a_twin() -> None:
+def test_a_model_without_weights_is_verified_by_a_stand_in() -> None:
+    config = TINY["qwen3"]().config
+    config.num_hidden_layers, config.layer_types = 7, ["full_attention"] * 7
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(TINY["qwen3"]().config)
+        model = AutoModelForCausalLM.from_config(config)
     checks = verify(model)
-    assert all(check.ok and "twin" in check.message for check in checks)
+    assert all(check.ok and "2 layers" in check.message for check in checks)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_nothing_more_is_protected_in_a_sound_model() -> None:
+    model = TINY["qwen3-moe"]()
+    graph = trace(model)
+    assert protect_failing(model, graph) == graph
+
+
+def test_what_fails_a_check_is_protected_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY["opt"]().config
+    config.num_hidden_layers = 5
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(SLICE, "attribute_changes", lambda *_: [])  # as if nothing were known about OPT's attention
+    graph = trace(model)
+    safe = protect_failing(model, graph)
+    assert [group.name for group in safe.prunable] == [f"layers.{layer}.mlp" for layer in range(5)]
+    assert "cutting it failed a check: " in str(safe["layers.4.attention"].protected)
+    assert safe.fingerprint == graph.fingerprint
