@@ -195,26 +195,21 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> list[str]:
-    """One line per faulty key: what was given, what is allowed. A key that several types refuse is named once."""
+    """One line per fault: what was given, what is allowed. A value that each of several types refuses is named once."""
     faults: dict[str, list[str]] = {}
-    values: dict[str, Any] = {}
     for fault in error.errors():
         keys, parent, unknown = _walk(settings, fault["loc"])
         key = ".".join([prefix, *keys] if prefix else keys)
         if unknown:
-            faults[key] = [_unknown(key, parent)]
+            faults[_unknown(key, parent)] = []
             continue
         reason = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
         if fault["type"] == "model_type":
             reason = f"It has keys of its own: {', '.join(_keys_of(key, parent))}"
-        faults.setdefault(key, []).append(reason[:1].lower() + reason[1:])
-        values[key] = fault["input"]
-    return [
-        f"{key} = {values[key]!r} is not allowed: {', or '.join(dict.fromkeys(reasons))}."
-        if key in values
-        else reasons[0]
-        for key, reasons in faults.items()
-    ]
+        # what breaks a rule between the keys of a section is the whole section, which would say little
+        given = key if isinstance(fault["input"], Mapping) else f"{key} = {fault['input']!r} is not allowed"
+        faults.setdefault(given, []).append(reason[:1].lower() + reason[1:])
+    return [f"{given}: {', or '.join(dict.fromkeys(why))}." if why else given for given, why in faults.items()]
 
 
 def _walk(settings: type[BaseModel], path: Sequence[int | str]) -> tuple[list[str], type[BaseModel], bool]:

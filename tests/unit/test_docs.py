@@ -54,7 +54,7 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_the_pages_exist(page: Path) -> None:
     for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", page.read_text()):
-        if override != "section.key=value":
+        if not override.startswith("section.key"):
             load_recipe(None, [override])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,9 +30,8 @@ def test_another_name_is_an_ordinary_attribute_error() -> None:
 
 def test_import_is_light() -> None:
     code = "import sys, secateur; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
-    best = float("inf")
-    for _ in range(3):  # the best of three: another process may have the machine busy
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        best = min(best, time.monotonic() - started)
-    assert best < 0.3
+    before = os.times()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = os.times()
+    # processor time, because another process may have the machine busy
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
