@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe, dump, revise
-from secateur.data import TokenBlocks, load_blocks
+from secateur.data import OWN_TEXT, SHARES, Split, TextSettings, TokenBlocks, load_blocks, write_own_text
 from secateur.errors import InputError
 from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
+from secateur.evaluation.tasks import evaluate_tasks
 from secateur.export import (
     ARTEFACTS,
     Story,
@@ -79,13 +80,16 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
     return prune(model, tokenizer, recipe=recipe, output=output, resume=resume, dry_run=dry_run)
 
 
-def evaluate(recipe: Recipe) -> dict[str, Any]:
-    """What ``secateur evaluate`` does: perplexity by source, parameters, bytes and speed of the recipe's model, under
-    ``model``, with the window, the tokens and the machine beside it."""
+def evaluate(recipe: Recipe, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``secateur evaluate`` does: scores on ``tasks`` (names or folders, see ``evaluation.tasks``), perplexity by
+    source, parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it."""
     model, tokenizer = load(**recipe.model.model_dump())
+    numbers: dict[str, Any] = {}
+    if tasks:  # first, because a task that does not exist should not cost a measurement
+        numbers["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
     blocks = load_blocks(recipe.evaluation, "evaluation", tokenizer, recipe.seed)
     losses = _losses(model, recipe, blocks)
-    numbers = _size(model, recipe)
+    numbers |= _size(model, recipe)
     numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}
     if recipe.evaluation.speed:
         small = _cast(model, written_dtype(model, recipe.export), model.device)
@@ -128,7 +132,7 @@ def prune(
     if output is not None:
         check_output(output)
     graph = trace(model)
-    texts = read_texts(recipe, tokenizer)
+    texts = read_texts(model, tokenizer, recipe)
     result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
     if dry_run:
         return result
@@ -168,15 +172,20 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     return plan
 
 
-def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Texts:
-    """Token blocks for each purpose that the recipe has; the splits never overlap."""
+def read_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> Texts:
+    """Token blocks for each purpose that the recipe has; the splits never overlap.
+
+    ``model`` is the dense one: where the recipe names the source ``self``, it writes that text.
+    """
     if tokenizer is None:
         return Texts()
     needs = METHODS[recipe.method.name].needs
     baseline = _baseline(recipe)
     trains = needs == "training" or recipe.recovery.steps > 0
     scores = needs != "nothing" or (baseline is not None and METHODS[baseline].needs != "nothing")
-    read = partial(load_blocks, tokenizer=tokenizer, seed=recipe.seed)
+    own = _own_tokens(recipe)
+    written = write_own_text(model, tokenizer, own, recipe.seed) if own else []
+    read = partial(load_blocks, tokenizer=tokenizer, seed=recipe.seed, own_text=written)
     return Texts(
         calibration=read(recipe.calibration, "calibration") if scores else None,
         recovery=read(recipe.recovery, "recovery") if trains else None,
@@ -317,6 +326,17 @@ def _write_artefacts(result: Result, folder: Path, verification: Verification) -
     )
     (folder / "README.md").write_text(model_card(story))
     (artefacts / "report.html").write_text(html_report(story))
+
+
+def _own_tokens(recipe: Recipe) -> int:
+    """How much the model must write itself so that every split has its share, with a margin for uneven documents."""
+    texts: dict[Split, TextSettings] = {
+        "calibration": recipe.calibration,
+        "recovery": recipe.recovery,
+        "evaluation": recipe.evaluation,
+    }
+    wanted = [text.tokens / len(text.text) / SHARES[split] for split, text in texts.items() if OWN_TEXT in text.text]
+    return round(1.2 * max(wanted, default=0))
 
 
 def _last(result: Result) -> str:

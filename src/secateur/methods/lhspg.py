@@ -105,7 +105,7 @@ def _find_adapters(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tens
     adapters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a, b = (module.get_parameter(f"lora_{part}.default.weight").detach() for part in "AB")
+            a, b = (model.get_parameter(f"{name}.lora_{part}.default.weight").detach() for part in "AB")
             adapters[f"{name}.base_layer.weight"] = (a, b, float(module.scaling["default"]))
     return adapters
 
