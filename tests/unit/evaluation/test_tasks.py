@@ -1,0 +1,83 @@
+"""Tasks: what is said without the extra, and a local task through the real harness where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import DataError, InputError
+from secateur.evaluation.tasks import evaluate_tasks, tasks_in
+from secateur.testing.tiny import build
+from secateur.testing.tokenizer import tiny_tokenizer
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    data = tmp_path / "items.jsonl"
+    items = [{"question": f"{index} is", "choices": ["odd", "even"], "label": (index + 1) % 2} for index in range(10)]
+    data.write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "parity.yaml").write_text(TASK.format(name="parity", data=data))
+    (tmp_path / "parity_again.yaml").write_text(TASK.format(name="parity_again", data=data))
+    return tmp_path
+
+
+def test_a_folder_names_its_tasks(folder: Path, tmp_path: Path) -> None:
+    assert tasks_in(folder) == ["parity", "parity_again"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no task files"):
+        tasks_in(tmp_path / "empty")
+
+
+def test_without_the_extra_there_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'secateur\[tasks\]'"):
+        evaluate_tasks(build("llama-gqa"), tiny_tokenizer(), ["parity"])
+
+
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'secateur[tasks]'"
+)
+
+
+@needs_harness
+def test_local_tasks_run_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    scores = evaluate_tasks(model, tokenizer, [str(folder)], limit=6)
+    assert set(scores) == {"parity", "parity_again"}
+    assert scores["parity"] == scores["parity_again"]
+    assert scores["parity"]["acc"] * 6 == pytest.approx(round(scores["parity"]["acc"] * 6))
+    assert 0 <= scores["parity"]["acc"] <= 1
+
+
+@needs_harness
+def test_faults_are_named(folder: Path) -> None:
+    model = build("llama-gqa")
+    with pytest.raises(InputError, match="no task or folder parityy"):
+        evaluate_tasks(model, tiny_tokenizer(), ["parityy"])
+    with pytest.raises(InputError, match="at least one task"):
+        evaluate_tasks(model, tiny_tokenizer(), [])
+    with pytest.raises(InputError, match="limit"):
+        evaluate_tasks(model, tiny_tokenizer(), [str(folder)], limit=0)
+    with pytest.raises(DataError, match="no tokenizer"):
+        evaluate_tasks(model, None, [str(folder)])
+    (folder / "items.jsonl").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        evaluate_tasks(model, tiny_tokenizer(), [str(folder)])
