@@ -224,7 +224,8 @@ def span(axis: Axis, start: int, stop: int) -> Axis:
 
 def split_axis(axis: Axis, inner_size: int) -> tuple[Axis, Axis]:
     """Read ``axis`` as ``outer x inner`` with ``inner`` of ``inner_size``."""
-    outer, inner = list(resolve(axis)), ()
+    outer: list[Atom] = list(resolve(axis))
+    inner: Axis = ()
     while inner_size > 1:
         if not outer:
             raise Conflict("the inner axis is larger than the whole")

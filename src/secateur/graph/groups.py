@@ -33,6 +33,9 @@ RENORMALISING = (
 _OPEN: tuple[Kind, ...] = ("ffn", "attention")
 """Kinds that may be cut unless something speaks against it."""
 
+_WHAT: Mapping[Kind, str] = {"ffn": "mlp", "expert": "experts"}
+"""How kinds are called in the names of groups, where it is not the kind itself."""
+
 
 @dataclass
 class Candidate:
@@ -80,9 +83,9 @@ class Candidate:
 def find_groups(model: nn.Module, table: SymbolTable) -> tuple[DependencyGraph, dict[str, Atom]]:
     """The graph of ``model`` from the symbols that a recorded run left in ``table``, and each group's atom by name."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    places = Places(model)
+    places = Places(model, table.used)
     candidates = _candidates(table, places, list(shapes))
-    kinds = _kinds(candidates)
+    kinds = _kinds(candidates, shapes)
     unused = _unused_modules(table, places, list(shapes))
     chosen = [candidate for candidate in candidates if id(candidate.atom) in kinds]
     names = _names(chosen, kinds)
@@ -149,11 +152,11 @@ def _unused_modules(table: SymbolTable, places: Places, order: Sequence[str]) ->
 # --- kinds ----------------------------------------------------------------------------------------------------------
 
 
-def _kinds(candidates: Sequence[Candidate]) -> dict[int, Kind]:
+def _kinds(candidates: Sequence[Candidate], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, Kind]:
     """The kind of every candidate that is a group, by the ``id`` of its atom."""
     kinds: dict[int, Kind] = {}
     for candidate in candidates:
-        kind = _own_kind(candidate)
+        kind = _own_kind(candidate, shapes)
         if kind is not None:
             kinds[id(candidate.atom)] = kind
     by_axis: dict[tuple[str, int], list[Candidate]] = defaultdict(list)
@@ -183,24 +186,32 @@ def _rank(candidate: Candidate, kind: Kind | None) -> tuple[int, int, int, int]:
     return (first, -rows, -candidate.atom.size, candidate.atom.serial)
 
 
-def _own_kind(candidate: Candidate) -> Kind | None:
+def _own_kind(candidate: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
     atom, both = candidate.atom, candidate.roles == {"in", "out"}
     if "vocab" in atom.marks:
         return "vocab"
     if "hidden" in atom.marks:
         return "hidden"
     if "top-k" in atom.marks:
-        return "expert"
+        return "expert" if _covers_its_axes(candidate, shapes) else None
     if not both:
         severed = "severed" in atom.marks and len(candidate.layers) == 1 and candidate.layers != [None]
         return "ffn" if severed else None
+    if "depthwise convolution" in atom.marks:
+        return "state"
     if "head" in atom.marks:
         return "attention"
     if len(candidate.layers) > 1 and "nonlinear" not in atom.marks:
         return "hidden"
-    if "depthwise convolution" in atom.marks:
-        return "state"
     return "ffn" if atom.marks & {"nonlinear", "severed"} else None
+
+
+def _covers_its_axes(candidate: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the units make up whole axes: a loop over the experts that were hit leaves fragments behind."""
+    rows: Counter[tuple[str, int]] = Counter()
+    for member in candidate.members:
+        rows[member.parameter, member.axis] += member.rows_per_unit * candidate.atom.size
+    return all(count == shapes[name][axis] for (name, axis), count in rows.items() if name in shapes)
 
 
 # --- names and protection -------------------------------------------------------------------------------------------
@@ -211,7 +222,7 @@ def _names(candidates: Sequence[Candidate], kinds: Mapping[int, Kind]) -> list[s
     plain = [_name(candidate, kinds[id(candidate.atom)]) for candidate in candidates]
     twice = {name for name, times in Counter(plain).items() if times > 1}
     longer = [
-        ".".join((name, *_home(candidate)[:1])) if name in twice else name
+        _longer_name(candidate, kinds[id(candidate.atom)]) if name in twice else name
         for candidate, name in zip(candidates, plain, strict=True)
     ]
     again, seen = Counter(longer), Counter[str]()
@@ -220,6 +231,15 @@ def _names(candidates: Sequence[Candidate], kinds: Mapping[int, Kind]) -> list[s
         seen[name] += 1
         names.append(f"{name}.{seen[name]}" if again[name] > 1 and seen[name] > 1 else name)
     return names
+
+
+def _longer_name(candidate: Candidate, kind: Kind) -> str:
+    """A name that says in which module of its layer the group is, for layers with several groups of one kind."""
+    home, layer = _home(candidate), candidate.layers[0]
+    what = _WHAT.get(kind, kind)
+    if layer is None or len(candidate.layers) > 1:
+        return _name(candidate, kind)
+    return ".".join(("layers", str(layer), what, *(home[1:] if home[:1] == (what,) else home)))
 
 
 def _home(candidate: Candidate) -> tuple[str, ...]:
@@ -232,12 +252,15 @@ def _name(candidate: Candidate, kind: Kind) -> str:
     if kind in ("hidden", "vocab"):
         return kind
     home = _home(candidate)
-    what = {"ffn": "mlp", "expert": "experts"}.get(kind, kind)
+    severed = candidate.roles != {"in", "out"}
+    what = _WHAT.get(kind, kind)
     layer = candidate.layers[0]
     if len(candidate.layers) > 1:
         return what
     if layer is None:
         return ".".join((*home, what))
+    if kind == "ffn" and severed:  # not known to be a feed-forward layer: the module says where it is
+        return ".".join(("layers", str(layer), *home))
     return ".".join(("layers", str(layer), what, *(home[1:] if kind == "ffn" else ())))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -26,20 +26,20 @@ class Place:
 
 
 class Places:
-    """Looks up the ``Place`` of every parameter or buffer of a model."""
+    """Looks up the ``Place`` of every parameter or buffer of a model; ``used`` are the parameters of a forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, used: Container[str]) -> None:
         self._peft = isinstance(model, PeftModel)
         self._tuners = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        self._layers = self._decoder_layers(model)
+        self._layers = self._decoder_layers(model, used)
 
-    def _decoder_layers(self, model: nn.Module) -> tuple[str, ...]:
-        """Path of the list of modules that holds most of the parameters."""
+    def _decoder_layers(self, model: nn.Module, used: Container[str]) -> tuple[str, ...]:
+        """Path of the list of modules that holds most of the parameters that a forward pass uses."""
         sizes: Counter[tuple[str, ...]] = Counter()
         for name, parameter in model.named_parameters():
             module, _ = self._unwrapped(name)
             number = _first_number(module)
-            if number is not None:
+            if number is not None and name in used:
                 sizes[module[:number]] += parameter.numel()
         return max(sizes, key=lambda path: sizes[path]) if sizes else ()
 

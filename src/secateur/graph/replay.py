@@ -52,11 +52,16 @@ def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) ->
     cut = Cut({id(trace.atoms[name]): torch.as_tensor(sorted(units)) for name, units in kept.items()})
     tokens = _tokens(trace, cut)
     with torch.no_grad():
-        whole = _Run(trace, values, Cut({}), tokens).logits()
-        masked = _Masked(trace, values, cut, tokens).logits()
+        try:
+            whole = _Run(trace, values, Cut({}), tokens).logits()
+            masked = _Masked(trace, values, cut, tokens).logits()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ModelError(
+                f"The recorded run cannot be replayed; its operators depend on the data: {error}"
+            ) from error
         try:
             sliced = _Sliced(trace, values, cut, tokens).logits()
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise ModelError(f"The recorded operators do not fit the sliced parameters: {error}") from error
     axes = trace.table[trace.logits].axes
     left = cut.select(masked, axes)

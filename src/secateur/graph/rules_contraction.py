@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from secateur.graph.axes import leaf, mark, size_of, unify
+from secateur.graph.axes import leaf, mark, refuse, size_of, unify
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, Origin, SymbolTable
 
@@ -108,6 +108,22 @@ def grouped_mm(table: SymbolTable, call: Call) -> None:
     table.put(call.out, (table[x].axes[0], table[weights].axes[2]))
 
 
+def triangular_solve(table: SymbolTable, call: Call) -> None:
+    """``A X = B`` for triangular ``A`` (linear attention): the leading dimensions are independent of each other.
+
+    Rows are solved one after the other, so the axis of the equations must stay whole.
+    """
+    matrix, right = call["self"], call["B"]
+    if not call["left"] or matrix.dim() != right.dim():
+        raise NotImplementedError
+    first, second = table[matrix].axes, table[right].axes
+    for axis, other in zip(first[:-2], second[:-2], strict=True):
+        unify(axis, other)
+    for axis in (first[-2], first[-1], second[-2]):
+        refuse(axis, f"equations are solved in order ({call.name})")
+    table.put(call.out, second)
+
+
 def convolution(table: SymbolTable, call: Call) -> None:
     """Convolution with one group (channels are contracted) or with one group for each channel (channels stay).
 
@@ -141,5 +157,6 @@ RULES: dict[str, Rule] = {
     "aten.dot": dot,
     "aten.linear": linear,
     "aten._grouped_mm": grouped_mm,
+    "aten.linalg_solve_triangular": triangular_solve,
     "aten.convolution": convolution,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from secateur.graph.axes import Axis, mark, refuse, size_of, unify
+from secateur.graph.axes import Axis, leaf, mark, refuse, size_of, unify
 from secateur.graph.symbols import Call, Origin, SymbolTable
 
 Rule = Callable[[SymbolTable, Call], None]
@@ -24,6 +24,16 @@ def nonlinear(table: SymbolTable, call: Call) -> None:
     elementwise(table, call)
     for axis in table[call.outputs[0]].axes:
         mark(axis, "nonlinear")
+
+
+def log_sigmoid(table: SymbolTable, call: Call) -> None:
+    """Non-linear; its second result is scratch space for the gradient."""
+    result, scratch = call.outputs
+    axes = table[call["self"]].axes
+    for axis in axes:
+        mark(axis, "nonlinear")
+    table.put(result, axes)
+    table.put(scratch, [leaf(size) for size in scratch.shape])
 
 
 def same_values(table: SymbolTable, call: Call) -> None:
@@ -101,11 +111,13 @@ RULES: dict[str, Rule] = {
         "clamp clamp_min clamp_max masked_fill addcmul addcdiv lerp nan_to_num dropout native_dropout", elementwise
     ),
     **_named("bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not", elementwise),
+    **_named("polar angle", elementwise),
     **_named("isnan isinf isfinite log1p log log2 atan2", elementwise),
     **_named("__lshift__ __rshift__ bitwise_left_shift bitwise_right_shift logical_xor exp2", elementwise),
     **_named("silu gelu relu sigmoid tanh mish elu selu celu leaky_relu relu6 hardtanh hardswish", nonlinear),
-    **_named("hardsigmoid softplus log_sigmoid erf exp expm1 threshold xielu", nonlinear),
+    **_named("hardsigmoid softplus erf exp expm1 threshold xielu", nonlinear),
     **_named("eq ne lt le gt ge", comparison),
+    "aten.log_sigmoid_forward": log_sigmoid,
     "aten.where": choice,
     "aten.copy_": copy_into,
     "aten.set_.source_Tensor": become,

@@ -126,6 +126,17 @@ def repeat(table: SymbolTable, call: Call) -> None:
     table.put(call.out, [_repeat(times) + axis for times, axis in zip(repeats, axes, strict=True)], symbol.domain)
 
 
+def complex_from_pairs(table: SymbolTable, call: Call) -> None:
+    """``view_as_complex``: the last dimension, of two, becomes one number."""
+    x = call["self"]
+    _put_dims(table, call, list(range(x.dim() - 1)))
+
+
+def pairs_from_complex(table: SymbolTable, call: Call) -> None:
+    """``view_as_real``: each number becomes a new last dimension of two."""
+    table.put(call.out, (*table[call["self"]].axes, leaf(2)))
+
+
 # --- cutting --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +287,8 @@ RULES: dict[str, Rule] = {
     "aten._unsafe_view": view,
     "aten.reshape": view,
     "aten._reshape_alias": view,
+    "aten.view_as_complex": complex_from_pairs,
+    "aten.view_as_real": pairs_from_complex,
     "aten.expand": expand,
     "aten.repeat": repeat,
     "aten.slice": slice_,

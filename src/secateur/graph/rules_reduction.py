@@ -149,6 +149,7 @@ RULES: dict[str, Rule] = {
     "aten.prod": reduction("product"),
     "aten.all": reduction("all"),
     "aten.any": reduction("any"),
+    "aten.aminmax": reduction("max"),
     "aten.amax": reduction("max"),
     "aten.amin": reduction("max"),
     "aten.logsumexp": reduction("logsumexp"),

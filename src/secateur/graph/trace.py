@@ -106,7 +106,7 @@ def _buffers(twin: nn.Module, persistent: bool) -> dict[int, str]:
     return found
 
 
-def _input_embedding(twin: nn.Module) -> torch.Tensor:
+def _input_embedding(twin: Any) -> torch.Tensor:
     try:
         return twin.get_input_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
@@ -116,7 +116,7 @@ def _input_embedding(twin: nn.Module) -> torch.Tensor:
         ) from error
 
 
-def _options(twin: nn.Module) -> dict[str, Any]:
+def _options(twin: Any) -> dict[str, Any]:
     base = twin.get_base_model() if hasattr(twin, "get_base_model") else twin
     return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
 
@@ -129,9 +129,10 @@ def _logits(output: Any) -> torch.Tensor:
 
 
 class Escapes(TorchFunctionMode):
-    """Notices what passes by the operators: values that leave the run (``tolist``), and lists used as indices.
+    """Notices what passes by the operators: values that leave the run (``tolist``), and constants that enter it.
 
-    A list would become an index tensor on the device of what it indexes, and lose its values on the meta device.
+    Numbers written in the code would lose their values on the meta device: those of ``torch.tensor``, and lists used
+    as indices, which become tensors on the device of what they index.
     """
 
     def __init__(self, table: SymbolTable) -> None:
@@ -143,9 +144,12 @@ class Escapes(TorchFunctionMode):
             symbol = self.table[args[0]]
             for axis in (*symbol.axes, symbol.domain or ()):
                 refuse(axis, f"its values steer the code (.{func.__name__}())")
+        kwargs = dict(kwargs or {})
         if func is torch.Tensor.__getitem__:
             args = (args[0], _lists_to_tensors(args[1]))
-        return func(*args, **(kwargs or {}))
+        elif func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
 
 
 def _lists_to_tensors(key: Any) -> Any:

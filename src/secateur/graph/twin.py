@@ -36,16 +36,17 @@ def twin_of(model: nn.Module, weights: bool = False) -> nn.Module:
             if name in module.__dict__:
                 memo[id(module.__dict__[name])] = OrderedDict()
     twin = copy.deepcopy(model, memo)
-    _prefer_simple_kernels(twin)
+    _configure(twin)
     return twin.eval()
 
 
-def _prefer_simple_kernels(twin: nn.Module) -> None:
-    """Choose, where a model offers a choice, implementations whose operators do not depend on the data.
+def _configure(twin: nn.Module) -> None:
+    """No caches, and, where a model offers a choice, implementations whose operators do not depend on the data.
 
     Fused attention becomes the eager one; experts are gathered for each token rather than looped over.
     """
     for config in {id(config): config for config in map(_config, twin.modules()) if config is not None}.values():
+        config.use_cache = False
         if getattr(config, "_attn_implementation_internal", None) not in (None, "eager", "sdpa"):
             config._attn_implementation_internal = "eager"
         if hasattr(config, "_experts_implementation_internal"):
