@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from secateur.testing.contracts import ArchitectureContract
-from secateur.testing.tiny import TINY
+from secateur.testing.tiny import SPECS, TINY, randomise
 
 ONLY_FFN = {"bloom"}
 """ALiBi constants depend on the index of the head: no head can go."""
@@ -18,3 +20,14 @@ def _contract(family: str) -> type[ArchitectureContract]:
 for _family in TINY:
     _class = _contract(_family)
     globals()[_class.__name__] = _class
+
+
+class TestFalconSerial(ArchitectureContract):
+    """Falcon with a KV head for each query head, attention before the feed-forward, and biases."""
+
+    def build(self) -> PreTrainedModel:
+        _, options = SPECS["falcon-mqa"]
+        variant = {"multi_query": False, "parallel_attn": False, "bias": True}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **options, **variant))
+        randomise(model)
+        return model.eval()
