@@ -147,7 +147,7 @@ def prune(
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
     except KeyboardInterrupt as interrupt:
         typer.echo(
-            f"Interrupted. Finished stages are kept; the same command with --resume goes on to {output}.", err=True
+            f"Interrupted. What is finished is kept; the same command with --resume goes on to {output}.", err=True
         )
         raise typer.Exit(130) from interrupt
     if not dry_run:
@@ -190,6 +190,10 @@ def inspect(
 @app.command()
 def evaluate(
     model: Model,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B"),
+    ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="File or source; may be repeated. Built-in text when left out.")
     ] = None,
@@ -201,7 +205,7 @@ def evaluate(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure a model: perplexity on held-out text, parameters, bytes and speed."""
+    """Measure a model: perplexity on held-out text, tasks, parameters, bytes and speed."""
     from secateur import pipeline, progress, tables
     from secateur.config import load_recipe
 
@@ -217,7 +221,8 @@ def evaluate(
     if as_json is not None and not as_json.absolute().parent.is_dir():
         raise InputError(f"--json {as_json}: there is no folder {as_json.parent}. Name a file in one that exists.")
     progress.show()
-    metrics = pipeline.evaluate(settings)
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+    metrics = pipeline.evaluate(settings, names)
     _console().print(tables.results(metrics, ["model"]))
     if as_json is not None:
         as_json.write_text(json.dumps(metrics, indent=1) + "\n")

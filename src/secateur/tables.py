@@ -41,6 +41,9 @@ def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Group
     if len(counts) > 1:
         means = (mean_perplexity(item.get("perplexity", {}), counts) for item in columns.values())
         table.add_row("perplexity, all", *map(_number, means))
+    for task, values in whole.get("tasks", {}).items():
+        for metric, value in values.items():
+            table.add_row(f"{task}, {metric}", f"{value:.4f}")
     table.add_section()
     for label, key, show in (
         ("parameters", "parameters", _count),
