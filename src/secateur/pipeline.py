@@ -40,7 +40,7 @@ from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import recover
-from secateur.surgery import masked, slice_model
+from secateur.surgery import masked, protect_failing, slice_model
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
 
@@ -131,7 +131,7 @@ def prune(
     recipe = _complete(recipe, ratio, method, tokenizer)
     if output is not None:
         check_output(output)
-    graph = trace(model)
+    graph = protect_failing(model, trace(model))
     texts = read_texts(model, tokenizer, recipe)
     result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
     if dry_run:
