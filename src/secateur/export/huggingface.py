@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -22,11 +24,12 @@ from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
 from secateur.export.uneven import uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
+from secateur.progress import say
 from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
 from secateur.types import DependencyGraph, Settings
 
 ARTEFACTS = "secateur"
-"""Subfolder with what secateur knows about the model; the only thing that may be in the target before."""
+"""Subfolder with what secateur knows about the model."""
 
 
 class ExportSettings(Settings):
@@ -54,14 +57,11 @@ class StandardForm:
 
 
 def check_output(folder: str | Path) -> Path:
-    """Refuse early a place that cannot become a model folder; returns it as a path.
-
-    A folder with only a ``secateur`` subfolder (of a run that was interrupted) is fine. Raises InputError.
-    """
+    """Refuse early a place that cannot become a model folder; returns it as a path. Raises InputError."""
     path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file. Give a new folder for the pruned model.")
-    if path.is_dir() and any(entry.name != ARTEFACTS for entry in path.iterdir()):
+    if path.is_dir() and any(path.iterdir()):
         raise InputError(f"{path} is not empty. Give a new folder, or empty this one first.")
     parent = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
@@ -78,12 +78,17 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
         model: the sliced model; its config still describes the model before, as ``slice_model`` leaves it.
         graph: the graph from before the cut.
 
-    Raises ModelError when neither a plain config nor one with sizes of layers gives the shapes of the model.
+    Raises ModelError when neither a plain config nor one with sizes of layers gives the shapes of the model, and for a
+    model with adapters.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ModelError(
+            "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
+        )
     family, shapes = family_of(model), shapes_of(model)
     sizes = LayerSizes(model.config, graph, kept)
     even = sizes.even()
-    if even is not None and _shapes(family, even) == shapes:
+    if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
         return StandardForm(family, even, "All layers have the same sizes: a plain config, opened without further ado.")
     before_class = pruned_class(family) if is_uneven(model.config) else family
     before = _on_meta(before_class, model.config)
@@ -127,17 +132,25 @@ def save(
         ModelError: the model cannot be described by a config.
         VerificationError: the folder does not open, or computes something else.
     """
-    target = check_output(folder)
+    target = check_output(folder).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # Inside a folder that is there already: that may be a mount, which nothing can be renamed to.
+    place = target if target.is_dir() else target.parent
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=place))
     try:
+        say(f"Writing {target}")
         reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
+        say("Opening it in a fresh process, without secateur")
         verification = verify_folder(reference)
         (scratch / ARTEFACTS).mkdir()
         verification.save(scratch / ARTEFACTS / "verification.json")
         if complete is not None:
             complete(scratch, verification)
         _publish(scratch, target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}. Make room, or another folder."
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return verification
@@ -155,12 +168,11 @@ def write(
     """The part of ``save`` that writes, without proof; returns what the proof needs."""
     settings = settings or ExportSettings()
     form = standard_form(model, graph, kept)
-    if any(
-        getattr(vars(module).get("config"), "_experts_implementation", None) == "eager" for module in model.modules()
-    ):
-        form.config.experts_implementation = "eager"  # some width is one that the grouped kernels cannot read
     weights = _weights(model, written_dtype(model, settings))
+    form.config._experts_implementation = None  # so that the model below has what a reader would get
     standard = _on_meta(form.model_class, form.config)
+    if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, model.modules())):
+        standard.config.experts_implementation = "eager"
     standard.load_state_dict(weights, strict=True, assign=True)
     standard.tie_weights()
     if model.can_generate():
@@ -198,6 +210,11 @@ def _answers(
     return logits.float().cpu(), cached.get("dynamic_cache_difference")
 
 
+def _has_eager_experts(module: nn.Module) -> bool:
+    """Whether surgery left experts a width that only the eager implementation can read."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
+
+
 def written_dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
     """The type that the weights of ``model`` are written in."""
     if settings.dtype != "auto":
@@ -219,15 +236,11 @@ def _weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 def _publish(scratch: Path, target: Path) -> None:
-    """Give the finished folder its name; beside artefacts that are there already, config.json appears last."""
-    if not target.exists():
+    """Give the finished folder its name; in a folder that is there already, config.json appears last."""
+    if not target.is_dir():
         scratch.rename(target)
         return
-    (target / ARTEFACTS).mkdir(exist_ok=True)
-    for source in (scratch / ARTEFACTS).iterdir():
-        source.replace(target / ARTEFACTS / source.name)
-    files = [source for source in scratch.iterdir() if source.is_file()]
-    for source in sorted(files, key=lambda source: source.name == "config.json"):
+    for source in sorted(scratch.iterdir(), key=lambda source: source.name == "config.json"):
         source.replace(target / source.name)
 
 
@@ -249,6 +262,15 @@ def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of everything that a checkpoint of ``model`` holds."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _is_valid(config: PreTrainedConfig) -> bool:
+    """Whether the family's validators let the config be saved (Llama's wants hidden size / heads to be whole)."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except (StrictDataclassError, ValueError):
+        return False
+    return True
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from secateur.errors import ModelError
-from secateur.export.sizes import Place, place_of, query_heads_name, size_name
+from secateur.export.sizes import OWN_NAME, Place, place_of, query_heads_name, size_name
 from secateur.surgery.rebuild import is_uneven
 from secateur.types import DependencyGraph, NodeGroup
-
-OWN_NAME = "layer_"
-"""Prefix of a size that is written per layer under a name of our own."""
 
 
 class LayerSizes:
@@ -60,21 +57,33 @@ class LayerSizes:
     def even(self) -> PreTrainedConfig | None:
         """A plain config with the size that all layers have under each name; None when layers differ."""
         config = copy.deepcopy(self.whole)
-        places = [(group.layer, place_of(group)) for group in self.graph if group.layer is not None]
-        for place, name in self.names.items():
+        for name in self.names.values():
             for size in filter(None, (name, query_heads_name(self.whole, name))):
-                values = {self.of(layer, size) for layer, other in places if other == place}
+                values = {self.of(layer, size) for layer in self._layers_with(name, size)}
                 if len(values) != 1:
                     return None
                 setattr(config, size, values.pop())
+        for name in [name for name in vars(config) if name.startswith(OWN_NAME)]:
+            delattr(config, name)
         return config
+
+    def _layers_with(self, name: str, size: str) -> set[int]:
+        """The layers that have what ``name`` counts, cut or not."""
+        places = {place for place, other in self.names.items() if other == name}
+        whole = {g.layer for g in self.graph if g.layer is not None and place_of(g) in places}
+        return whole | {layer for layer, own in self.sizes.items() if size in own}
 
     def _continue_from(self, config: PreTrainedConfig) -> None:
         for layer, own in config.to_dict()["per_layer_config"].items():
-            self.sizes[int(layer)] = {name.removeprefix(OWN_NAME): size for name, size in own.items()}
+            self.sizes[int(layer)] = {self._plain_name(name): size for name, size in own.items()}
         for name, followers in config.pruned_layers["follows"].items():
             rows = frozenset((key, rows) for key, rows in followers.items() if ":" in key)
-            self.names[Place(config.pruned_layers["path"], rows)] = name.removeprefix(OWN_NAME)
+            self.names[Place(config.pruned_layers["path"], rows)] = self._plain_name(name)
+
+    def _plain_name(self, name: str) -> str:
+        """The family's name for a size that was written under ours because its validator wanted that."""
+        plain = name.removeprefix(OWN_NAME)
+        return plain if hasattr(self.whole, plain) else name
 
     def _cut_everywhere(self, group: NodeGroup, lost: int) -> None:
         name = size_name(self.whole, group)
@@ -92,24 +101,30 @@ class LayerSizes:
         if any(place.path != other.path for other in self.names):
             raise ModelError(f"{group.name} lies in a second list of layers, which no config can describe. Protect it.")
         if place not in self.names:
-            self.names[place] = self._free_name(size_name(layer_config, group))
+            self.names[place] = self._free_name(size_name(layer_config, group), group)
         name = self.names[place]
         self.cut_now.setdefault(name, group)
         if getattr(self.whole, name, None) is None:
             setattr(self.whole, name, group.size)
+        own = self.sizes.setdefault(layer, {})
         if group.kind == "attention":
             _make_head_dim_explicit(self.whole)
-        own = self.sizes.setdefault(layer, {})
-        query = query_heads_name(self.whole, name)
-        if query is not None:
-            heads = self.of(layer, query)
-            own[query] = heads - lost * (heads // group.size)
+            query = query_heads_name(self.whole, name)
+            if query is not None:
+                heads = self.of(layer, query)
+                own[query] = heads - lost * (heads // group.size)
         own[name] = self.of(layer, name) - lost
 
-    def _free_name(self, name: str) -> str:
-        """Another place may go by this name already (two kinds of attention in one model): then numbers are added."""
-        names = (name, *(f"{name}_{number}" for number in range(2, 2 + len(self.names))))
-        return next(free for free in names if free not in self.names.values())
+    def _free_name(self, name: str, group: NodeGroup) -> str:
+        """``name``, or one of ours when something else in the layers is counted by it already.
+
+        That is so for two kinds of attention in one model, and for the query heads of a layer that has lost all KV
+        heads but one: these are counted apart from then on.
+        """
+        taken = {*self.names.values(), *(query_heads_name(self.whole, other) for other in self.names.values())}
+        ours = f"{OWN_NAME}{group.kind}_units"
+        names = (name, ours, *(f"{ours}_{number}" for number in range(2, 2 + len(self.names))))
+        return next(free for free in names if free not in taken)
 
 
 def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -119,10 +134,6 @@ def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
         plain.per_layer_config = None
         for name in ("pruned_layers", "auto_map"):
             vars(plain).pop(name, None)
-        for name in [
-            name for name in vars(plain) if name.startswith(OWN_NAME) and hasattr(plain, name[len(OWN_NAME) :])
-        ]:
-            delattr(plain, name)
     return plain
 
 

@@ -29,6 +29,8 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model"),
     "vocab": ("vocab_size",),
 }
+OWN_NAME = "pruned_"
+"""Prefix of names that we give, where the family has none for the sizes of a layer, or wants its own to be global."""
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 
 
@@ -36,24 +38,22 @@ def size_name(config: PreTrainedConfig, group: NodeGroup) -> str:
     """The attribute of ``config`` that holds the number of units of ``group``; ``config`` describes its layer.
 
     Among names that hold this number the one goes first whose marked words (expert, shared) occur in the paths of the
-    group's parameters. When no name fits (a family may compute the size from others, as bloom does), a name is
-    returned that the family does not use: it can hold the sizes of layers, and has no effect elsewhere.
+    group's parameters. When no name fits (a family may compute the size from others, as bloom does), it is one of ours.
     """
-    own = f"{group.kind}_units"
-    names = [config.attribute_map.get(name, name) for name in (*_NAMES.get(group.kind, ()), own)]
+    names = [config.attribute_map.get(name, name) for name in _NAMES.get(group.kind, ())]
     names = [name for name in names if hasattr(config, name)]
     path = " ".join(member.parameter for member in group.members)
     fitting = [name for name in names if getattr(config, name) == group.size]
     fitting.sort(key=lambda name: _disagreement(name, path))
     unset = [name for name in names if getattr(config, name) is None]
-    unused = "intermediate_size" if group.kind == "ffn" and not hasattr(config, "intermediate_size") else own
-    return (fitting + unset + [unused])[0]
+    return (fitting + unset + [f"{OWN_NAME}{group.kind}_units"])[0]
 
 
 def query_heads_name(config: PreTrainedConfig, name: str) -> str | None:
-    """The attribute with the query heads where ``name`` holds the KV heads; None where there is none besides."""
+    """The attribute with the query heads when ``name``, which counts KV heads or is ours, is another; else None."""
     query = config.attribute_map.get("num_attention_heads", "num_attention_heads")
-    return query if name in _KV_HEADS and hasattr(config, query) else None
+    apart = name in _KV_HEADS or name.startswith(f"{OWN_NAME}attention")
+    return query if apart and hasattr(config, query) else None
 
 
 def _disagreement(name: str, path: str) -> int:

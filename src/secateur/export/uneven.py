@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from secateur.errors import ModelError
-from secateur.export.layers import OWN_NAME, LayerSizes, without_layer_sizes
+from secateur.export.layers import LayerSizes, without_layer_sizes
+from secateur.export.sizes import OWN_NAME
 from secateur.surgery.attributes import attribute_changes
 from secateur.surgery.rebuild import MODELING_FILE
 from secateur.types import NodeGroup
