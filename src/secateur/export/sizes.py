@@ -75,7 +75,7 @@ def place_of(group: NodeGroup) -> Place | None:
     """None for a group that does not lie inside one layer."""
     path, marker, _ = group.members[0].parameter.partition(f".{group.layer}.")
     prefix = path + marker
-    if group.layer is None or not all(member.parameter.startswith(prefix) for member in group.members):
+    if not marker or not all(member.parameter.startswith(prefix) for member in group.members):
         return None
     rows: dict[str, int] = {}
     for member in group.members:
