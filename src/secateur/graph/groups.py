@@ -182,7 +182,7 @@ def _rank(candidate: Candidate, kind: Kind | None) -> tuple[int, int, int, int]:
         first = order.index(kind) if kind in order else len(order)
     else:
         first = len(order)
-    rows = candidate.rows if kind == "attention" else 0
+    rows = candidate.rows if "head" in candidate.atom.marks else 0
     return (first, -rows, -candidate.atom.size, candidate.atom.serial)
 
 
@@ -193,7 +193,7 @@ def _own_kind(candidate: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> Ki
     if "hidden" in atom.marks:
         return "hidden"
     if "top-k" in atom.marks:
-        return "expert" if _covers_its_axes(candidate, shapes) else None
+        return "expert" if not atom.refusals or _covers_its_axes(candidate, shapes) else None
     if not both:
         severed = "severed" in atom.marks and len(candidate.layers) == 1 and candidate.layers != [None]
         return "ffn" if severed else None
