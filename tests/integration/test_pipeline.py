@@ -1,0 +1,101 @@
+"""The whole run on a tiny model: killed after any stage it ends the same; data-free runs need no tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur
+from secateur import pipeline
+from secateur.config import Recipe, load_recipe
+from secateur.errors import InputError, PlanError
+from secateur.testing.tiny import TINY
+from secateur.testing.tokenizer import tiny_tokenizer
+
+SETTINGS = (
+    "method.periods=2",
+    "method.period_steps=2",
+    "recovery.steps=3",
+    "recovery.tokens=512",
+    "calibration.tokens=128",
+    "evaluation.tokens=128",
+    "evaluation.speed=false",
+    "training.precision=fp32",
+)
+
+
+class _KilledError(BaseException):
+    """Like a signal: nothing in the library catches it."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    words = "the letter came late and nobody in the house had asked who wrote it".split()
+    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
+    text = tmp_path / "letters.txt"
+    text.write_text("\n\n".join(paragraphs))
+    sources = [f"{section}.text={text}" for section in ("calibration", "recovery", "evaluation")]
+    windows = [f"{section}.window=16" for section in ("calibration", "recovery", "evaluation")]
+    return load_recipe(None, [*SETTINGS, *sources, *windows])
+
+
+def _run(recipe: Recipe, output: Path, resume: bool = False) -> Any:
+    return pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe, output=output, resume=resume)
+
+
+@pytest.mark.parametrize("dies_in", ["measure_baseline", "decide", "cut", "grow_back", "save"])
+def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
+    dies_in: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(recipe, tmp_path / "whole")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    monkeypatch.setattr(pipeline, dies_in, killed)
+    with pytest.raises(_KilledError):
+        _run(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    resumed = _run(recipe, tmp_path / "out", resume=True)
+    assert resumed.plan == whole.plan
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"letters.txt", "whole", "out"}
+    seen = json.loads((tmp_path / "out" / "secateur" / "metrics.json").read_text())
+    assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "qwen2", "phi3"])
+def test_a_data_free_method_needs_no_tokenizer_and_works_in_place(name: str) -> None:
+    model = TINY[name]()
+    dense = copy.deepcopy(model)
+    result = secateur.prune(model, ratio=0.2, method="magnitude")
+    assert result.model is model
+    assert sum(p.numel() for p in model.parameters()) == result.plan.parameters_after
+    again = secateur.apply_plan(result.plan, dense)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_a_method_that_reads_text_says_so_when_there_is_no_tokenizer() -> None:
+    with pytest.raises(InputError, match="tokenizer"):
+        secateur.prune(TINY["llama-gqa"](), method="wanda")
+
+
+def test_a_dry_run_changes_nothing_and_finds_what_cannot_be_reached(recipe: Recipe, tmp_path: Path) -> None:
+    model = TINY["llama-gqa"]()
+    before = copy.deepcopy(model.state_dict())
+    result = pipeline.prune(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", dry_run=True)
+    assert 0.15 < result.plan.ratio_reached < 0.25
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {path.name for path in tmp_path.iterdir()} == {"letters.txt"}
+    with pytest.raises(PlanError, match="cannot be reached"):
+        pipeline.prune(model, tiny_tokenizer(), recipe=recipe, ratio=0.95, dry_run=True)
