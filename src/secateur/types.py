@@ -199,6 +199,8 @@ class Scores:
 
     values: Mapping[str, torch.Tensor]
     """Group name → float tensor of shape ``[group.size]``, finite, on the CPU."""
+    of_loss: bool = False
+    """Whether a score estimates by how much the loss changes, so that those of different groups can be compared."""
 
     def __post_init__(self) -> None:
         for name, score in self.values.items():

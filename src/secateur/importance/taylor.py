@@ -52,7 +52,8 @@ class Taylor:
                 raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
         with borrowed(model, wanted) as trained:
             mean_loss_backward(model, blocks, self.batch_size)
-            return Scores({group.name: self._unit_scores(model, group, trained) for group in graph.prunable})
+            values = {group.name: self._unit_scores(model, group, trained) for group in graph.prunable}
+            return Scores(values, of_loss=True)
 
     def _unit_scores(self, model: nn.Module, group: NodeGroup, trained: dict[str, nn.Parameter]) -> torch.Tensor:
         total = torch.zeros(group.size)

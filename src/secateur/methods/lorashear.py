@@ -105,13 +105,15 @@ class LoRAShear:
 def _saliency(task: PruningTask, weights: Mapping[str, float], seed: int) -> Scores:
     """Weighted sum of criteria, each divided by its L2 norm over all groups so that none drowns the others (HESSO)."""
     total: dict[str, torch.Tensor] = {}
+    of_loss = True
     for name, weight in weights.items():
         scores = score(task, CRITERIA[name], seed)
+        of_loss &= scores.of_loss
         norm = torch.stack([scores[group].double().square().sum() for group in scores]).sum().sqrt()
         scale = weight / float(norm) if norm > 0 else weight
         for group in scores:
             total[group] = total.get(group, torch.zeros(())) + scale * scores[group]
-    return Scores(total)
+    return Scores(total, of_loss)
 
 
 class _History:

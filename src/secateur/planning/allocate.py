@@ -98,7 +98,7 @@ def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Ma
             raise PlanError(f"There must be one score for each of the {group.size} units of {group.name}.")
     return _Problem(
         budget=budget,
-        stacks=[build_stack(graph, g, scores[g.name], gone.get(g.name, ()), budget.normalise) for g in groups],
+        stacks=[build_stack(graph, g, scores, gone.get(g.name, ()), budget.normalise) for g in groups],
         legal={group.name: legal_counts(group, graph, budget.runs_on, budget.round_to) for group in groups},
         gone=gone,
         count=Count(graph, {name: graph[name].size - len(units) for name, units in gone.items()}),

@@ -27,10 +27,10 @@ class Budget(Settings):
     ranking: Literal["global", "layer"] = "global"
     """``global``: units compete over the whole model, so that widths differ between layers; ``layer``: the same number
     of units goes in every group of a kind (and size), so that widths stay equal."""
-    normalise: Literal["mean", "parameters", "none"] = "mean"
+    normalise: Literal["auto", "mean", "parameters", "none"] = "auto"
     """What makes scores of different groups comparable. ``mean``: each relative to the mean of its group;
-    ``parameters``: divided by the parameters that go with the unit, for scores that estimate a loss (taylor);
-    ``none``: as they are."""
+    ``parameters``: divided by the parameters that go with the unit; ``none``: as they are; ``auto``: ``parameters``
+    for scores that estimate a loss (taylor), ``mean`` for all others."""
     round_to: dict[Kind, int] = Field(default_factory=dict)
     """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``; groups that are not cut stay."""
     protect: tuple[str, ...] = ()

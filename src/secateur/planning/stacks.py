@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import DependencyGraph, NodeGroup, Scores
 
-Normalise = Literal["mean", "parameters", "none"]
+Normalise = Literal["auto", "mean", "parameters", "none"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,18 @@ class Stack:
         return self.order[: self.left - kept].tolist()
 
 
-def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> torch.Tensor:
+def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise, of_loss: bool = False) -> torch.Tensor:
     """Scores of the units of one group on a scale that is shared between groups, float64.
 
     Args:
         scores: ``[units]``, of the units that are still there.
         parameters: how many parameters go with one unit.
         normalise: see ``Budget.normalise``.
+        of_loss: see ``Scores.of_loss``; decides what ``auto`` means.
     """
     scores = scores.double()
+    if normalise == "auto":
+        normalise = "parameters" if of_loss else "mean"
     if normalise == "parameters":
         return scores / max(parameters, 1)
     mean = scores.abs().mean() if normalise == "mean" and len(scores) else torch.zeros(())
@@ -64,14 +67,14 @@ def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> t
 
 
 def build_stack(
-    graph: DependencyGraph, group: NodeGroup, scores: torch.Tensor, removed: Iterable[int], normalise: Normalise
+    graph: DependencyGraph, group: NodeGroup, scores: Scores, removed: Iterable[int], normalise: Normalise
 ) -> Stack:
-    """The stack of ``group`` without the units in ``removed``; ``scores`` has one number for each unit."""
+    """The stack of ``group`` without the units in ``removed``."""
     gone = torch.zeros(group.size, dtype=torch.bool)
     gone[torch.tensor(list(removed), dtype=torch.long)] = True
     left = (~gone).nonzero().flatten()
     cost = graph.unit_cost(group)
-    values, index = comparable(scores[left], cost, normalise).sort(stable=True)
+    values, index = comparable(scores[group.name][left], cost, normalise, scores.of_loss).sort(stable=True)
     return Stack(group, left[index], values, cost)
 
 
