@@ -7,8 +7,9 @@ Sizes of layers go to transformers' own ``per_layer_config``; ``pruned_layers`` 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
@@ -40,6 +41,12 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
         path = place.path
         follows[names[name]] = known.get(names[name]) or dict(sorted(place.rows)) | _attributes(
             before, sizes, sizes.cut_now[name], path
+        )
+    layers = cast(nn.ModuleList, before.get_submodule(path))
+    if len(layers) != config.num_hidden_layers:
+        raise ModelError(
+            f"{path} of this {config.model_type} model has {len(layers)} layers and its config counts "
+            f"{config.num_hidden_layers}, so sizes of layers cannot be described. Prune all layers to the same sizes."
         )
     config.pruned_layers = {"path": path, "follows": follows}
     module = MODELING_FILE.removesuffix(".py")

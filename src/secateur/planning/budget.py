@@ -21,7 +21,7 @@ class Budget(Settings):
     """Fraction of all parameters to remove, strictly between 0 and 1."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
     """Which kinds of groups may be cut."""
-    floor: float = Field(default=0.3, ge=0, le=1)
+    floor: float = Field(default=0.8, ge=0, le=1)
     """Every group keeps at least this fraction of what an even cut to the same ratio would leave it, and at least one
     unit; 0 lets ranking empty a group down to one unit, 1 makes the cut even."""
     ranking: Literal["global", "layer"] = "global"

@@ -12,8 +12,11 @@ from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge
 class RecoverySettings(TextSettings):
     """What the model reads while it is trained: during progressive pruning and in the recovery after it.
 
-    The number of tokens follows from the steps: steps x training.batch_size x window.
+    Blocks are drawn at random from ``tokens`` tokens, training.batch_size in a step, and again when they run out.
     """
+
+    tokens: int = Field(default=524_288, ge=2)
+    """Tokens to draw from; a multiple of the window is taken."""
 
     steps: int = Field(default=120, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""

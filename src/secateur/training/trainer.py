@@ -21,9 +21,9 @@ class TrainingSettings(Settings):
 
     learning_rate: float = 1e-3
     """Peak learning rate of A and B."""
-    batch_size: int = 4
+    batch_size: int = 2
     """Windows per optimiser step."""
-    micro_batch_size: int = 4
+    micro_batch_size: int = 2
     """Windows per forward pass; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser of A and B."""
