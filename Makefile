@@ -46,7 +46,8 @@ docs: install  ## show the documentation at http://127.0.0.1:8000
 	$(BIN)/mkdocs serve
 
 # The versions that the suite was run with. Local build tags such as +cpu are dropped: they name a wheel, not a version.
-constraints: install  ## write the installed versions to constraints.txt
+constraints: install  ## write the versions of all extras to constraints.txt
+	$(BIN)/pip install -c constraints.txt -e '.[builtin,tasks,dev]'
 	$(BIN)/pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E 's/\+[a-z0-9.]+$$//' > constraints.txt
 	@touch .venv/installed
 

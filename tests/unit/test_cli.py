@@ -17,7 +17,7 @@ from secateur.errors import InputError
 
 COMMANDS = ["data", "evaluate", "inspect", "methods", "prune"]
 PRUNE_OPTIONS = """--debug --device --dry-run --help --method --output --ratio --recipe --resume --runs-on --set
-    --trust-remote-code --version -o""".split()
+    --trust-remote-code --version -h -o""".split()
 
 
 def call(*arguments: str) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,13 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "out" / "small" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=name)
+def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("llama-gqa").save_pretrained(tmp_path / "tiny")
+    runpy.run_path(str(path))["main"](str(tmp_path / "tiny"))
+    assert "parameters" in capsys.readouterr().out
+
+
 def test_the_map_of_the_readme_is_the_house() -> None:
     text = (ROOT / "README.md").read_text()
     house = {path.name for path in (ROOT / "src" / "secateur").iterdir() if not path.name.startswith("__")}
@@ -94,12 +101,8 @@ def test_recipes_in_the_pages_parse(tmp_path: Path) -> None:
 
 
 def test_the_page_of_keys_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("write_keys", ROOT / "docs" / "write_keys.py")
-    assert spec is not None
-    assert spec.loader is not None
-    write_keys = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(write_keys)
-    assert (ROOT / "docs" / "keys.md").read_text() == write_keys.page(), "run: python docs/write_keys.py"
+    write_keys = runpy.run_path(str(ROOT / "docs" / "write_keys.py"))
+    assert (ROOT / "docs" / "keys.md").read_text() == write_keys["page"](), "run: python docs/write_keys.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:
