@@ -168,11 +168,12 @@ def inspect(
     from secateur import progress, tables
     from secateur.graph import trace
     from secateur.loading import load, outline
-    from secateur.surgery.verify import verify as verify_cuts
+    from secateur.surgery import protect_failing
+    from secateur.surgery import verify as verify_cuts
 
     progress.show()
     network = outline(model, trust_remote_code=trust_remote_code)
-    graph = trace(network)
+    graph = protect_failing(network, trace(network))
     if as_json:
         typer.echo(json.dumps(graph.to_json(), indent=1))
     else:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from secateur.surgery.verify import Check
+from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
 
 STATES = ("dense", "pruned", "recovered")

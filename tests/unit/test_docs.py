@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -82,6 +84,17 @@ def test_the_map_of_the_readme_is_the_house() -> None:
     house -= {"py.typed"}
     drawn = set(re.findall(r"[├└]── (\w+(?:\.py)?)", text))
     assert {item.removesuffix("/") for item in drawn} - {"__init__.py"} == house
+
+
+def test_every_room_offers_what_the_architecture_says() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    offers = re.findall(r"^\| `(\w+)` \| (`.+`) \| .+ \|$", text, re.MULTILINE)
+    assert len(offers) >= 20
+    for room, names in offers:
+        module = importlib.import_module(f"secateur.{room}")
+        for offered in re.findall(r"`(\w+)`", names):
+            submodule = importlib.util.find_spec(f"secateur.{room}.{offered}") if hasattr(module, "__path__") else None
+            assert hasattr(module, offered) or submodule is not None, f"{room} has no {offered}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
