@@ -56,7 +56,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+_HUB_CODE = ["*.py"]  # fetched only for those who trust it
 # Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
 _HUB_IGNORED = ["*/*", "consolidated*"]
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -133,7 +134,7 @@ def load(
         ModelError: there is no such model, or it is not a causal LM, or its files are damaged or unsafe.
     """
     place, precision = pick_device(device), _precision(dtype)
-    folder = _find(str(name), revision)
+    folder = _find(str(name), revision, trust_remote_code)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _open_adapter(folder, str(name), device, dtype, trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
@@ -151,7 +152,7 @@ def outline(
 
     Raises ModelError as ``load`` does, apart from damaged weights.
     """
-    folder = _find(str(name), revision)
+    folder = _find(str(name), revision, trust_remote_code)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
@@ -191,7 +192,7 @@ def _precision(dtype: str) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------- where the files are
 
 
-def _find(name: str, revision: str | None) -> Path:
+def _find(name: str, revision: str | None, trust: bool) -> Path:
     """The folder that holds the model, after downloading or converting it when that is needed."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -205,10 +206,10 @@ def _find(name: str, revision: str | None) -> Path:
     close = difflib.get_close_matches(name.lower(), BUILT_IN, cutoff=0.7)
     if close and "/" not in name:
         raise ModelError(f"There is no folder and no built-in model {name!r}. Did you mean {close[0]!r}?")
-    return _hub_folder(name, revision)
+    return _hub_folder(name, revision, trust)
 
 
-def _hub_folder(name: str, revision: str | None) -> Path:
+def _hub_folder(name: str, revision: str | None, trust: bool) -> Path:
     """Download a hub model (or find it in the hub's cache) and return its folder; one attempt, no long retries."""
     try:
         info = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
@@ -231,7 +232,8 @@ def _hub_folder(name: str, revision: str | None) -> Path:
     if "config.json" in files and not any(file.endswith(".safetensors") and "/" not in file for file in files):
         _refuse_weights(name, files)
     say(f"Fetching {name} from {constants.ENDPOINT}")
-    return Path(snapshot_download(name, revision=info.sha, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+    wanted = _HUB_FILES + (_HUB_CODE if trust else [])
+    return Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted, ignore_patterns=_HUB_IGNORED))
 
 
 def _cached_hub_folder(name: str, revision: str | None) -> Path:
@@ -349,8 +351,8 @@ def _check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
         raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.{hint}")
     raw = _read_json(path)
     model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING and not trust:
-        if "auto_map" in raw:
+    if str(model_type) not in CONFIG_MAPPING and not trust:
+        if raw.get("auto_map"):
             raise ModelError(
                 f"{name} brings its own model code (auto_map in config.json), and transformers {transformers_version} "
                 f"has none for {model_type!r}. If you trust its author, say so with --trust-remote-code "
@@ -360,17 +362,25 @@ def _check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
             f"transformers {transformers_version} does not know the model type {model_type!r} of {name}. "
             "A newer transformers may."
         )
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "some method")
+    if raw.get("quantization_config"):
+        method = _mapping(raw, "quantization_config").get("quant_method", "some method")
         raise ModelError(
             f"{name} is quantised ({method}); rows and columns cannot be cut out. Give the unquantised model."
         )
     _check_causal(raw, name)
     try:
         with _quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     except Exception as error:  # config classes raise whatever their validators raise
         raise ModelError(f"The configuration of {name} is not valid: {_first_line(error)}") from error
+    vars(config).pop("quantization_config", None)  # empty, as seen above; transformers would look into it
+    return cast(PreTrainedConfig, config)
+
+
+def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What stands under ``key``; empty when that is null, missing, or no JSON object."""
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _check_causal(raw: Mapping[str, Any], name: str) -> None:
@@ -379,7 +389,7 @@ def _check_causal(raw: Mapping[str, Any], name: str) -> None:
     what = architectures[0] if architectures else model_type
     if raw.get("is_encoder_decoder"):
         raise ModelError(f"{name} is an encoder-decoder ({what}). secateur prunes decoder-only causal language models.")
-    if "AutoModelForCausalLM" in raw.get("auto_map", {}):
+    if "AutoModelForCausalLM" in _mapping(raw, "auto_map"):
         return
     known: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -397,7 +407,9 @@ def _check_weights(folder: Path, name: str) -> None:
     """Every safetensors file that the folder promises is there and whole (headers and lengths, not the numbers)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = sorted({str(shard) for shard in _mapping(_read_json(index), "weight_map").values()})
+        if not shards:
+            raise ModelError(f"{index} names no weight files (weight_map). Fetch or save the model again.")
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ModelError(

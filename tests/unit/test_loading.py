@@ -144,6 +144,30 @@ def test_hub_models_with_pickle_only_are_refused_before_anything_is_fetched(monk
         load("owner/old")
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_on_the_hub_is_fetched_only_when_trusted(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, trust: bool
+) -> None:
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi
+
+    from secateur import loading
+
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors", "mine.py")]
+    monkeypatch.setattr(HfApi, "model_info", lambda *a, **o: SimpleNamespace(siblings=files, sha="0" * 40))
+    asked: list[str] = []
+
+    def fetch(name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    outline("owner/name", trust_remote_code=trust)
+    assert ("*.py" in asked) is trust
+    assert "*.tiktoken" in asked
+
+
 def test_folders_without_config(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         load(str(tmp_path))
@@ -218,6 +242,26 @@ def test_nonsense_in_config(folder: Path) -> None:
         load(str(folder))
 
 
+def test_null_in_config_is_as_good_as_nothing(folder: Path) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"quantization_config": None, "architectures": None}))
+    assert load(str(folder))[0].config.model_type == "llama"
+    path.write_text(json.dumps(content | {"auto_map": None}))  # which transformers itself cannot read
+    with pytest.raises(ModelError, match=r"configuration of .* is not valid"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"quantization_config": "gptq"}, {"model_type": ["llama"]}, {"model_type": "mine", "auto_map": None}]
+)
+def test_values_of_the_wrong_type_in_config(folder: Path, damage: dict[str, object]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ModelError, match=r"quantised|does not know"):
+        load(str(folder))
+
+
 # Weights
 
 
@@ -240,6 +284,10 @@ def test_missing_shards(folder: Path) -> None:
     shards[0].unlink()
     with pytest.raises(ModelError, match=rf"lacks 1 of {len(shards)} weight files \({shards[0].name}\)"):
         load(str(folder))
+    for nothing in ("{}", '{"weight_map": null}', '{"weight_map": ["a"]}'):
+        (folder / "model.safetensors.index.json").write_text(nothing)
+        with pytest.raises(ModelError, match="names no weight files"):
+            load(str(folder))
 
 
 def test_wrong_shapes_and_missing_parameters(folder: Path) -> None:
