@@ -258,6 +258,10 @@ def test_the_whole_save(tmp_path: Path) -> None:
     config = model.config.to_dict()
     settings = ExportSettings(dtype="bfloat16", max_shard_size="20KB")
     seen: list[Path] = []
+    stale = tmp_path / "deep" / ".out.saving"  # as a run leaves it that was killed while it saved
+    (stale / "secateur").mkdir(parents=True)
+    (stale / "model-00099.safetensors").write_text("half")
+    (tmp_path / "deep" / "out").mkdir()
     verification = save(
         model,
         tiny_tokenizer(chat=True),
@@ -273,7 +277,8 @@ def test_the_whole_save(tmp_path: Path) -> None:
     assert Verification.model_validate_json((out / "secateur" / "verification.json").read_text()) == verification
     assert len(list(out.glob("*.safetensors"))) > 1
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert seen[0] != out
+    assert seen == [stale]
+    assert not (out / "model-00099.safetensors").exists()
     assert AutoTokenizer.from_pretrained(out).chat_template
     assert model.config.to_dict() == config
     assert model.dtype == torch.float32

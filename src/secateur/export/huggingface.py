@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -38,8 +38,8 @@ class ExportSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
     checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
-    max_shard_size: str = "5GB"
-    """Largest weight file, as transformers writes it (``5GB``, ``500MB``)."""
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
+    """Largest weight file: a number with KB, MB, GB or TB (``5GB``, ``500MB``)."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,28 @@ class StandardForm:
 
 
 def check_output(folder: str | Path) -> Path:
-    """Refuse early a place that cannot become a model folder; returns it as a path. Raises InputError."""
-    path = Path(folder).expanduser()
+    """Refuse early a place that cannot become a model folder; returns its absolute path, without links.
+
+    Nothing is made. The folder may exist when it is empty; what is written first lies beside it, so its parent must be
+    writable. Raises InputError.
+    """
+    try:
+        path = Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # no such user's home, or links that go round in a circle
+        raise InputError(f"{folder} is not a path: {error}. Give a new folder for the pruned model.") from error
+    if path in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(path):
+        raise InputError(f"{path} cannot be replaced by the finished folder. Give the name of a new folder in it.")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file. Give a new folder for the pruned model.")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{path} is not empty. Give a new folder, or empty this one first.")
-    parent = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
+    parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir():
         raise InputError(f"{path} cannot be made: {parent} is a file. Give another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written: no permission for {parent}. Give another folder.")
+    if path.is_dir() and not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: no permission. Give another folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty. Give a new folder, or empty this one first.")
     return path
 
 
@@ -119,7 +130,7 @@ def save(
 
     Args:
         model: sliced in place, adapters merged; it is not changed.
-        folder: see ``check_output``. Nothing appears there unless the proof succeeds.
+        folder: see ``check_output``. Until the proof succeeds the files are in ``.NAME.saving`` beside it.
         graph: the graph from before the cut.
         kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing.
         complete: adds files of its own to the folder (under its temporary name) once it is verified.
@@ -132,12 +143,11 @@ def save(
         ModelError: the model cannot be described by a config.
         VerificationError: the folder does not open, or computes something else.
     """
-    target = check_output(folder).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Inside a folder that is there already: that may be a mount, which nothing can be renamed to.
-    place = target if target.is_dir() else target.parent
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=place))
+    target = check_output(folder)
+    scratch = target.with_name(f".{target.name}.saving")
     try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+        scratch.mkdir(parents=True)
         say(f"Writing {target}")
         reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
         say("Opening it in a fresh process, without secateur")
@@ -146,7 +156,9 @@ def save(
         verification.save(scratch / ARTEFACTS / "verification.json")
         if complete is not None:
             complete(scratch, verification)
-        _publish(scratch, target)
+        if target.is_dir():
+            target.rmdir()  # empty, as checked above
+        scratch.rename(target)
     except OSError as error:
         raise InputError(
             f"{target} cannot be written: {error.strerror or error}. Make room, or another folder."
@@ -235,20 +247,10 @@ def _weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tens
     return weights
 
 
-def _publish(scratch: Path, target: Path) -> None:
-    """Give the finished folder its name; in a folder that is there already, config.json appears last."""
-    if not target.is_dir():
-        scratch.rename(target)
-        return
-    for source in sorted(scratch.iterdir(), key=lambda source: source.name == "config.json"):
-        source.replace(target / source.name)
-
-
 def _open_permissions(folder: Path) -> None:
-    """Temporary folders and weight files are made private; give them what any new file would get."""
+    """Weight files are made private; give them what any new file would get."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
 
