@@ -82,6 +82,16 @@ class Recipe(Settings):
     seed: int = 0
     """Seed of everything random."""
 
+    @model_validator(mode="after")
+    def _baseline_is_one_shot(self) -> Recipe:
+        one_shot = [name for name, method in METHODS.items() if method.needs != "training"]
+        if self.evaluation.baseline not in (None, *one_shot):
+            raise ValueError(
+                f"evaluation.baseline is {self.evaluation.baseline!r}; it must be a one-shot method "
+                f"({', '.join(one_shot)}) or null"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Key:

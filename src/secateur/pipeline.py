@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machi
 from secateur.evaluation.tasks import evaluate_tasks
 from secateur.export import (
     ARTEFACTS,
+    ExportSettings,
     Story,
     Verification,
     check_output,
@@ -128,15 +131,17 @@ def prune(
 
     Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
     """
-    recipe = _complete(recipe, ratio, method, tokenizer)
+    recipe = _complete(recipe, ratio, method, model, tokenizer)
+    _refuse_what_cannot_work(model)
     if output is not None:
-        check_output(output)
+        output = check_output(output)
+        Workspace.place(output, _identity(recipe), resume)
     graph = protect_failing(model, trace(model))
     texts = read_texts(model, tokenizer, recipe)
     result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
     if dry_run:
         return result
-    work = Workspace.open(output, dump(recipe), resume)
+    work = Workspace.open(output, _identity(recipe), resume)
     result.metrics, result.events = work.metrics(), work.events
 
     with stage(work, "dense", "Measuring the dense model", result):
@@ -199,6 +204,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     method = METHODS[recipe.method.name](recipe.method.settings)
     if work.has("plan.json"):
         result.plan = PruningPlan.model_validate(work.read_json("plan.json"))
+        result.plan.check(result.graph)
         result.scores = Scores(work.read_tensors("scores.safetensors")) if work.has("scores.safetensors") else None
         if method.needs == "training":
             work.read_weights("decided.safetensors", result.model)
@@ -367,10 +373,15 @@ def _plan(graph: DependencyGraph, recipe: Recipe, removed: dict[str, list[int]])
 
 
 def _complete(
-    recipe: Recipe | None, ratio: float | None, method: str | None, tokenizer: PreTrainedTokenizerBase | None
+    recipe: Recipe | None,
+    ratio: float | None,
+    method: str | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Recipe:
     """The recipe with the arguments that win over it, refused when it needs text and there can be none."""
-    flags = {"budget.ratio": ratio, "method": method}
+    # the model that is here, not the one that a recipe would open
+    flags: dict[str, Any] = {"budget.ratio": ratio, "method": method, "model.name": model.config._name_or_path or ""}
     if recipe is None and tokenizer is None:
         flags["recovery.steps"] = 0
     recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
@@ -405,6 +416,24 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
 def _baseline(recipe: Recipe) -> str | None:
     """The one-shot method to compare with; none when the run is one-shot itself."""
     return recipe.evaluation.baseline if METHODS[recipe.method.name].needs == "training" else None
+
+
+def _identity(recipe: Recipe) -> str:
+    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume."""
+    evaluation = recipe.evaluation.model_copy(update={"speed": True})
+    return dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
+
+
+def _refuse_what_cannot_work(model: PreTrainedModel) -> None:
+    if isinstance(model, PeftModel):
+        raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Pruning runs in one process so far. Start it without torchrun or accelerate launch.")
+    if model.device.type == "cuda" and model.device.index:
+        raise InputError(
+            f"Training happens on the first visible GPU, and the model is on {model.device}. "
+            f"Set CUDA_VISIBLE_DEVICES={model.device.index} and use --device cuda."
+        )
 
 
 @contextmanager

@@ -26,6 +26,23 @@ class Workspace:
         self.folder = folder
         self.events: list[dict[str, Any]] = []
 
+    @staticmethod
+    def place(output: Path, recipe: str, resume: bool) -> Path:
+        """Folder of a run for ``output``; raises InputError as ``open`` does, and writes nothing."""
+        folder = output.absolute().parent / f".{output.name}.secateur"
+        written = folder / "recipe.yaml"
+        if written.exists() and not resume:
+            raise InputError(
+                f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
+                "or delete that folder to start anew."
+            )
+        if written.exists() and written.read_text() != recipe:
+            raise InputError(
+                f"The unfinished run in {folder} was started with another recipe ({written}). Repeat its settings "
+                "to resume it, or delete that folder to start anew."
+            )
+        return folder
+
     @classmethod
     def open(cls, output: Path | None, recipe: str, resume: bool) -> Workspace:
         """Start a run, or go on with the one that was interrupted.
@@ -39,18 +56,7 @@ class Workspace:
         """
         if output is None:
             return cls(None)
-        folder = output.absolute().parent / f".{output.name}.secateur"
-        written = folder / "recipe.yaml"
-        if written.exists() and not resume:
-            raise InputError(
-                f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
-                "or delete that folder to start anew."
-            )
-        if written.exists() and written.read_text() != recipe:
-            raise InputError(
-                f"The unfinished run in {folder} was started with another recipe ({written}). Repeat its settings "
-                "to resume it, or delete that folder to start anew."
-            )
+        folder = cls.place(output, recipe, resume)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             space = cls(folder)
@@ -58,7 +64,9 @@ class Workspace:
         except OSError as error:
             raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another folder.") from error
         if (folder / "run.jsonl").exists():
-            space.events = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+            # a kill may have cut the last line short
+            lines = (folder / "run.jsonl").read_text().splitlines()
+            space.events = [json.loads(line) for line in lines if line.endswith("}")]
         return space
 
     def path(self, name: str) -> Path | None:

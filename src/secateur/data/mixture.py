@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from random import Random
 from typing import Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Packer, TokenBlocks, pieces_of_split
+from secateur.data.blocks import Packer, TokenBlocks, cut, pieces_of_split, read_ids
 from secateur.data.builtin import SOURCES
-from secateur.data.sources import OWN_TEXT, check_source, read_documents
+from secateur.data.sources import FILES, OWN_TEXT, check_source, read_documents
 from secateur.data.splits import SHARES, Split
-from secateur.errors import DataError
+from secateur.errors import DataError, InputError
+from secateur.progress import say
 from secateur.types import Settings
 
 _CHARACTERS_PER_TOKEN = 16  # generous: English has about 4; the surplus is what the random order chooses from
 _FEWEST_CHARACTERS = 2_000_000
+_FEWEST_BLOCKS = 8  # below this a number says more about the choice of text than about the model
+# What configurations call the longest sequence; attribute maps translate most other names to the first.
+_CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
 class TextSettings(Settings):
@@ -28,16 +34,11 @@ class TextSettings(Settings):
     """Source names (see `secateur data`), files (.txt, .jsonl, .parquet), or hub datasets as id:config:split."""
     window: int = Field(default=512, ge=2)
     """Tokens per block."""
-    tokens: int = Field(default=65_536, ge=2)
-    """Tokens in all; a multiple of the window is taken."""
+    tokens: int = Field(default=8_192, ge=2)
+    """Tokens in all, in whole windows; or what the text has, where that is less but at least 8 windows."""
     weights: dict[str, float] | None = None
     """Share of each source in ``text``. Left out, all get the same, and what a small source cannot fill goes to the
     others; written down, the shares are kept exactly or the run is refused."""
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -59,7 +60,9 @@ def load_blocks(
     seed: int,
     own_text: Sequence[str] = (),
 ) -> TokenBlocks:
-    """Exactly ``tokens // window`` blocks of the split's text, mixed by weight, in random order.
+    """``tokens // window`` blocks of the split's text, mixed by weight, in random order.
+
+    Without ``weights`` they may be fewer, down to 8, where the sources have no more text for the split; that is said.
 
     The split of a document follows from its text alone (``split_of``): blocks of different splits share no document,
     whatever the sources, settings and seeds. After every document stands the mark that stood there in pre-training
@@ -71,21 +74,97 @@ def load_blocks(
     Raises:
         DataError: no tokenizer, a source that cannot be read, or too little text.
     """
-    if tokenizer is None:
-        raise DataError(
-            "The model has no tokenizer, so text cannot be turned into tokens. Put its files into the folder."
-        )
-    for name in settings.text:
-        check_source(name)
-    blocks = settings.tokens // settings.window
+    tokenizer = _needed(tokenizer)
+    check_sources(settings)
+    wanted = settings.tokens // settings.window
     packers = _open(settings, split, tokenizer, seed, own_text)
-    counts = _share_out(packers, blocks, settings.weights)
-    if sum(counts.values()) < blocks:
+    counts = _share_out(packers, wanted, settings.weights)
+    blocks = sum(counts.values())
+    if blocks < (wanted if settings.weights else min(wanted, _FEWEST_BLOCKS)):
         raise _too_little(packers, settings, split)
+    if blocks < wanted:
+        say(
+            f"For {split} there are {blocks * settings.window:,} tokens of text in {', '.join(settings.text)}, less "
+            f"than the {settings.tokens:,} asked for; all of them are used."
+        )
     ids = torch.cat([packer.take(counts[name]) for name, packer in packers.items()])
     sources = [name for name in packers for _ in range(counts[name])]
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     return TokenBlocks(ids[order], tuple(sources[row] for row in order))
+
+
+def load_whole(
+    settings: TextSettings, tokenizer: PreTrainedTokenizerBase | None, seed: int, max_tokens: int | None = None
+) -> TokenBlocks:
+    """What a finished model is measured on: files from their beginning to their end, sources by what is held out.
+
+    A ``.txt`` file is one string (``read_ids``); the records of ``.jsonl`` and ``.parquet`` follow each other with the
+    mark of a document's end between them. Built-in sources and hub datasets give their evaluation split, ``tokens`` of
+    it together.
+
+    Args:
+        max_tokens: use only the first so many tokens of each file; None for all. Sources do not heed it.
+
+    Raises:
+        DataError: no tokenizer, a source that cannot be read, or too little text.
+    """
+    tokenizer = _needed(tokenizer)
+    check_sources(settings)
+    files = [name for name in settings.text if Path(name).suffix in FILES]
+    parts = {name: _whole_file(name, tokenizer, settings.window, max_tokens) for name in files}
+    ids, names = list(parts.values()), [name for name, rows in parts.items() for _ in rows]
+    others = [name for name in settings.text if name not in parts]
+    if others:
+        weights = {name: settings.weights[name] for name in others} if settings.weights else None
+        held_out = settings.model_copy(update={"text": others, "weights": weights})
+        blocks = load_blocks(held_out, "evaluation", tokenizer, seed)
+        ids.append(blocks.ids)
+        names += blocks.sources
+    return TokenBlocks(torch.cat(ids), tuple(names))
+
+
+def check_sources(settings: TextSettings) -> None:
+    """Raise DataError when a name in ``text`` cannot be a source, without opening any (hub datasets are not asked)."""
+    for name in settings.text:
+        check_source(name)
+
+
+def check_window(settings: TextSettings, model: PreTrainedModel, section: str) -> None:
+    """Raise InputError when a window is longer than what ``model`` can read at once.
+
+    Args:
+        section: where the settings stand in the recipe, such as ``evaluation``; for the message.
+    """
+    config = model.config.get_text_config()
+    context = next((size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int)), None)
+    if context is not None and settings.window > context:
+        raise InputError(
+            f"{section}.window = {settings.window} is longer than what {model.config._name_or_path or 'the model'} can "
+            f"read at once, {context} tokens. Set {section}.window to at most {context}."
+        )
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise DataError(
+            "The model has no tokenizer, so text cannot be turned into tokens. Put its files into the folder."
+        )
+    return tokenizer
+
+
+def _whole_file(name: str, tokenizer: PreTrainedTokenizerBase, window: int, max_tokens: int | None) -> torch.Tensor:
+    """All windows of a file in order, int64 ``[blocks, window]``."""
+    if Path(name).suffix == ".txt":
+        return read_ids(name, tokenizer, window, max_tokens)
+    pieces = [piece for text in read_documents(name, tokenizer) if text.strip() for piece in cut(text)]
+    packer = Packer(pieces, tokenizer, window)
+    ids = packer.take(sys.maxsize // window if max_tokens is None else max_tokens // window)
+    if len(ids) == 0:
+        raise DataError(
+            f"{name} has {packer.tokens} tokens, of which {max_tokens or 'all'} may be used: too few for a window of "
+            f"{window}."
+        )
+    return ids
 
 
 def _open(
@@ -136,13 +215,15 @@ def _proportional(blocks: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _too_little(packers: Mapping[str, Packer], settings: TextSettings, split: Split) -> DataError:
-    blocks = settings.tokens // settings.window
+    blocks = settings.tokens // settings.window if settings.weights else _FEWEST_BLOCKS
     wanted = _proportional(blocks, settings.weights) if settings.weights else dict.fromkeys(packers, blocks)
     short = [name for name, packer in packers.items() if packer.available(wanted[name]) < wanted[name]]
     have = ", ".join(f"{name} {packers[name].tokens:,}" for name in short)
+    least = "" if settings.weights else f" (at least {min(_FEWEST_BLOCKS, settings.tokens // settings.window)} windows)"
     what = "these shares of " if settings.weights else ""
     return DataError(
-        f"Too little text for {split}: {what}{settings.tokens:,} tokens were asked for, and there are: {have}. "
-        f"{SHARES[split]:.0%} of the documents of every source go to {split}, and copies count once. Ask for fewer "
-        f"tokens, or name more text; built in are {', '.join(SOURCES)}."
+        f"Too little text for {split}: {what}{settings.tokens:,} tokens in windows of {settings.window}{least} were "
+        f"asked for, and there are: {have}. {SHARES[split]:.0%} of the documents of every source go to {split}, and "
+        f"copies count once. Ask for fewer tokens or a smaller window, or name more text; built in are "
+        f"{', '.join(SOURCES)}."
     )

@@ -34,9 +34,9 @@ def parameter_count(model: nn.Module) -> int:
 def compare_speed(
     models: Mapping[str, PreTrainedModel],
     *,
-    batch_sizes: tuple[int, ...] = (1, 8),
-    prompt: int = 256,
-    written: int = 16,
+    batch_sizes: tuple[int, ...] = (1, 4),
+    prompt: int = 128,
+    written: int = 8,
     repeats: int = 3,
 ) -> dict[str, Any]:
     """Time prefill and decoding of several models in turns, so that ratios hold on a noisy machine.

@@ -11,8 +11,8 @@ from secateur.precision import Precision
 class EvaluationSettings(TextSettings):
     """Perplexity over held-out text, speed, and the comparison with pruning without LoRA."""
 
-    tokens: int = Field(default=32_768, ge=2)
-    """Tokens of held-out text in all; a multiple of the window is taken."""
+    tokens: int = Field(default=16_384, ge=2)
+    """Tokens of held-out text in all, in whole windows; or what the text has, where that is less."""
     batch_size: int = Field(default=4, ge=1)
     """Windows per forward pass; changes memory, not the result."""
     precision: Precision = "auto"

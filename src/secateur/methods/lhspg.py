@@ -81,18 +81,18 @@ class _Rows:
     """``A`` [r, in], ``B`` [out, r] and γ = alpha / r of the composed operator, if it is one."""
 
     def read(self) -> torch.Tensor:
-        """``[n, rows per unit, ...]``."""
-        return self.weight.movedim(self.axis, 0)[self.index]
+        """``[n, rows per unit, ...]``, in float32 whatever the weights are in."""
+        return self.weight.movedim(self.axis, 0)[self.index].float()
 
     def write(self, rows: torch.Tensor) -> None:
-        self.weight.movedim(self.axis, 0)[self.index] = rows
+        self.weight.movedim(self.axis, 0)[self.index] = rows.to(self.weight.dtype)
 
     def update(self) -> torch.Tensor | None:
         """``γ [B]_g A``, of the shape of ``read()``."""
         if self.adapter is None:
             return None
         a, b, gamma = self.adapter
-        return gamma * (b[self.index] @ a)
+        return gamma * (b[self.index].float() @ a.float())
 
     def forget_adapter(self) -> None:
         """``[B]_g = 0``: it has been absorbed, or the unit is gone."""
@@ -132,8 +132,7 @@ class LHSPGCallback(TrainerCallback):
     """Projects one period's redundant units after every optimiser step, and keeps those already gone at zero.
 
     Args:
-        model: the model with adapters that the Trainer trains.
-        graph: its dependency graph, traced with the adapters on.
+        graph: of the model that the Trainer trains, traced with the adapters on.
         redundant: group name → units to drive to zero in this period.
         gone: group name → units that earlier periods drove to zero.
         steps: length of the period, T_p.
@@ -144,7 +143,6 @@ class LHSPGCallback(TrainerCallback):
 
     def __init__(
         self,
-        model: PeftModel,
         graph: DependencyGraph,
         redundant: Mapping[str, Sequence[int]],
         gone: Mapping[str, Sequence[int]],
@@ -155,9 +153,13 @@ class LHSPGCallback(TrainerCallback):
     ) -> None:
         self.steps, self.mode, self.epsilon = steps, mode, epsilon
         self.step = 0
-        self._redundant = _producers(model, graph, redundant)
-        self._gone = _producers(model, graph, gone)
-        self._shrink = [_norm2(rows.read() for rows in unit).sqrt() / steps for unit in self._redundant]
+        self._graph, self._units = graph, (redundant, gone)
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Called by the Trainer when the model is where it will be trained."""
+        self._redundant, self._gone = (_producers(model, self._graph, units) for units in self._units)
+        self._shrink = [_norm2(rows.read() for rows in unit).sqrt() / self.steps for unit in self._redundant]
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
-from safetensors.torch import load_model, save_model
+from pydantic import Field, field_validator
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from secateur import progress
 from secateur.graph import trace
@@ -26,7 +26,7 @@ Removed = dict[str, list[int]]
 class LoRAShearSettings(Settings):
     """The progressive schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
 
-    periods: int = Field(default=5, ge=1)
+    periods: int = Field(default=4, ge=1)
     """P: in how many instalments the units go."""
     period_steps: int = Field(default=12, ge=1)
     """T_p: steps in which the redundant units of one period shrink to zero."""
@@ -38,6 +38,15 @@ class LoRAShearSettings(Settings):
     """ε of the half-space projection: bigger zeroes earlier; unused with ``decay``."""
     saliency: dict[str, float] = Field(default={"taylor": 1.0}, min_length=1)
     """Criteria that rank the units anew in every period, with their weights."""
+
+    @field_validator("saliency")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        # the adapters start anew in every period, so that there is nothing in their gradients yet when it scores
+        known = [name for name, criterion in CRITERIA.items() if criterion.needs != "adapters"]
+        if not set(value) <= set(known) or min(value.values()) <= 0:
+            raise ValueError(f"give positive weights to some of {', '.join(known)}")
+        return value
 
 
 class LoRAShear:
@@ -56,10 +65,9 @@ class LoRAShear:
         """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
         settings = self.settings
         history = _History(task)
-        removed, first = history.restore()
-        scores: Scores | None = None
+        removed, first, scores = history.restore()
         if first == 0 and settings.warmup_steps:
-            self._train(task, {}, {}, settings.warmup_steps, seed=task.seed, description="warming up")
+            history.log += self._train(task, {}, {}, settings.warmup_steps, seed=task.seed, description="warming up")
         for period in range(first, settings.periods):
             scores = _saliency(task, settings.saliency, seed=task.seed + period)
             share = (period + 1) / settings.periods
@@ -67,20 +75,20 @@ class LoRAShear:
             redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in chosen.items()}
             description = f"period {period + 1}/{settings.periods}"
             seed = task.seed + 1 + period
-            self._train(task, redundant, removed, settings.period_steps, seed=seed, description=description)
+            steps = settings.period_steps
+            history.log += self._train(task, redundant, removed, steps, seed=seed, description=description)
             removed = chosen
             zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
-            history.keep(removed, period + 1)
+            history.keep(removed, period + 1, scores)
         return Decision(removed=removed, scores=scores, metrics={"training": history.log})
 
     def _train(
         self, task: PruningTask, redundant: Removed, gone: Removed, steps: int, *, seed: int, description: str
-    ) -> None:
-        """One period: fresh adapters and optimiser, training under the projection, and the merge at its end."""
+    ) -> list[dict[str, Any]]:
+        """One period: fresh adapters and optimiser, training under the projection, the merge, and the log of it."""
         assert task.training_blocks is not None
         adapted = attach_lora(task.model, task.lora, seed)
         projection = LHSPGCallback(
-            adapted,
             trace(adapted),
             redundant,
             gone,
@@ -98,8 +106,10 @@ class LoRAShear:
             callbacks=[projection],
         )
         merge_lora(adapted)
-        for entry in log:
-            task.log({"stage": description, **entry})
+        entries = [{"stage": description, **entry} for entry in log]
+        for entry in entries:
+            task.log(entry)
+        return entries
 
 
 def _saliency(task: PruningTask, weights: Mapping[str, float], seed: int) -> Scores:
@@ -122,26 +132,29 @@ class _History:
     def __init__(self, task: PruningTask) -> None:
         self.task = task
         self.folder = task.work
-        self.log: list[dict[str, float]] = []
+        self.log: list[dict[str, Any]] = []
 
-    def keep(self, removed: Removed, periods_done: int) -> None:
+    def keep(self, removed: Removed, periods_done: int, scores: Scores) -> None:
         """Write weights, then the note that names them: a kill in between leaves the older pair valid."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         weights = self.folder / f"period-{periods_done}.safetensors"
         save_model(self.task.model, str(weights))
+        save_file(dict(scores.values), self.folder / f"scores-{periods_done}.safetensors")
         note = self.folder / "periods.json.tmp"
         note.write_text(json.dumps({"removed": removed, "periods": periods_done, "log": self.log}))
         note.rename(self.folder / "periods.json")
-        (self.folder / f"period-{periods_done - 1}.safetensors").unlink(missing_ok=True)
+        for name in ("period", "scores"):
+            (self.folder / f"{name}-{periods_done - 1}.safetensors").unlink(missing_ok=True)
 
-    def restore(self) -> tuple[Removed, int]:
-        """Load the last finished period into the task's model; ``({}, 0)`` when there is none."""
+    def restore(self) -> tuple[Removed, int, Scores | None]:
+        """Load the last finished period into the task's model; ``({}, 0, None)`` when there is none."""
         if self.folder is None or not (self.folder / "periods.json").exists():
-            return {}, 0
+            return {}, 0, None
         note = json.loads((self.folder / "periods.json").read_text())
         self.log = note["log"]
         load_model(self.task.model, str(self.folder / f"period-{note['periods']}.safetensors"))
         progress.say(f"  resuming after period {note['periods']}")
-        return note["removed"], note["periods"]
+        scores = Scores(load_file(self.folder / f"scores-{note['periods']}.safetensors"))
+        return note["removed"], note["periods"], scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError
@@ -13,11 +14,11 @@ from secateur.types import Settings
 class LoraSettings(Settings):
     """The adapters that guide pruning and grow the lost knowledge back (LoRA, arXiv 2106.09685)."""
 
-    rank: int = 8
+    rank: int = Field(default=8, ge=1)
     """LoRA rank r."""
-    alpha: int = 16
+    alpha: int = Field(default=16, ge=1)
     """Numerator of the scaling alpha / r that multiplies B A."""
-    dropout: float = 0.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input while training."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear modules that get an adapter, or ``all-linear``: every one but the output head."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from peft import PeftModel
+from pydantic import Field, model_validator
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from secateur import progress
 from secateur.precision import Precision, autocast_dtype
@@ -19,26 +27,35 @@ from secateur.types import Settings
 class TrainingSettings(Settings):
     """How LoRA is trained, while pruning and while recovering."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate of A and B."""
-    batch_size: int = 2
+    batch_size: int = Field(default=2, ge=1)
     """Windows per optimiser step."""
-    micro_batch_size: int = 2
-    """Windows per forward pass; the rest of a batch is accumulated."""
+    micro_batch_size: int = Field(default=2, ge=1)
+    """Windows per forward pass, a divisor of the batch size or more than it; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser of A and B."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after the warm-up."""
-    warmup: float = 0.05
+    warmup: float = Field(default=0.05, ge=0, le=1)
     """Fraction of the steps in which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of A and B."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Precision = "auto"
     """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _batches_add_up(self) -> Self:
+        if self.batch_size > self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size}), "
+                "so that every step sees as many windows as asked"
+            )
+        return self
 
 
 _SCHEDULES = {
@@ -100,7 +117,7 @@ def train(
             output_dir=scratch,
             max_steps=steps,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=max(1, settings.batch_size // micro),
+            gradient_accumulation_steps=settings.batch_size // micro,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=_SCHEDULES[settings.schedule],
             warmup_steps=round(settings.warmup * steps),
@@ -118,6 +135,8 @@ def train(
             dataloader_pin_memory=device.type == "cuda",
             seed=seed,
         )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
         trainer = Trainer(
             model=model,
             args=arguments,

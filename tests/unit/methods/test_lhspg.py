@@ -70,7 +70,8 @@ def test_a_period_ends_with_exact_zeros_and_leaves_the_rest_alone(name: str, mod
     graph = trace(adapted)
     redundant = {group.name: [0, group.size - 1][: max(1, group.size - 1)] for group in graph.prunable}
     before = {path: value.detach().clone() for path, value in adapted.named_parameters()}
-    callback = LHSPGCallback(adapted, graph, redundant, {}, steps=4, mode=mode, epsilon=0.0)
+    callback = LHSPGCallback(graph, redundant, {}, steps=4, mode=mode, epsilon=0.0)
+    callback.on_train_begin(None, None, None, model=adapted)
     for _ in range(4):
         callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
     after = dict(adapted.named_parameters())
@@ -90,7 +91,8 @@ def test_the_first_decay_step_scales_the_effective_weight_and_absorbs_the_adapte
     graph = trace(adapted)
     group = next(group for group in graph.prunable if group.kind == "ffn")
     merged_before = merge_lora(_adapted("llama-gqa")).state_dict()
-    callback = LHSPGCallback(adapted, graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
+    callback = LHSPGCallback(graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
+    callback.on_train_begin(None, None, None, model=adapted)
     callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
     merged_after = merge_lora(adapted).state_dict()
     up = next(path for path in merged_before if path.endswith(f"{group.layer}.mlp.up_proj.weight"))
@@ -102,7 +104,8 @@ def test_units_that_are_gone_do_not_grow_back() -> None:
     adapted = _adapted("llama-gqa")
     graph = trace(adapted)
     gone = {group.name: [0] for group in graph.prunable}
-    callback = LHSPGCallback(adapted, graph, {}, gone, steps=2, mode="decay", epsilon=0.0)
+    callback = LHSPGCallback(graph, {}, gone, steps=2, mode="decay", epsilon=0.0)
+    callback.on_train_begin(None, None, None, model=adapted)
     callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
     parameters = dict(adapted.named_parameters())
     rows = [(m, parameters[m.parameter]) for g in graph.prunable for m in g.members if ".lora_B" in m.parameter]

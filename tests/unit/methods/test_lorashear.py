@@ -92,11 +92,11 @@ def test_resuming_after_a_kill_gives_the_plan_and_the_weights_of_the_undisturbed
 
     calls = []
 
-    def dies_in_the_third_training(self: LoRAShear, task: PruningTask, *args: Any, **options: Any) -> None:
+    def dies_in_the_third_training(self: LoRAShear, task: PruningTask, *args: Any, **options: Any) -> Any:
         calls.append(options["description"])
         if len(calls) == 3:
             raise _KilledError
-        train_one_period(self, task, *args, **options)
+        return train_one_period(self, task, *args, **options)
 
     train_one_period = LoRAShear._train
     monkeypatch.setattr(LoRAShear, "_train", dies_in_the_third_training)
