@@ -28,6 +28,7 @@ from secateur.methods import METHODS
 from secateur.precision import autocast_dtype
 
 WINDOW, TOKENS = 512, 40_960
+STATES = ("dense", "pruned", "recovered")
 
 
 def perplexity(model: Any, tokenizer: Any, file: Path) -> float:
@@ -47,10 +48,11 @@ def one_run(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     result = secateur.prune(model, tokenizer, recipe=revise(recipe, {"recovery.steps": steps}))
     row = {
         "method": method,
+        "settings": arguments.overrides,
         "ratio": result.plan.ratio_reached,
         "parameters": result.plan.parameters_after,
         "recovery_steps": steps,
-        "held_out": {state: result.metrics[state]["perplexity"] for state in ("dense", "pruned", "recovered")},
+        "held_out": {state: result.metrics[state]["perplexity"] for state in STATES if state in result.metrics},
         "seconds": round(time.monotonic() - started),
     }
     if arguments.text is not None:
@@ -65,7 +67,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="text that nothing trains on, such as WikiText-2's wiki.test.raw")
-    parser.add_argument("--equal-tokens", type=int, default=0, metavar="STEPS", help="more recovery for one-shot methods")
+    parser.add_argument(
+        "--equal-tokens", type=int, default=0, metavar="STEPS", help="more recovery for one-shot methods"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
