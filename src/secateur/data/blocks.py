@@ -58,10 +58,6 @@ class TokenBlocks:
         rows = [row for row, source in enumerate(self.sources) if source == name]
         return TokenBlocks(self.ids[rows], (name,) * len(rows))
 
-    def first(self, blocks: int) -> TokenBlocks:
-        """The first ``blocks`` blocks; they are in random order, so this is a sample."""
-        return TokenBlocks(self.ids[:blocks], self.sources[:blocks])
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -186,6 +182,7 @@ def read_ids(
     blocks = min(len(ids), max_tokens or len(ids)) // window
     if blocks == 0:
         raise DataError(
-            f"{path} has {len(ids)} tokens, of which {max_tokens or 'all'} may be used: too few for {window}."
+            f"{path} has {len(ids)} tokens, of which {max_tokens or 'all'} may be used: too few for a window of "
+            f"{window}."
         )
     return torch.tensor(ids[: blocks * window], dtype=torch.int64).reshape(blocks, window)

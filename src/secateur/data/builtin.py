@@ -55,14 +55,19 @@ class Source:
 @cache
 def read_builtin(name: str) -> tuple[str, ...]:
     """All documents of a built-in source, in a fixed order; raises DataError when its package is missing."""
-    source = SOURCES[name]
-    folder = source.folder
-    if folder is None:
-        raise DataError(f"The text source {name} is not installed. Install it with: {source.install}")
+    source, folder = SOURCES[name], installed(name)
     documents = tuple(_without_repeats(source.read(folder)))
     if not documents:
         raise DataError(f"The text source {name} has no text in {folder}. Install it again: {source.install}")
     return documents
+
+
+def installed(name: str) -> Path:
+    """Where the files of a built-in source are; raises DataError when its package is missing."""
+    source = SOURCES[name]
+    if source.folder is None:
+        raise DataError(f"The text source {name} is not installed. Install it with: {source.install}")
+    return source.folder
 
 
 def _without_repeats(documents: Iterable[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.builtin import SOURCES, read_builtin
+from secateur.data.builtin import SOURCES, installed, read_builtin
 from secateur.errors import DataError
 
 OWN_TEXT = "self"
@@ -21,7 +21,9 @@ _TXT_DOCUMENT_CHARACTERS = 1500
 
 
 def check_source(name: str) -> None:
-    """Raise DataError when ``name`` cannot be a source; does not open anything."""
+    """Raise DataError when ``name`` cannot be a source or is not installed; does not open anything."""
+    if name in SOURCES:
+        installed(name)
     if name in SOURCES or name == OWN_TEXT:
         return
     path = Path(name).expanduser()

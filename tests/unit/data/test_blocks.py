@@ -10,9 +10,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from secateur.data import TextSettings, TokenBlocks, document_end, load_blocks, read_ids, split_of
+from secateur.data import (
+    TextSettings,
+    TokenBlocks,
+    check_sources,
+    check_window,
+    document_end,
+    load_blocks,
+    load_whole,
+    mixture,
+    read_ids,
+    split_of,
+)
 from secateur.data.blocks import Packer, Piece, cut, encode
-from secateur.errors import DataError
+from secateur.errors import DataError, InputError
+from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
 
@@ -75,9 +87,80 @@ def test_the_seed_decides_everything(corpora: dict[str, str]) -> None:
     assert not torch.equal(first.ids, other.ids)
 
 
-def test_too_little_text_says_how_much_there_is(corpora: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"Too little text for calibration: 999,999 tokens.*apples.jsonl \d+,\d+"):
-        load_blocks(settings(corpora, tokens=999_999), "calibration", tiny_tokenizer(), 0)
+def test_a_small_text_is_used_up_and_that_is_said(corpora: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(mixture, "say", said.append)
+    enough = load_blocks(settings(corpora), "recovery", tiny_tokenizer(), 0)
+    assert len(enough) == 300
+    assert not said
+    all_of_it = load_blocks(settings(corpora, tokens=999_999), "recovery", tiny_tokenizer(), 0)
+    assert 300 < len(all_of_it) < 999_999 // 32
+    assert len(all_of_it) == len(load_blocks(settings(corpora, tokens=10**7), "recovery", tiny_tokenizer(), 0))
+    assert len(said) == 2
+    assert f"{len(all_of_it) * 32:,} tokens" in said[0]
+    assert "less than the 999,999 asked for" in said[0]
+
+
+@pytest.mark.parametrize(("text", "wanted"), [(8, 100), (7, 7), (1, 1)])
+def test_few_windows_are_enough_where_few_were_asked_for(text: int, wanted: int) -> None:
+    blocks = load_blocks(own(wanted), "recovery", tiny_tokenizer(), 0, own_text=[document(text)])
+    assert len(blocks) == text
+
+
+@pytest.mark.parametrize(("text", "wanted"), [(7, 100), (7, 8), (1, 2)])
+def test_too_little_text_says_how_much_there_is(text: int, wanted: int) -> None:
+    with pytest.raises(DataError, match=rf"Too little text for recovery: {wanted * 16:,} tokens.*self {text * 16:,}\."):
+        load_blocks(own(wanted), "recovery", tiny_tokenizer(), 0, own_text=[document(text)])
+
+
+def own(windows: int) -> TextSettings:
+    return TextSettings(text=["self"], window=16, tokens=windows * 16)
+
+
+def document(windows: int) -> str:
+    """A document for recovery that fills so many windows of 16 characters, its end included."""
+    texts = (f"{number:x}".rjust(windows * 16 - 1, "a") for number in range(100))
+    return next(text for text in texts if split_of(text) == "recovery")
+
+
+def test_files_are_measured_whole_and_sources_by_what_is_held_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    letters, records = tmp_path / "letters.txt", tmp_path / "records.jsonl"
+    letters.write_text("abcdefgh " * 40)
+    documents = [f"record {index} " * 4 for index in range(30)]
+    records.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    chosen = TextSettings(text=[str(letters), str(records), "python-docs"], window=16, tokens=320)
+    blocks = load_whole(chosen, tokenizer, 0)
+    assert torch.equal(blocks.of_source(str(letters)).ids, read_ids(letters, tokenizer, window=16))
+    whole = tokenizer.decode(blocks.of_source(str(records)).ids.flatten())
+    joined = "".join(text + "</s>" for text in documents)
+    assert joined.startswith(whole)
+    assert len(joined) - len(whole) < 16 * len("</s>")
+    alone = TextSettings(text=["python-docs"], window=16, tokens=320)
+    held_out = load_blocks(alone, "evaluation", tokenizer, 0)
+    assert torch.equal(blocks.of_source("python-docs").ids, held_out.ids)
+    part = load_whole(chosen, tokenizer, 0, max_tokens=40)
+    assert Counter(part.sources) == {str(letters): 2, str(records): 2, "python-docs": 20}
+    with pytest.raises(DataError, match=r"records\.jsonl has \d+ tokens.*too few"):
+        load_whole(TextSettings(text=[str(records)], window=5000, tokens=5000), tokenizer, 0)
+
+
+def test_names_are_checked_before_anything_is_read() -> None:
+    check_sources(TextSettings(text=["self", "python-docs", "owner/dataset"]))
+    with pytest.raises(DataError, match="There is no text file"):
+        check_sources(TextSettings(text=["self", "missing.txt"]))
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_a_window_longer_than_the_context_is_refused(family: str) -> None:
+    model = build(family)
+    check_window(TextSettings(window=64), model, "evaluation")
+    with pytest.raises(InputError, match=r"recovery\.window = 65 .* 64 tokens\. Set recovery\.window to at most 64"):
+        check_window(TextSettings(window=65), model, "recovery")
+
+
+def test_a_model_without_a_longest_context_takes_any_window() -> None:
+    check_window(TextSettings(window=100_000, tokens=100_000), build("bloom"), "evaluation")
 
 
 def test_no_tokenizer_is_an_error() -> None:
@@ -86,9 +169,9 @@ def test_no_tokenizer_is_an_error() -> None:
 
 
 def test_own_text_is_a_source_of_its_own() -> None:
-    own = [f"The model wrote line {index}. " * 3 for index in range(200)]
+    written = [f"The model wrote line {index}. " * 3 for index in range(200)]
     wanted = TextSettings(text=["self"], window=16, tokens=640)
-    blocks = load_blocks(wanted, "recovery", tiny_tokenizer(), 0, own_text=own)
+    blocks = load_blocks(wanted, "recovery", tiny_tokenizer(), 0, own_text=written)
     assert set(blocks.sources) == {"self"}
     with pytest.raises(DataError, match="write_own_text"):
         load_blocks(wanted, "recovery", tiny_tokenizer(), 0)
