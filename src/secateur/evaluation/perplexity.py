@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
-from secateur.progress import track
+from secateur.progress import Bar
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time: 100 MB for a vocabulary of 50,000
 
@@ -49,20 +49,8 @@ def text_loss(
     Raises:
         ModelError: the model computes NaN.
     """
-    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
-        raise ModelError(
-            f"Perplexity needs token ids [blocks, window] with a window of at least 2; got {tuple(ids.shape)}."
-        )
-    total = torch.zeros((), dtype=torch.float64)
-    batches = ids.split(batch_size)
-    with _evaluating(model), torch.no_grad():
-        for batch in track(batches, "measuring perplexity", len(batches)):
-            total += _batch_loss(model, batch, autocast)
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    loss = float(total) / tokens
-    if math.isnan(loss):
-        raise ModelError("The model computes NaN on this text. Try dtype float32 without autocast.")
-    return TextLoss(loss, tokens, ids.shape[1])
+    with Bar("measuring perplexity", _batches(ids, batch_size)) as bar:
+        return _text_loss(model, ids, batch_size, autocast, bar)
 
 
 def perplexity(
@@ -76,10 +64,33 @@ def losses_by_source(
     model: nn.Module, blocks: TokenBlocks, *, batch_size: int = 4, autocast: torch.dtype | None = None
 ) -> dict[str, TextLoss]:
     """``text_loss`` for each source of ``blocks``, by source name."""
-    return {
-        name: text_loss(model, blocks.of_source(name).ids, batch_size=batch_size, autocast=autocast)
-        for name in blocks.names
-    }
+    parts = {name: blocks.of_source(name).ids for name in blocks.names}
+    with Bar("measuring perplexity", sum(_batches(ids, batch_size) for ids in parts.values())) as bar:
+        return {name: _text_loss(model, ids, batch_size, autocast, bar) for name, ids in parts.items()}
+
+
+def _batches(ids: torch.Tensor, batch_size: int) -> int:
+    return math.ceil(ids.shape[0] / batch_size)
+
+
+def _text_loss(
+    model: nn.Module, ids: torch.Tensor, batch_size: int, autocast: torch.dtype | None, bar: Bar
+) -> TextLoss:
+    """``text_loss`` that moves a bar on, one step a batch."""
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
+        raise ModelError(
+            f"Perplexity needs token ids [blocks, window] with a window of at least 2; got {tuple(ids.shape)}."
+        )
+    total = torch.zeros((), dtype=torch.float64)
+    with _evaluating(model), torch.no_grad():
+        for batch in ids.split(batch_size):
+            total += _batch_loss(model, batch, autocast)
+            bar.advance()
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    loss = float(total) / tokens
+    if math.isnan(loss):
+        raise ModelError("The model computes NaN on this text. Try dtype float32 without autocast.")
+    return TextLoss(loss, tokens, ids.shape[1])
 
 
 def _batch_loss(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.evaluation import losses_by_source, perplexity, text_loss
+from secateur.progress import Bar
 from secateur.testing.tiny import build
 
 
@@ -71,6 +72,20 @@ def test_sources_are_measured_apart() -> None:
     assert losses["a"].loss == pytest.approx(text_loss(model, rows[[1, 4]]).loss, rel=1e-5)
     mean = sum(loss.loss * loss.tokens for loss in losses.values()) / sum(loss.tokens for loss in losses.values())
     assert mean == pytest.approx(text_loss(model, rows).loss, rel=1e-5)
+
+
+def test_one_bar_counts_the_batches_of_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("secateur.evaluation.perplexity")
+    bars: list[Bar] = []
+
+    class Seen(Bar):
+        def __init__(self, description: str, total: int) -> None:
+            super().__init__(description, total)
+            bars.append(self)
+
+    monkeypatch.setattr(module, "Bar", Seen)
+    losses_by_source(build("llama-gqa"), TokenBlocks(ids(6), ("b", "a", "b", "b", "a", "b")), batch_size=3)
+    assert [(bar.done, bar.total) for bar in bars] == [(3, 3)]
 
 
 def test_mode_and_gradients_are_left_alone() -> None:
