@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --text wiki.test.raw --methods lorashear,taylor,wanda,magnitude,random --ratio 0.2
 
-Every method gets the same model, groups, calibration text, recovery steps and seed. A progressive method trains while it
-prunes; ``--equal-tokens`` gives the one-shot methods those steps too, as additional recovery, so that all see the same
-number of training tokens. ``--text`` is a file that nothing here trains on, read as one string, in windows that do not
-overlap (512 tokens, the first 40,960). Prints a table, and writes JSON lines to ``--json`` as it goes.
+Every method gets the same model, groups, calibration text, recovery steps and seed. A progressive method trains while
+it prunes; ``--equal-tokens`` gives the one-shot methods those steps too, as additional recovery, so that all see the
+same number of training tokens. ``--text`` is a file that nothing here trains on, read as one string, in windows that
+do not overlap (512 tokens, the first 40,960). Prints JSON lines, and appends them to ``--json``.
 """
 
 from __future__ import annotations
