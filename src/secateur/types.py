@@ -176,12 +176,24 @@ class DependencyGraph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the groups' names and sizes and of the parameters they live on: a plan fits models that share it.
+        """Hash of the groups and of where they live (parameters, their shapes, axis, rows of a unit): a plan fits
+        models that share it.
 
-        Adapters do not change it: only what a plan refers to does.
+        Adapters do not change it: they are left out, and what they wrap has its own name again.
         """
-        facts = [(group.name, group.kind, group.size) for group in self.groups]
+        facts = [(group.name, group.kind, group.size, self._places(group)) for group in self.groups]
         return hashlib.sha256(json.dumps([self.model_type, facts]).encode()).hexdigest()[:16]
+
+    def _places(self, group: NodeGroup) -> list[tuple[str, tuple[int, ...], int, int]]:
+        """Name, shape, axis and rows of a unit of every parameter of the model that the group lives on, sorted."""
+        rows: dict[tuple[str, tuple[int, ...], int], int] = {}
+        for member in group.members:
+            if ".lora_" not in member.parameter:
+                path = member.parameter.removeprefix("base_model.model.").split(".")
+                name = ".".join(part for part in path if part != "base_layer")  # experts are wrapped several times
+                place = (name, tuple(self.shapes.get(member.parameter, ())), member.axis)
+                rows[place] = rows.get(place, 0) + member.rows_per_unit
+        return sorted((*place, count) for place, count in rows.items())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able picture of the graph (written to ``graph.json``)."""

@@ -28,6 +28,16 @@ def test_a_plan_counts_exactly_and_survives_the_disk(tmp_path: Path) -> None:
     assert PruningPlan.load(tmp_path / "plan.json") == plan
 
 
+def test_a_plan_fits_no_model_of_other_widths() -> None:
+    same = llama_graph([40] * 2, [2] * 2)
+    assert same.fingerprint == GRAPH.fingerprint
+    plan = make_plan(GRAPH, {"layers.0.mlp": [0]}, Budget(), method="none")
+    for other in (llama_graph([40] * 2, [2] * 2, hidden=96), llama_graph([40] * 2, [2] * 2, head_dim=6)):
+        assert [(g.name, g.size) for g in other] == [(g.name, g.size) for g in GRAPH]
+        with pytest.raises(PlanError, match="another model"):
+            plan.check(other)
+
+
 def test_a_plan_that_removes_nothing() -> None:
     plan = make_plan(GRAPH, {}, Budget(), method="none")
     assert plan.ratio_reached == 0
