@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from secateur.export import standard_form
 from secateur.graph import record, trace
-from secateur.surgery import protect_failing, verify
+from secateur.surgery import protect_failing, slice_model, verify
 from secateur.testing.contracts import with_adapters
 from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Member, NodeGroup
@@ -112,6 +113,24 @@ def test_a_model_without_weights_is_verified_by_a_stand_in() -> None:
     checks = verify(model)
     assert all(check.ok and "2 layers" in check.message for check in checks)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "phi3"])
+def test_uneven_layers_are_represented_by_a_stand_in(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    config = TINY[family]().config
+    config.num_hidden_layers = 5
+    model = AutoModelForCausalLM.from_config(config).eval()
+    graph = trace(model)
+    kept = {f"layers.{layer}.mlp": list(range(20 + 3 * layer)) for layer in range(5)} | {"layers.3.attention": [0]}
+    slice_model(model, graph, kept)
+    form = standard_form(model, graph, kept)
+    uneven = form.model_class(form.config).eval()
+    monkeypatch.setattr(VERIFY, "WHOLE_UP_TO", 1000)
+    graph = trace(uneven)
+    assert len({group.size for group in graph if group.kind == "ffn"}) == 5
+    assert protect_failing(uneven, graph) == graph
+    # the fourth is the first of its kind: one KV head
+    assert all(check.ok and "4 layers" in check.message for check in verify(uneven))
 
 
 def test_nothing_more_is_protected_in_a_sound_model() -> None:
