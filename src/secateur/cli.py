@@ -197,17 +197,19 @@ def evaluate(
         typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B"),
     ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="File or source; may be repeated. Built-in text when left out.")
+        list[str] | None, typer.Option(help="File (measured whole) or source (its held-out part); may be repeated.")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens in all.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens of each file (else all), and of all sources together.")
+    ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers to this file too.", metavar="FILE")
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure a model: perplexity on held-out text, tasks, parameters, bytes and speed."""
+    """Measure a model: perplexity on text (built-in when none is named), tasks, parameters, bytes and speed."""
     from secateur import pipeline, progress, tables
     from secateur.config import load_recipe
 
@@ -220,11 +222,11 @@ def evaluate(
         "evaluation.tokens": tokens,
     }
     settings = load_recipe(flags={key: value for key, value in flags.items() if value is not None})
-    if as_json is not None and not as_json.absolute().parent.is_dir():
-        raise InputError(f"--json {as_json}: there is no folder {as_json.parent}. Name a file in one that exists.")
+    if as_json is not None:
+        _check_writable(as_json)
     progress.show()
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
-    metrics = pipeline.evaluate(settings, names)
+    metrics = pipeline.evaluate(settings, names, max_tokens=tokens)
     _console().print(tables.results(metrics, ["model"]))
     if as_json is not None:
         as_json.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -267,6 +269,17 @@ def parse_ratio(text: str) -> float:
             "0 and 1, such as 0.2."
         )
     return ratio
+
+
+def _check_writable(file: Path) -> None:
+    """Raise InputError when ``--json`` could not be written in the end; nothing is written yet."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"--json {file}: there is no folder {file.parent}. Name a file in one that exists.")
+    if file.is_dir():
+        raise InputError(f"--json {file} is a folder. Name a file.")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise InputError(f"--json {file} cannot be written (permission). Name a file elsewhere.")
 
 
 def _header(recipe: Recipe) -> str:

@@ -19,7 +19,18 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe, dump, revise
-from secateur.data import OWN_TEXT, SHARES, Split, TextSettings, TokenBlocks, load_blocks, write_own_text
+from secateur.data import (
+    OWN_TEXT,
+    SHARES,
+    Split,
+    TextSettings,
+    TokenBlocks,
+    check_sources,
+    check_window,
+    load_blocks,
+    load_whole,
+    write_own_text,
+)
 from secateur.errors import InputError
 from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
 from secateur.evaluation.tasks import evaluate_tasks
@@ -83,14 +94,19 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
     return prune(model, tokenizer, recipe=recipe, output=output, resume=resume, dry_run=dry_run)
 
 
-def evaluate(recipe: Recipe, tasks: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
     """What ``secateur evaluate`` does: scores on ``tasks`` (names or folders, see ``evaluation.tasks``), perplexity by
-    source, parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it."""
+    source, parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
+
+    Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
+    """
+    check_sources(recipe.evaluation)
     model, tokenizer = load(**recipe.model.model_dump())
+    check_window(recipe.evaluation, model, "evaluation")
+    blocks = load_whole(recipe.evaluation, tokenizer, recipe.seed, max_tokens)
     numbers: dict[str, Any] = {}
-    if tasks:  # first, because a task that does not exist should not cost a measurement
+    if tasks:  # after the text, whose lack would lose hours of tasks; before what a misspelt task should not cost
         numbers["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
-    blocks = load_blocks(recipe.evaluation, "evaluation", tokenizer, recipe.seed)
     losses = _losses(model, recipe, blocks)
     numbers |= _size(model, recipe)
     numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}

@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from secateur import pipeline
 from secateur.cli import app
 from secateur.config import dump, load_recipe
+from secateur.data import read_ids
+from secateur.evaluation import perplexity
+from secateur.loading import load
+from secateur.pipeline import evaluate
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.types import PruningPlan
@@ -104,9 +109,49 @@ def test_evaluate_prints_and_writes_the_numbers(finished: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.stderr
     numbers = json.loads(Path("numbers.json").read_text())
     stored = json.loads((finished / "secateur" / "metrics.json").read_text())["recovered"]
-    assert numbers["model"]["perplexity"]["letters.txt"] == pytest.approx(stored["perplexity"]["letters.txt"], rel=1e-3)
     assert numbers["model"]["parameters"] == stored["parameters"]
+    assert numbers["tokens"] == {"letters.txt": 16 * 31}
     assert "perplexity, letters.txt" in result.stdout
+
+
+def test_evaluate_reads_a_file_from_its_beginning_to_its_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    model, tokenizer = load("tiny", device="cpu")
+    whole = read_ids("letters.txt", tokenizer, window=64)
+    recipe = load_recipe(
+        flags={
+            "model.name": "tiny",
+            "model.device": "cpu",
+            "evaluation.text": "letters.txt",
+            "evaluation.window": 64,
+            "evaluation.precision": "fp32",
+            "evaluation.speed": False,
+        }
+    )
+    numbers = evaluate(recipe)
+    assert numbers["tokens"] == {"letters.txt": len(whole) * 63}
+    assert numbers["model"]["perplexity"]["letters.txt"] == pytest.approx(perplexity(model, whole), rel=1e-4)
+    numbers = evaluate(recipe, max_tokens=200)
+    assert numbers["model"]["perplexity"]["letters.txt"] == pytest.approx(perplexity(model, whole[:3]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "missing.txt"], "There is no text file missing.txt"),
+        (["--text", "letters.txt", "--window", "65"], "at most 64"),
+        (["--text", "letters.txt", "--json", "."], "is a folder"),
+        (["--text", "letters.txt", "--json", "nowhere/numbers.json"], "there is no folder nowhere"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_found_before_the_tasks(
+    place: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(pipeline, "evaluate_tasks", lambda *a, **o: pytest.fail("tasks ran"))
+    result = call("evaluate", "tiny", "--tasks", "some-task", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 def test_inspect_shows_what_can_be_cut_and_verifies_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
