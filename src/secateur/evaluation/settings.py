@@ -12,7 +12,7 @@ class EvaluationSettings(TextSettings):
     """Perplexity over held-out text, speed, and the comparison with pruning without LoRA."""
 
     tokens: int = Field(default=16_384, ge=2)
-    """Tokens of held-out text in all, in whole windows; or what the text has, where that is less."""
+    """Tokens of held-out text, in whole windows; or what the text has, where that is less but at least 8 windows."""
     batch_size: int = Field(default=4, ge=1)
     """Windows per forward pass; changes memory, not the result."""
     precision: Precision = "auto"
