@@ -1,5 +1,6 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
+from secateur.export.adopt import Architecture, adopt_config, check_describes_itself
 from secateur.export.card import licence_of, model_card
 from secateur.export.huggingface import (
     ARTEFACTS,
@@ -16,10 +17,13 @@ from secateur.export.verify import Verification, verify_folder
 
 __all__ = [
     "ARTEFACTS",
+    "Architecture",
     "ExportSettings",
     "StandardForm",
     "Story",
     "Verification",
+    "adopt_config",
+    "check_describes_itself",
     "check_output",
     "html_report",
     "licence_of",

@@ -38,8 +38,12 @@ class ExportSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
     checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
     """Largest weight file: a number with KB, MB, GB or TB (``5GB``, ``500MB``)."""
+
+
+_EVEN = "All layers have the same sizes: a plain config, opened without further ado."
+_UNEVEN = "Its config has sizes of layers, which a plain one cannot hold: opened with trust_remote_code=True."
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     """Find the config that describes ``model`` after ``kept`` was cut out of it.
 
     Args:
-        model: the sliced model; its config still describes the model before, as ``slice_model`` leaves it.
+        model: the sliced model; its config still describes the model before, as ``slice_model`` leaves it, or the
+            model as it is, as ``adopt_config`` leaves it.
         graph: the graph from before the cut.
 
     Raises ModelError when neither a plain config nor one with sizes of layers gives the shapes of the model, and for a
@@ -97,10 +102,12 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
             "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
         )
     family, shapes = family_of(model), shapes_of(model)
+    if describes_itself(model):
+        return StandardForm(type(model), model.config, _UNEVEN if is_uneven(model.config) else _EVEN)
     sizes = LayerSizes(model.config, graph, kept)
     even = sizes.even()
     if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
-        return StandardForm(family, even, "All layers have the same sizes: a plain config, opened without further ado.")
+        return StandardForm(family, even, _EVEN)
     before_class = pruned_class(family) if is_uneven(model.config) else family
     before = _on_meta(before_class, model.config)
     config = uneven_config(family, sizes, before)
@@ -112,8 +119,22 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
             f"{shapes.get(wrong[0])} and would be built as {built.get(wrong[0])} ({len(wrong)} such). Was the model "
             "sliced with this graph and these units, and its adapters merged?"
         )
-    why = "Layers differ in size" if even is None else f"A plain {config.model_type} config cannot hold these sizes"
-    return StandardForm(pruned_class(family), config, f"{why}: opened with trust_remote_code=True.")
+    return StandardForm(pruned_class(family), config, _UNEVEN)
+
+
+def describes_itself(model: PreTrainedModel) -> bool:
+    """Whether class and config of ``model`` give the shapes of its weights, so that nothing needs to be found."""
+    return _shapes(type(model), model.config) == shapes_of(model)
+
+
+def empty_model(form: StandardForm, like: PreTrainedModel) -> PreTrainedModel:
+    """A model in standard form without weights, that reads experts with the kernels that ``like`` needs."""
+    config = copy.deepcopy(form.config)
+    config._experts_implementation = None  # so that it has what a reader would get
+    standard = _on_meta(form.model_class, config)
+    if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, like.modules())):
+        standard.config.experts_implementation = "eager"
+    return standard
 
 
 def save(
@@ -181,10 +202,7 @@ def write(
     settings = settings or ExportSettings()
     form = standard_form(model, graph, kept)
     weights = _weights(model, written_dtype(model, settings))
-    form.config._experts_implementation = None  # so that the model below has what a reader would get
-    standard = _on_meta(form.model_class, form.config)
-    if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, model.modules())):
-        standard.config.experts_implementation = "eager"
+    standard = empty_model(form, like=model)
     standard.load_state_dict(weights, strict=True, assign=True)
     standard.tie_weights()
     if model.can_generate():
