@@ -11,9 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-_K_QUANT_BLOCK = 256
-# Families whose GGUF conversion reads head_dim and the widths from the config.
-_GGUF_READS_SIZES = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text")
+from secateur.planning.shapes import RUNTIMES
 
 
 class Verdict(BaseModel):
@@ -62,25 +60,37 @@ _UNEVEN = (
 
 
 def _vllm(config: Mapping[str, Any]) -> Verdict:
-    if config.get("model_type") == "qwen2" and not _square_heads(config):
-        why = "its Qwen2 class takes hidden size / heads for the head width, which pruned heads change"
-        return Verdict(runtime="vLLM", opens="no", basis="by rule", why=why)
+    heads = _heads("vllm", "vLLM", config)
+    if heads is not None:
+        return heads
     why = "plain config with the same sizes in every layer"
     return Verdict(runtime="vLLM", opens="likely", basis="by rule", why=why)
 
 
 def _llama_cpp(config: Mapping[str, Any]) -> Verdict:
-    family = config.get("model_type")
-    if family in ("qwen2", "phi3") and not _square_heads(config):
-        why = f"its {family} loader expects heads x head width = hidden size, which pruned heads change"
-        return Verdict(runtime="llama.cpp", opens="no", basis="by rule", why=why)
-    width = config.get("intermediate_size") or 0
-    quants = "" if width % _K_QUANT_BLOCK == 0 else f"; width {width} is no multiple of 256, so K-quants fall back"
-    if family in _GGUF_READS_SIZES or (family in ("qwen2", "phi3") and _square_heads(config)):
+    heads = _heads("llama.cpp", "llama.cpp", config)
+    if heads is not None:
+        return heads
+    family, runtime = config.get("model_type"), RUNTIMES["llama.cpp"]
+    width, block = config.get("intermediate_size") or 0, runtime.ffn_multiple
+    quants = "" if width % block == 0 else f"; width {width} is no multiple of {block}, so K-quants fall back"
+    if family in runtime.heads | runtime.fixed_heads:
         why = f"its {family} loader reads the sizes from the file{quants}"
         return Verdict(runtime="llama.cpp", opens="likely", basis="by rule", why=why)
     why = f"pruned {family} files were not looked into{quants}"
     return Verdict(runtime="llama.cpp", opens="unknown", basis="by rule", why=why)
+
+
+def _heads(name: Literal["vllm", "llama.cpp"], title: str, config: Mapping[str, Any]) -> Verdict | None:
+    """A verdict over heads that together are not as wide as the hidden state, unless the runtime takes these."""
+    family, runtime = config.get("model_type"), RUNTIMES[name]
+    if family in runtime.heads or _square_heads(config):
+        return None
+    if family in runtime.fixed_heads:
+        why = f"its {family} class takes hidden size / heads for the head width, which pruned heads change"
+        return Verdict(runtime=title, opens="no", basis="by rule", why=why)
+    why = f"whether its {family} class reads the head width from the config was not looked into"
+    return Verdict(runtime=title, opens="unknown", basis="by rule", why=why)
 
 
 def _onnx(config: Mapping[str, Any]) -> Verdict:

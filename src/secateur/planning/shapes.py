@@ -21,12 +21,22 @@ class Runtime:
     ffn_multiple: int
     """FFN widths: 64 divides over up to 64 GPUs of tensor parallelism; llama.cpp's K-quants need rows of 256."""
     heads: frozenset[str]
-    """Model types whose head counts it takes from the config together with an explicit ``head_dim``. The others size
-    the attention by the hidden width, so that cut heads give a load error or wrong shapes."""
+    """Model types whose head counts it takes from the config together with an explicit ``head_dim``."""
+    fixed_heads: frozenset[str] = frozenset()
+    """Model types that it is known to size the attention of by the hidden width, so that cut heads give a load error
+    or wrong shapes. Families in neither set were not looked into, and their heads stay whole."""
 
 
-_VLLM = Runtime(ffn_multiple=64, heads=frozenset({"llama", "mistral", "phi3", "qwen3", "gemma", "gemma2"}))
-_LLAMA_CPP = Runtime(ffn_multiple=256, heads=frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2"}))
+_VLLM = Runtime(
+    ffn_multiple=64,
+    heads=frozenset({"llama", "mistral", "phi3", "qwen3", "gemma", "gemma2"}),
+    fixed_heads=frozenset({"qwen2"}),
+)
+_LLAMA_CPP = Runtime(
+    ffn_multiple=256,
+    heads=frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2"}),
+    fixed_heads=frozenset({"qwen2", "phi3"}),
+)
 RUNTIMES: Mapping[RunsOn, Runtime] = {
     "vllm": _VLLM,
     "llama.cpp": _LLAMA_CPP,
@@ -49,6 +59,8 @@ def refusal(group: NodeGroup, model_type: str, runs_on: RunsOn) -> str | None:
     if runtime is None or group.kind != "attention" or model_type in runtime.heads:
         return None
     where = "vllm and llama.cpp" if runs_on == "everywhere" else runs_on
+    if runs_on != "everywhere" and model_type not in runtime.fixed_heads:
+        return f"{model_type} with other head counts is not known to open in {where}"
     return f"{model_type} with other head counts does not open in {where}"
 
 
