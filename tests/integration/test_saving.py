@@ -274,6 +274,7 @@ def test_the_whole_save(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     assert verification.dtype == "bfloat16"
     assert verification.tokens_in_a_sentence == 44
+    assert verification.sample
     assert Verification.model_validate_json((out / "secateur" / "verification.json").read_text()) == verification
     assert len(list(out.glob("*.safetensors"))) > 1
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]

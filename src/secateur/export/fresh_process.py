@@ -56,7 +56,7 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
         "logits_difference": float((logits - reference["logits"]).abs().max()),
         "same_top_token": float((logits.argmax(-1) == reference["logits"].argmax(-1)).float().mean()),
         **facts,
-        **_tokenize(job["folder"]),
+        **_tokenize(job["folder"], model, "generated" in facts),
     }
 
 
@@ -91,15 +91,21 @@ def generate(model: Any, ids: Any, caches: tuple[str, ...], steps: int = 6) -> d
     return facts
 
 
-def _tokenize(folder: str) -> dict[str, Any]:
-    """Open the tokenizer, when the folder has one, and send a sentence through it."""
+def _tokenize(folder: str, model: Any, generates: bool) -> dict[str, Any]:
+    """Open the tokenizer, when the folder has one, and send a sentence through it; let the model write some text."""
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer_config.json").is_file():
         return {"tokenizer": None}
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
-    return {"tokenizer": type(tokenizer).__name__, "tokens_in_a_sentence": len(ids)}
+    facts = {"tokenizer": type(tokenizer).__name__, "tokens_in_a_sentence": len(ids)}
+    start = tokenizer("The quick brown fox", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if generates and int(start.max()) < model.get_input_embeddings().weight.shape[0]:
+        options = {"max_new_tokens": 24, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+        made = model.generate(start, attention_mask=start.new_ones(start.shape), **options)
+        facts["sample"] = tokenizer.decode(made[0, start.shape[1] :], skip_special_tokens=True)
+    return facts
 
 
 def main(jobs: str, results: str) -> None:

@@ -52,6 +52,8 @@ class Verification(BaseModel):
     static_cache_error: str | None = None
     generated: list[int] = []
     """Token ids that were generated greedily."""
+    sample: str | None = None
+    """What it writes greedily after "The quick brown fox"; None without a tokenizer or a cache to generate with."""
     tokenizer: str | None
     tokens_in_a_sentence: int | None = None
     """Of "The quick brown fox jumps over the lazy dog."."""

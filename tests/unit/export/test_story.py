@@ -71,6 +71,7 @@ def story() -> Story:
         tokenizer="Fast",
         seconds_to_open=1.0,
         versions={"transformers": "5.23"},
+        sample=NASTY,
         runtimes=runtimes_of({"per_layer_config": {}}),
     )
     return Story(plan, graph, verification, recipe=f"model:\n  name: {NASTY}\n", metrics=METRICS)
@@ -106,6 +107,8 @@ def test_curves_are_found_and_put_in_a_row() -> None:
 
 def test_the_card_loads_as_yaml_and_says_how_to_open(story: Story) -> None:
     card = model_card(story)
+    assert "Verified with transformers 5.23" in card
+    assert 'after "The quick brown fox"' in card
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "transformers",
