@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT ?= out/smollm2-20
+# Two processes with one thread each: the models of the tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
@@ -28,14 +30,14 @@ quickstart: install  ## the main job: 20 % off SmolLM2-135M with lorashear, reco
 	$(BIN)/secateur prune -o $(OUT) --resume
 
 test: install  ## the default test suite: tiny models, offline
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: install  ## what CI runs: format, lint, types, documentation, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: install  ## format the code and mend what the linter can mend, rewrite docs/keys.md
 	$(BIN)/ruff format .
