@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,18 +200,24 @@ def read_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     """
     if tokenizer is None:
         return Texts()
-    needs = METHODS[recipe.method.name].needs
-    baseline = _baseline(recipe)
-    trains = needs == "training" or recipe.recovery.steps > 0
-    scores = needs != "nothing" or (baseline is not None and METHODS[baseline].needs != "nothing")
-    own = _own_tokens(recipe)
+    used = _texts_used(recipe)
+    for split, settings in used.items():
+        check_sources(settings)
+        check_window(settings, model, split)
+    own = _own_tokens(used)
     written = write_own_text(model, tokenizer, own, recipe.seed) if own else []
-    read = partial(load_blocks, tokenizer=tokenizer, seed=recipe.seed, own_text=written)
-    return Texts(
-        calibration=read(recipe.calibration, "calibration") if scores else None,
-        recovery=read(recipe.recovery, "recovery") if trains else None,
-        evaluation=read(recipe.evaluation, "evaluation") if recipe.evaluation.tokens else None,
-    )
+    return Texts(**{split: load_blocks(used[split], split, tokenizer, recipe.seed, written) for split in used})
+
+
+def _texts_used(recipe: Recipe) -> dict[Split, TextSettings]:
+    """The sections of text that this run reads; their names are those of the splits."""
+    method, baseline = METHODS[recipe.method.name], _baseline(recipe)
+    used: dict[Split, TextSettings] = {"evaluation": recipe.evaluation}
+    if method.needs != "nothing" or (baseline is not None and METHODS[baseline].needs != "nothing"):
+        used["calibration"] = recipe.calibration
+    if method.needs == "training" or recipe.recovery.steps > 0:
+        used["recovery"] = recipe.recovery
+    return used
 
 
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
@@ -350,15 +356,14 @@ def _write_artefacts(result: Result, folder: Path, verification: Verification) -
     (artefacts / "report.html").write_text(html_report(story))
 
 
-def _own_tokens(recipe: Recipe) -> int:
+def _own_tokens(used: Mapping[Split, TextSettings]) -> int:
     """How much the model must write itself so that every split has its share, with a margin for uneven documents."""
-    texts: dict[Split, TextSettings] = {
-        "calibration": recipe.calibration,
-        "recovery": recipe.recovery,
-        "evaluation": recipe.evaluation,
-    }
-    wanted = [text.tokens / len(text.text) / SHARES[split] for split, text in texts.items() if OWN_TEXT in text.text]
-    return round(1.2 * max(wanted, default=0))
+    wanted = [0.0]
+    for split, text in used.items():
+        if OWN_TEXT in text.text:
+            weights = text.weights or dict.fromkeys(text.text, 1.0)
+            wanted.append(text.tokens * weights[OWN_TEXT] / sum(weights.values()) / SHARES[split])
+    return round(1.2 * max(wanted))
 
 
 def _last(result: Result) -> str:
