@@ -41,7 +41,7 @@ def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[s
     if form.config is model.config:
         return before
     # Which module reads which config is as a freshly opened model has it: some of uneven layers need their own.
-    experts = {module.config._experts_implementation for module in model.modules() if "config" in vars(module)}
+    experts = {vars(module)["config"]._experts_implementation for module in model.modules() if "config" in vars(module)}
     kernels = "eager" if "eager" in experts else model.config._experts_implementation
     for path, built in empty_model(form, like=model).named_modules():
         if "config" in vars(built):

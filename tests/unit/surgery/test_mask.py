@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError, PlanError
-from secateur.surgery import masked, zero_units
+from secateur.graph import trace
+from secateur.surgery import masked, slice_model, zero_units
+from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Member, NodeGroup
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -139,3 +142,15 @@ def test_groups_where_zeroing_is_not_removing_are_refused(llama: Case) -> None:
     unused = replace(graph, groups=(replace(group, members=producers),))
     with pytest.raises(ModelError, match="consumes"), masked(model, unused, {group.name: [0]}):
         pass
+
+
+def test_units_that_were_zeroed_can_be_sliced_also_where_a_norm_runs_over_them() -> None:
+    model = TINY["olmo2"]()
+    graph = trace(model)
+    assert graph["layers.0.attention"].renormalised
+    kept = {"layers.0.attention": [1], "layers.1.mlp": list(range(9))}
+    small = copy.deepcopy(model)
+    slice_model(small, graph, kept)
+    zero_units(model, graph, kept)
+    slice_model(model, graph, kept)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), small.parameters(), strict=True))
