@@ -31,14 +31,17 @@ from secateur.data import (
     load_whole,
     write_own_text,
 )
-from secateur.errors import InputError
+from secateur.errors import InputError, ModelError
 from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
 from secateur.evaluation.tasks import evaluate_tasks
 from secateur.export import (
     ARTEFACTS,
+    Architecture,
     ExportSettings,
     Story,
     Verification,
+    adopt_config,
+    check_describes_itself,
     check_output,
     html_report,
     licence_of,
@@ -70,6 +73,8 @@ class Result:
     graph: DependencyGraph
     """Of the model before the cut."""
     recipe: Recipe
+    dense: Architecture | None = None
+    """Class and config from before the cut; the model itself has those of the small one now."""
     scores: Scores | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     """JSON-able numbers: ``dense``, ``baseline``, ``pruned``, ``recovered``, ``speed``, ``seconds`` …"""
@@ -149,6 +154,7 @@ def prune(
     """
     recipe = _complete(recipe, ratio, method, model, tokenizer)
     _refuse_what_cannot_work(model)
+    check_describes_itself(model)
     if output is not None:
         output = check_output(output)
         Workspace.place(output, _identity(recipe), resume)
@@ -169,6 +175,8 @@ def prune(
         decide(result, texts, work)
     with stage(work, "pruned", "Cutting it out", result):
         cut(result)
+        if output is not None and "cannot_be_saved" in result.metrics:
+            raise ModelError(result.metrics["cannot_be_saved"])
         measure(result, texts, "pruned")
     if recipe.recovery.steps > 0:
         with stage(work, "recovered", "Growing the lost knowledge back", result):
@@ -244,8 +252,12 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
 
 
 def cut(result: Result) -> None:
-    """Apply the plan: from here on the shapes are the small ones."""
+    """Apply the plan: from here on the shapes, and the model's own config, are the small ones."""
     slice_model(result.model, result.graph, result.plan.kept)
+    try:
+        result.dense = adopt_config(result.model, result.graph, result.plan.kept)
+    except ModelError as error:  # it computes all the same; only a folder needs a config
+        result.metrics["cannot_be_saved"] = str(error)
 
 
 def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
@@ -302,8 +314,8 @@ def time_both(result: Result) -> None:
     if "speed" in result.metrics:
         return
     dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
-    # surgery leaves the config of the dense model in place, so that it still describes one
-    twin = _cast(type(result.model)(copy.deepcopy(result.model.config)).eval(), dtype, device)
+    dense = result.dense or Architecture(type(result.model), result.model.config)
+    twin = _cast(dense.build(), dtype, device)
     small = _cast(copy.deepcopy(result.model), dtype, device)
     result.metrics["speed"] = compare_speed({"dense": twin, _last(result): small})
     for state, speed in result.metrics["speed"]["batch 1"].items():

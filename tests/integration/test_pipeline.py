@@ -99,3 +99,15 @@ def test_a_dry_run_changes_nothing_and_finds_what_cannot_be_reached(recipe: Reci
     assert {path.name for path in tmp_path.iterdir()} == {"letters.txt"}
     with pytest.raises(PlanError, match="cannot be reached"):
         pipeline.prune(model, tiny_tokenizer(), recipe=recipe, ratio=0.95, dry_run=True)
+
+
+def test_what_was_pruned_can_be_pruned_again_and_saved(tmp_path: Path) -> None:
+    model = TINY["llama-gqa"]()
+    first = secateur.prune(model, ratio=0.1, method="random")
+    second = secateur.prune(model, ratio=0.1, method="magnitude")
+    assert second.plan.parameters_before == first.plan.parameters_after > second.plan.parameters_after
+    secateur.save(second, tmp_path / "twice")
+    opened, _ = secateur.load(str(tmp_path / "twice"))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, model(ids).logits)
