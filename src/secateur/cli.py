@@ -6,6 +6,7 @@ one message on standard error and exit code 1, in one place (``_Commands``).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -46,12 +47,26 @@ class _Commands(TyperGroup):
             if _debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
                 raise
             reason = " ".join(str(error).split())
+            if (advice := _advice(error)) is not None:
+                typer.echo(f"Error: {reason}\n{advice}", err=True)
+                raise typer.Exit(1) from error
             typer.echo(
                 f"Error: unexpected {type(error).__name__}: {reason}\n"
                 "This looks like a bug. Run again as `secateur --debug ...` and report the traceback that it shows.",
                 err=True,
             )
             raise typer.Exit(1) from error
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about a failure of the machine rather than of the program; None for the latter."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "There is not enough memory. Lower the batch sizes or windows, or set training.gradient_checkpointing=true."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full. Make room, and add --resume to go on after the last finished stage."
+    return None
 
 
 app = typer.Typer(

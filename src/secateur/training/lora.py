@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from transformers import PreTrainedModel
 
@@ -41,12 +44,24 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(
                 f"lora.targets={list(settings.targets)} finds no linear module in {type(model).__name__}: {error} "
                 "Name modules as in `secateur inspect`, or use all-linear."
             ) from error
+    _refuse_tied(adapted)
+    return adapted
+
+
+def _refuse_tied(adapted: PeftModel) -> None:
+    """An adapter on a head that shares the embedding's weight cannot be merged: the embedding would change as well."""
+    base: Any = adapted.get_base_model()
+    shared = base.get_input_embeddings().weight
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight is shared:
+            adapted.unload()
+            raise InputError(f"lora.targets names {name}, whose weight is tied to the embedding. Leave it out.")
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:

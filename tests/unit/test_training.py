@@ -1,0 +1,53 @@
+"""LoRA goes on and comes off without a trace; the Trainer trains only the adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from secateur.errors import InputError
+from secateur.testing.tiny import TINY, VOCAB
+from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
+
+IDS = torch.randint(0, VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "phi3"])
+def test_merged_is_what_was_trained(name: str) -> None:
+    model = TINY[name]()
+    adapted = attach_lora(model, LoraSettings(rank=2), seed=0)
+    frozen = {key: value.clone() for key, value in adapted.state_dict().items() if ".lora_" not in key}
+    settings = TrainingSettings(learning_rate=0.05, precision="fp32")
+    log = train(adapted, IDS, settings, steps=4, seed=0, description="training")
+    assert log
+    assert all(torch.equal(adapted.state_dict()[key], value) for key, value in frozen.items())
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+        merged = merge_lora(adapted)
+        assert merged is model
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not [key for key in model.state_dict() if "lora" in key]
+
+
+def test_the_same_seed_trains_the_same() -> None:
+    results = []
+    for _ in range(2):
+        adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=1)
+        train(adapted, IDS, TrainingSettings(precision="fp32"), steps=3, seed=1, description="training")
+        results.append(merge_lora(adapted).state_dict())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_an_adapter_on_a_tied_head_is_refused() -> None:
+    with pytest.raises(InputError, match="tied"):
+        attach_lora(TINY["llama-tied"](), LoraSettings(targets=("lm_head",)), seed=0)
+
+
+def test_targets_that_match_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="finds no linear"):
+        attach_lora(TINY["llama-gqa"](), LoraSettings(targets=("nothing",)), seed=0)
+
+
+def test_batches_must_add_up() -> None:
+    with pytest.raises(ValueError, match="must divide"):
+        TrainingSettings(batch_size=6, micro_batch_size=4)
