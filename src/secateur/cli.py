@@ -61,9 +61,7 @@ class _Commands(TyperGroup):
 def _advice(error: Exception) -> str | None:
     """What to do about a failure of the machine rather than of the program; None for the latter."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            "There is not enough memory. Lower the batch sizes or windows, or set training.gradient_checkpointing=true."
-        )
+        return "Not enough memory: lower batch sizes or windows, or --set training.gradient_checkpointing=true."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "The disk is full. Make room, and add --resume to go on after the last finished stage."
     return None
