@@ -28,7 +28,7 @@ class LoRAShearSettings(Settings):
 
     periods: int = Field(default=4, ge=1)
     """P: in how many instalments the units go."""
-    period_steps: int = Field(default=12, ge=1)
+    period_steps: int = Field(default=10, ge=1)
     """T_p: steps in which the redundant units of one period shrink to zero."""
     warmup_steps: int = Field(default=0, ge=0)
     """T_w: steps of plain LoRA training before the first period."""

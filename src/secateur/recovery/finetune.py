@@ -18,7 +18,7 @@ class RecoverySettings(TextSettings):
     tokens: int = Field(default=524_288, ge=2)
     """Tokens to draw from, in whole windows; or what the text has, where that is less but at least 8 windows."""
 
-    steps: int = Field(default=80, ge=0)
+    steps: int = Field(default=70, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
 
