@@ -26,9 +26,9 @@ Removed = dict[str, list[int]]
 class LoRAShearSettings(Settings):
     """The progressive schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
 
-    periods: int = Field(default=4, ge=1)
+    periods: int = Field(default=1, ge=1)
     """P: in how many instalments the units go."""
-    period_steps: int = Field(default=10, ge=1)
+    period_steps: int = Field(default=40, ge=1)
     """T_p: steps in which the redundant units of one period shrink to zero."""
     warmup_steps: int = Field(default=0, ge=0)
     """T_w: steps of plain LoRA training before the first period."""
