@@ -156,7 +156,7 @@ def outline(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
-    with _quiet(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model: PreTrainedModel = (
             pruned_class_of(config)(config)
             if is_uneven(config)
@@ -290,7 +290,10 @@ def _built_in_folder(name: str) -> Path:
 
 def _convert(packed: Path, source: BuiltInModel, target: Path) -> None:
     """Read a GGUF file as float32 and write it as a standard folder."""
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar that nothing switches off
+    with (
+        quiet_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # the GGUF reader draws a bar that nothing switches off
         model = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
     # The weights are dequantised by now; the mark that says otherwise makes save_pretrained refuse.
@@ -303,7 +306,7 @@ def _convert(packed: Path, source: BuiltInModel, target: Path) -> None:
     model.generation_config = GenerationConfig(bos_token_id=start, eos_token_id=end, pad_token_id=end)
     tokenizer.model_max_length = source.context
     _restore_digit_splitting(tokenizer)
-    with _quiet():
+    with quiet_transformers():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     _open_permissions(target)
@@ -369,7 +372,7 @@ def _check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
         )
     _check_causal(raw, name)
     try:
-        with _quiet():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     except Exception as error:  # config classes raise whatever their validators raise
         raise ModelError(f"The configuration of {name} is not valid: {_first_line(error)}") from error
@@ -452,7 +455,7 @@ def _open_model(
     """Read the weights; raises ModelError when the file and the architecture do not fit each other."""
     opener: Any = pruned_class_of(config) if is_uneven(config) else AutoModelForCausalLM
     try:
-        with _quiet():
+        with quiet_transformers():
             opened: Any = opener.from_pretrained(
                 folder,
                 config=config,
@@ -481,7 +484,7 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
-        with _quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for damaged files
         raise ModelError(f"The tokenizer of {name} cannot be opened: {_first_line(error)}") from error
@@ -529,7 +532,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own bars and warnings off the screen; what matters comes as an error or through progress."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from secateur.export.story import beside, show_bytes, show_count, show_number
 from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
 
@@ -35,24 +36,24 @@ def results(metrics: Mapping[str, Any], states: Sequence[str] = STATES) -> Group
         table.add_column(name, justify="right", style="bold" if name == states[-1] else None)
     for source in whole.get("perplexity", {}):
         table.add_row(
-            f"perplexity, {source}", *(_number(item.get("perplexity", {}).get(source)) for item in columns.values())
+            f"perplexity, {source}", *(show_number(item.get("perplexity", {}).get(source)) for item in columns.values())
         )
     counts = metrics.get("tokens", {})
     if len(counts) > 1:
         means = (mean_perplexity(item.get("perplexity", {}), counts) for item in columns.values())
-        table.add_row("perplexity, all", *map(_number, means))
+        table.add_row("perplexity, all", *map(show_number, means))
     for task, values in whole.get("tasks", {}).items():
         for metric, value in values.items():
             table.add_row(f"{task}, {metric}", f"{value:.4f}")
     table.add_section()
     for label, key, show in (
-        ("parameters", "parameters", _count),
-        ("size on disk", "bytes", _bytes),
-        ("prefill, tokens/s", "prefill_tokens_per_s", _number),
-        ("decode, tokens/s", "decode_tokens_per_s", _number),
+        ("parameters", "parameters", show_count),
+        ("size on disk", "bytes", show_bytes),
+        ("prefill, tokens/s", "prefill_tokens_per_s", show_number),
+        ("decode, tokens/s", "decode_tokens_per_s", show_number),
     ):
         if key in whole:
-            table.add_row(label, *(_beside(item.get(key), whole[key], show) for item in columns.values()))
+            table.add_row(label, *(beside(item.get(key), whole[key], show) for item in columns.values()))
     return Group(table, _caption(metrics))
 
 
@@ -82,7 +83,7 @@ def groups(graph: DependencyGraph) -> Group:
         units = f"{len(members)} x {size:,}" if len(members) > 1 else f"{size:,}"
         share = f"{cost * size / total:.1%}"
         table.add_row(pattern, kind, units, f"{cost // len(members):,}", share, reason)
-    return Group(table, f"{graph.model_type}, {_count(total)} parameters")
+    return Group(table, f"{graph.model_type}, {show_count(total)} parameters")
 
 
 def checks(found: Sequence[Check]) -> Table:
@@ -106,29 +107,3 @@ def _caption(metrics: Mapping[str, Any]) -> str:
         threads = f", {machine['threads']} threads" if not machine["gpu"] else ""
         parts.append(f"Measured on {machine['gpu'] or machine['processor']}{threads}; one sequence at a time.")
     return " ".join(parts)
-
-
-def _beside(value: float | None, whole: float, show: Any) -> str:
-    if value is None:
-        return ""
-    return show(value) if value == whole else f"{show(value)} ({(value - whole) / whole:+.1%})"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _count(value: float) -> str:
-    return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M" if value >= 1e5 else f"{value:,}"
-
-
-def _bytes(value: float) -> str:
-    return (
-        f"{value / 1e9:.2f} GB"
-        if value >= 1e9
-        else f"{value / 1e6:.0f} MB"
-        if value >= 1e6
-        else f"{value / 1e3:.0f} kB"
-    )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from secateur.errors import InputError, ModelError, VerificationError
 from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
 from secateur.export.uneven import uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
+from secateur.loading import quiet_transformers
 from secateur.progress import say
 from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
 from secateur.types import DependencyGraph, Settings
@@ -207,7 +206,7 @@ def write(
     standard.tie_weights()
     if model.can_generate():
         standard.generation_config = copy.deepcopy(model.generation_config)
-    with _quiet():
+    with quiet_transformers():
         standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -295,17 +294,3 @@ def _is_valid(config: PreTrainedConfig) -> bool:
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes_of(_on_meta(model_class, config))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and warnings off the screen."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -76,17 +76,17 @@ def compare(metrics: Mapping[str, Any]) -> Comparison:
     dense = columns.get("dense", {})
     rows = []
     for source in dense.get("perplexity", {}):
-        cells = [_number(column.get("perplexity", {}).get(source)) for column in columns.values()]
+        cells = [show_number(column.get("perplexity", {}).get(source)) for column in columns.values()]
         rows.append((f"perplexity, {source}", cells))
     for label, key, show in (
-        ("parameters", "parameters", _count),
-        ("size on disk", "bytes", _bytes),
-        ("prefill, tokens/s", "prefill_tokens_per_s", _number),
-        ("decode, tokens/s", "decode_tokens_per_s", _number),
+        ("parameters", "parameters", show_count),
+        ("size on disk", "bytes", show_bytes),
+        ("prefill, tokens/s", "prefill_tokens_per_s", show_number),
+        ("decode, tokens/s", "decode_tokens_per_s", show_number),
     ):
         values = [column.get(key) for column in columns.values()]
         if any(value is not None for value in values):
-            rows.append((label, [_beside(value, dense.get(key), show) for value in values]))
+            rows.append((label, [beside(value, dense.get(key), show) for value in values]))
     return Comparison(list(columns), rows, _caption(metrics))
 
 
@@ -137,23 +137,23 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _beside(value: float | None, whole: float | None, show: Any) -> str:
+def beside(value: float | None, whole: float | None, show: Any) -> str:
     if value is None:
         return ""
     return show(value) if not whole or value == whole else f"{show(value)} ({(value - whole) / whole:+.1%})"
 
 
-def _number(value: float | None) -> str:
+def show_number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _count(value: float) -> str:
+def show_count(value: float) -> str:
     return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M" if value >= 1e5 else f"{value:,}"
 
 
-def _bytes(value: float) -> str:
+def show_bytes(value: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if value >= size:
             return f"{value / size:.2f} {unit}" if unit == "GB" else f"{value / size:.0f} {unit}"

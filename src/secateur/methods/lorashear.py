@@ -15,7 +15,7 @@ from secateur.graph import trace
 from secateur.importance import CRITERIA
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
 from secateur.methods.lhspg import LHSPGCallback, Projection
-from secateur.planning import allocate
+from secateur.planning import allocate, by_period
 from secateur.surgery import zero_units
 from secateur.training import attach_lora, merge_lora, train
 from secateur.types import Scores, Settings, removed_to_kept
@@ -70,7 +70,7 @@ class LoRAShear:
             history.log += self._train(task, {}, {}, settings.warmup_steps, seed=task.seed, description="warming up")
         for period in range(first, settings.periods):
             scores = _saliency(task, settings.saliency, seed=task.seed + period)
-            share = (period + 1) / settings.periods
+            share = by_period(period, settings.periods)
             chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
             redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in chosen.items()}
             description = f"period {period + 1}/{settings.periods}"
