@@ -225,6 +225,7 @@ def evaluate(
     """Measure a model: perplexity on text (built-in when none is named), tasks, parameters, bytes and speed."""
     from secateur import pipeline, progress, tables
     from secateur.config import load_recipe
+    from secateur.export import compare
 
     flags = {
         "model.name": model,
@@ -240,7 +241,7 @@ def evaluate(
     progress.show()
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
     metrics = pipeline.evaluate(settings, names, max_tokens=tokens)
-    _console().print(tables.results(metrics, ["model"]))
+    _console().print(tables.results(compare(metrics, ["model"])))
     if as_json is not None:
         as_json.write_text(json.dumps(metrics, indent=1) + "\n")
 
@@ -309,9 +310,10 @@ def _finished(output: Path, recipe: Recipe) -> bool:
 
 def _report(metrics: Mapping[str, Any], output: Path) -> None:
     from secateur import tables
+    from secateur.export import compare
 
     console = _console()
-    console.print(tables.results(metrics))
+    console.print(tables.results(compare(metrics)))
     console.print(f"The model is in {output}")
     if (output / "secateur" / "report.html").is_file():
         console.print(f"Its report is {output / 'secateur' / 'report.html'}")

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
-from secateur.data import TextSettings
+from secateur.data import Split, TextSettings
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
@@ -92,6 +92,23 @@ class Recipe(Settings):
             )
         return self
 
+    @property
+    def baseline(self) -> str | None:
+        """The one-shot method to compare with; None when the run is one-shot itself."""
+        return self.evaluation.baseline if METHODS[self.method.name].needs == "training" else None
+
+    @property
+    def texts(self) -> dict[Split, TextSettings]:
+        """The sections of text that a run reads; their names are those of the splits."""
+        method = METHODS[self.method.name]
+        used: dict[Split, TextSettings] = {"evaluation": self.evaluation}
+        baseline = METHODS[self.baseline] if self.baseline else method
+        if (method.needs, baseline.needs) != ("nothing", "nothing"):
+            used["calibration"] = self.calibration
+        if method.needs == "training" or self.recovery.steps > 0:
+            used["recovery"] = self.recovery
+        return used
+
 
 @dataclass(frozen=True)
 class Key:
@@ -136,6 +153,12 @@ def revise(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every key filled in and a line of meaning above each; ``load_recipe`` reads it back."""
     return "\n".join(["# A secateur recipe with every key: secateur prune --recipe FILE", *_lines(recipe, 0)]) + "\n"
+
+
+def identity(recipe: Recipe) -> str:
+    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume."""
+    evaluation = recipe.evaluation.model_copy(update={"speed": True})
+    return dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
 
 
 def describe(settings: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import Recipe, dump, revise
-from secateur.data import (
-    OWN_TEXT,
-    SHARES,
-    Split,
-    TextSettings,
-    TokenBlocks,
-    check_sources,
-    check_window,
-    load_blocks,
-    load_whole,
-    write_own_text,
-)
+from secateur.config import Recipe, dump, identity, revise
+from secateur.data import Texts, TokenBlocks, check_sources, check_window, load_whole, read_texts
 from secateur.errors import InputError, ModelError
-from secateur.evaluation import TextLoss, compare_speed, losses_by_source, machine, parameter_count
+from secateur.evaluation import TextLoss, as_written, compare_speed, losses_by_source, machine, parameter_count
 from secateur.evaluation.tasks import evaluate_tasks
 from secateur.export import (
-    ARTEFACTS,
     Architecture,
-    ExportSettings,
     Story,
     Verification,
     adopt_config,
     check_describes_itself,
     check_output,
-    html_report,
     licence_of,
-    model_card,
+    write_artefacts,
     written_dtype,
 )
 from secateur.export import save as save_folder
@@ -82,16 +63,6 @@ class Result:
     """What happened when, as in ``run.jsonl``."""
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Blocks for each purpose; None where a run does not need them."""
-
-    calibration: TokenBlocks | None = None
-    recovery: TokenBlocks | None = None
-    """Also what progressive methods train on."""
-    evaluation: TokenBlocks | None = None
-
-
 def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = False) -> Result:
     """What ``secateur prune`` does: open the model that the recipe names, and prune it into the folder ``output``."""
     check_output(output)
@@ -116,7 +87,7 @@ def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | Non
     numbers |= _size(model, recipe)
     numbers["perplexity"] = {source: loss.perplexity for source, loss in losses.items()}
     if recipe.evaluation.speed:
-        small = _cast(model, written_dtype(model, recipe.export), model.device)
+        small = as_written(model, written_dtype(model, recipe.export), model.device)
         numbers |= compare_speed({"model": small}, batch_sizes=(1,))["batch 1"]["model"]
     return {
         "model": numbers,
@@ -157,36 +128,36 @@ def prune(
     check_describes_itself(model)
     if output is not None:
         output = check_output(output)
-        Workspace.place(output, _identity(recipe), resume)
+        Workspace.place(output, identity(recipe), resume)
     graph = protect_failing(model, trace(model))
-    texts = read_texts(model, tokenizer, recipe)
+    texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
     if dry_run:
         return result
-    work = Workspace.open(output, _identity(recipe), resume)
+    work = Workspace.open(output, identity(recipe), resume)
     result.metrics, result.events = work.metrics(), work.events
 
-    with stage(work, "dense", "Measuring the dense model", result):
+    with work.stage("dense", "Measuring the dense model", result.metrics):
         measure(result, texts, "dense")
-    if texts.evaluation is not None and _baseline(recipe) is not None:
-        with stage(work, "baseline", "Pruning without LoRA, for comparison", result):
+    if texts.evaluation is not None and recipe.baseline is not None:
+        with work.stage("baseline", "Pruning without LoRA, for comparison", result.metrics):
             measure_baseline(result, texts)
-    with stage(work, "decide", f"Choosing what goes: {recipe.method.name}", result):
+    with work.stage("decide", f"Choosing what goes: {recipe.method.name}", result.metrics):
         decide(result, texts, work)
-    with stage(work, "pruned", "Cutting it out", result):
+    with work.stage("pruned", "Cutting it out", result.metrics):
         cut(result)
         if output is not None and "cannot_be_saved" in result.metrics:
             raise ModelError(result.metrics["cannot_be_saved"])
         measure(result, texts, "pruned")
     if recipe.recovery.steps > 0:
-        with stage(work, "recovered", "Growing the lost knowledge back", result):
+        with work.stage("recovered", "Growing the lost knowledge back", result.metrics):
             grow_back(result, texts, work)
             measure(result, texts, "recovered")
     if texts.evaluation is not None and recipe.evaluation.speed:
-        with stage(work, "speed", "Timing dense and pruned", result):
+        with work.stage("speed", "Timing dense and pruned", result.metrics):
             time_both(result)
     if output is not None:
-        with stage(work, "save", "Saving, and opening the folder in a fresh process", result):
+        with work.stage("save", "Saving, and opening the folder in a fresh process", result.metrics):
             save(result, output)
         work.remove()
     return result
@@ -199,33 +170,6 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     return plan
-
-
-def read_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> Texts:
-    """Token blocks for each purpose that the recipe has; the splits never overlap.
-
-    ``model`` is the dense one: where the recipe names the source ``self``, it writes that text.
-    """
-    if tokenizer is None:
-        return Texts()
-    used = _texts_used(recipe)
-    for split, settings in used.items():
-        check_sources(settings)
-        check_window(settings, model, split)
-    own = _own_tokens(used)
-    written = write_own_text(model, tokenizer, own, recipe.seed) if own else []
-    return Texts(**{split: load_blocks(used[split], split, tokenizer, recipe.seed, written) for split in used})
-
-
-def _texts_used(recipe: Recipe) -> dict[Split, TextSettings]:
-    """The sections of text that this run reads; their names are those of the splits."""
-    method, baseline = METHODS[recipe.method.name], _baseline(recipe)
-    used: dict[Split, TextSettings] = {"evaluation": recipe.evaluation}
-    if method.needs != "nothing" or (baseline is not None and METHODS[baseline].needs != "nothing"):
-        used["calibration"] = recipe.calibration
-    if method.needs == "training" or recipe.recovery.steps > 0:
-        used["recovery"] = recipe.recovery
-    return used
 
 
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
@@ -294,7 +238,7 @@ def measure(result: Result, texts: Texts, state: str) -> None:
 
 def measure_baseline(result: Result, texts: Texts) -> None:
     """What one shot without any training would have cost at the same ratio: masks on the dense model, then off."""
-    name = _baseline(result.recipe)
+    name = result.recipe.baseline
     if "baseline" in result.metrics:
         return
     assert name is not None
@@ -315,17 +259,11 @@ def time_both(result: Result) -> None:
         return
     dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
     dense = result.dense or Architecture(type(result.model), result.model.config)
-    twin = _cast(dense.build(), dtype, device)
-    small = _cast(copy.deepcopy(result.model), dtype, device)
+    twin = as_written(dense.build(), dtype, device)
+    small = as_written(copy.deepcopy(result.model), dtype, device)
     result.metrics["speed"] = compare_speed({"dense": twin, _last(result): small})
     for state, speed in result.metrics["speed"]["batch 1"].items():
         result.metrics[state] |= speed
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    return model
 
 
 def save(result: Result, folder: str | Path) -> None:
@@ -341,21 +279,13 @@ def save(result: Result, folder: str | Path) -> None:
         graph=result.graph,
         kept=result.plan.kept,
         settings=result.recipe.export,
-        complete=partial(_write_artefacts, result),
+        complete=partial(_complete_folder, result),
     )
 
 
-def _write_artefacts(result: Result, folder: Path, verification: Verification) -> None:
-    """Everything beside the model: what was asked, found, decided and measured."""
-    artefacts = folder / ARTEFACTS
+def _complete_folder(result: Result, folder: Path, verification: Verification) -> None:
+    """Everything beside the model."""
     result.metrics["machine"] = machine()
-    (artefacts / "recipe.yaml").write_text(dump(result.recipe))
-    (artefacts / "graph.json").write_text(json.dumps(result.graph.to_json()) + "\n")
-    (artefacts / "metrics.json").write_text(json.dumps(result.metrics, indent=1) + "\n")
-    (artefacts / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in result.events))
-    result.plan.save(artefacts / "plan.json")
-    if result.scores is not None:
-        save_file(dict(result.scores.values), artefacts / "scores.safetensors")
     story = Story(
         plan=result.plan,
         graph=result.graph,
@@ -364,18 +294,7 @@ def _write_artefacts(result: Result, folder: Path, verification: Verification) -
         metrics=result.metrics,
         licence=licence_of(result.plan.base_model),
     )
-    (folder / "README.md").write_text(model_card(story))
-    (artefacts / "report.html").write_text(html_report(story))
-
-
-def _own_tokens(used: Mapping[Split, TextSettings]) -> int:
-    """How much the model must write itself so that every split has its share, with a margin for uneven documents."""
-    wanted = [0.0]
-    for split, text in used.items():
-        if OWN_TEXT in text.text:
-            weights = text.weights or dict.fromkeys(text.text, 1.0)
-            wanted.append(text.tokens * weights[OWN_TEXT] / sum(weights.values()) / SHARES[split])
-    return round(1.2 * max(wanted))
+    write_artefacts(folder, story, result.scores, result.events)
 
 
 def _last(result: Result) -> str:
@@ -446,17 +365,6 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
     )
 
 
-def _baseline(recipe: Recipe) -> str | None:
-    """The one-shot method to compare with; none when the run is one-shot itself."""
-    return recipe.evaluation.baseline if METHODS[recipe.method.name].needs == "training" else None
-
-
-def _identity(recipe: Recipe) -> str:
-    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume."""
-    evaluation = recipe.evaluation.model_copy(update={"speed": True})
-    return dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
-
-
 def _refuse_what_cannot_work(model: PreTrainedModel) -> None:
     if isinstance(model, PeftModel):
         raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
@@ -467,15 +375,3 @@ def _refuse_what_cannot_work(model: PreTrainedModel) -> None:
             f"Training happens on the first visible GPU, and the model is on {model.device}. "
             f"Set CUDA_VISIBLE_DEVICES={model.device.index} and use --device cuda."
         )
-
-
-@contextmanager
-def stage(work: Workspace, name: str, title: str, result: Result) -> Iterator[None]:
-    """Say what happens, time it, and keep the numbers so far."""
-    say(title)
-    started = time.monotonic()
-    yield
-    seconds = result.metrics.setdefault("seconds", {})
-    seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
-    work.write_json("metrics.json", result.metrics)
-    work.log({"stage": name, "seconds": seconds[name]})

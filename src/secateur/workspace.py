@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from secateur.errors import InputError
+from secateur.progress import say
 
 
 class Workspace:
@@ -124,6 +126,17 @@ class Workspace:
         if self.folder is not None:
             with (self.folder / "run.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+    @contextmanager
+    def stage(self, name: str, title: str, metrics: dict[str, Any]) -> Iterator[None]:
+        """Say what happens, time it into ``metrics["seconds"]``, and keep the numbers so far."""
+        say(title)
+        started = time.monotonic()
+        yield
+        seconds = metrics.setdefault("seconds", {})
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
+        self.write_json("metrics.json", metrics)
+        self.log({"stage": name, "seconds": seconds[name]})
 
     def remove(self) -> None:
         """The run is finished and its results are in the output folder."""

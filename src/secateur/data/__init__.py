@@ -5,9 +5,9 @@ from __future__ import annotations
 from secateur.data.blocks import TokenBlocks, document_end, read_ids
 from secateur.data.builtin import SOURCES, Source
 from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks, load_whole
-from secateur.data.own_text import write_own_text
 from secateur.data.sources import OWN_TEXT
 from secateur.data.splits import SHARES, SPLITS, Split, split_of
+from secateur.data.texts import Texts, read_texts
 
 __all__ = [
     "OWN_TEXT",
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "Split",
     "TextSettings",
+    "Texts",
     "TokenBlocks",
     "check_sources",
     "check_window",
@@ -24,6 +25,6 @@ __all__ = [
     "load_blocks",
     "load_whole",
     "read_ids",
+    "read_texts",
     "split_of",
-    "write_own_text",
 ]

@@ -66,6 +66,13 @@ def compare_speed(
     return results
 
 
+def as_written(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """``model`` itself with its floating-point tensors in the type that a folder has them in, on ``device``."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return model
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {

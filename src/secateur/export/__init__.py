@@ -1,7 +1,8 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
 from secateur.export.adopt import Architecture, adopt_config, check_describes_itself
-from secateur.export.card import licence_of, model_card
+from secateur.export.artefacts import write_artefacts
+from secateur.export.card import licence_of
 from secateur.export.huggingface import (
     ARTEFACTS,
     ExportSettings,
@@ -11,13 +12,13 @@ from secateur.export.huggingface import (
     standard_form,
     written_dtype,
 )
-from secateur.export.report import html_report
-from secateur.export.story import Story
+from secateur.export.story import Comparison, Story, compare
 from secateur.export.verify import Verification, verify_folder
 
 __all__ = [
     "ARTEFACTS",
     "Architecture",
+    "Comparison",
     "ExportSettings",
     "StandardForm",
     "Story",
@@ -25,11 +26,11 @@ __all__ = [
     "adopt_config",
     "check_describes_itself",
     "check_output",
-    "html_report",
+    "compare",
     "licence_of",
-    "model_card",
     "save",
     "standard_form",
     "verify_folder",
+    "write_artefacts",
     "written_dtype",
 ]

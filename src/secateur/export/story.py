@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -68,16 +68,39 @@ class Widths:
     """(Layer, units kept, units before)."""
 
 
-def compare(metrics: Mapping[str, Any]) -> Comparison:
-    """The states side by side; numbers that are not perplexities with their change against the dense model."""
-    columns = {state: metrics[state] for state in _STATES if state in metrics}
+def compare(metrics: Mapping[str, Any], states: Sequence[str] = _STATES) -> Comparison:
+    """The states side by side, each compared with the first; the baseline of a run stands beside that.
+
+    ``metrics`` is what ``metrics.json`` holds; what was not measured is left out.
+    """
+    columns = {state: metrics[state] for state in states if state in metrics}
     if "baseline" in metrics:
-        columns[metrics["baseline"]["name"]] = metrics["baseline"]
-    dense = columns.get("dense", {})
-    rows = []
-    for source in dense.get("perplexity", {}):
-        cells = [show_number(column.get("perplexity", {}).get(source)) for column in columns.values()]
-        rows.append((f"perplexity, {source}", cells))
+        first = dict([next(iter(columns.items()))]) if columns else {}
+        columns = first | {metrics["baseline"]["name"]: metrics["baseline"]} | columns
+    whole: Mapping[str, Any] = next(iter(columns.values()), {})
+    return Comparison(
+        list(columns), [*_quality(whole, columns, metrics.get("tokens", {})), *_cost(whole, columns)], _caption(metrics)
+    )
+
+
+def _quality(
+    whole: Mapping[str, Any], columns: Mapping[str, Any], counts: Mapping[str, int]
+) -> Iterator[tuple[str, list[str]]]:
+    for source in whole.get("perplexity", {}):
+        yield (
+            f"perplexity, {source}",
+            [show_number(column.get("perplexity", {}).get(source)) for column in columns.values()],
+        )
+    if len(counts) > 1:
+        means = (_mean_perplexity(column.get("perplexity", {}), counts) for column in columns.values())
+        yield "perplexity, all", [show_number(mean) for mean in means]
+    for task, values in whole.get("tasks", {}).items():
+        for metric in values:
+            scores = (column.get("tasks", {}).get(task, {}).get(metric) for column in columns.values())
+            yield f"{task}, {metric}", ["" if score is None else f"{score:.4f}" for score in scores]
+
+
+def _cost(whole: Mapping[str, Any], columns: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for label, key, show in (
         ("parameters", "parameters", show_count),
         ("size on disk", "bytes", show_bytes),
@@ -86,8 +109,15 @@ def compare(metrics: Mapping[str, Any]) -> Comparison:
     ):
         values = [column.get(key) for column in columns.values()]
         if any(value is not None for value in values):
-            rows.append((label, [beside(value, dense.get(key), show) for value in values]))
-    return Comparison(list(columns), rows, _caption(metrics))
+            yield label, [beside(value, whole.get(key), show) for value in values]
+
+
+def _mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
+    """Perplexity over all sources together: exp of the token-weighted mean loss; None when one is missing."""
+    if not set(tokens) <= set(perplexity):
+        return None
+    loss = sum(count * math.log(perplexity[source]) for source, count in tokens.items())
+    return math.exp(loss / sum(tokens.values()))
 
 
 def widths(story: Story) -> list[Widths]:
@@ -131,9 +161,9 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     if tokens and "window" in metrics:
         parts.append(f"Perplexity over {sum(tokens.values()):,} tokens in windows of {metrics['window']} tokens.")
     machine = metrics.get("machine", {})
-    if machine and "speed" in metrics:
+    if machine:
         where = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('threads')} threads"
-        parts.append(f"Speed of one sequence on {where}, torch {machine.get('torch')}.")
+        parts.append(f"Measured on {where}, torch {machine.get('torch')}; speed of one sequence at a time.")
     return " ".join(parts)
 
 

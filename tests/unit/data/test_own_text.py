@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.data import TextSettings, load_blocks, own_text, write_own_text
+from secateur.data import TextSettings, load_blocks, own_text
+from secateur.data.own_text import write_own_text
 from secateur.errors import DataError
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer

@@ -1,0 +1,30 @@
+"""What stands beside the model in a finished folder: what was asked, found, decided and measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from secateur.export.card import model_card
+from secateur.export.huggingface import ARTEFACTS
+from secateur.export.report import html_report
+from secateur.export.story import Story
+from secateur.types import Scores
+
+
+def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: Sequence[Mapping[str, Any]]) -> None:
+    """Write the model card into ``folder``, and recipe, graph, plan, scores, numbers, log and report below it."""
+    artefacts = folder / ARTEFACTS
+    (artefacts / "recipe.yaml").write_text(story.recipe)
+    (artefacts / "graph.json").write_text(json.dumps(story.graph.to_json()) + "\n")
+    (artefacts / "metrics.json").write_text(json.dumps(story.metrics, indent=1) + "\n")
+    (artefacts / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    story.plan.save(artefacts / "plan.json")
+    if scores is not None:
+        save_file(dict(scores.values), artefacts / "scores.safetensors")
+    (folder / "README.md").write_text(model_card(story))
+    (artefacts / "report.html").write_text(html_report(story))
