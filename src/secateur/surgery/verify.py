@@ -60,10 +60,10 @@ def verify(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 
         torch.manual_seed(seed)
         size = sum(parameter.numel() for parameter in model.parameters())
         if size <= WHOLE_UP_TO and not any(parameter.is_meta for parameter in model.parameters()):
-            return _checks(copy.deepcopy(model).float().eval(), ratio)
+            return checks(copy.deepcopy(model).float().eval(), ratio)
         small = stand_in(model, record(model).graph)
         note = f" on random weights and {small.config.num_hidden_layers} layers"
-        return [replace(check, message=check.message + note) for check in _checks(small, ratio)]
+        return [replace(check, message=check.message + note) for check in checks(small, ratio)]
 
 
 def protect_failing(
@@ -83,7 +83,7 @@ def protect_failing(
                 raise
             small = copy.deepcopy(model).float().eval()
         run = record(small)
-        failed = {check.group: check.message for check in _checks(small, ratio, run) if not check.ok}
+        failed = {check.group: check.message for check in checks(small, ratio, run) if not check.ok}
     reasons = {signature(group): failed[group.name] for group in run.graph if group.name in failed}
     if set(failed) <= {ALL, SOME} and failed:
         raise ModelError(f"Every group of this {graph.model_type} model can be cut alone, but not together: {failed}.")
@@ -96,8 +96,11 @@ def protect_failing(
     return replace(graph, groups=groups)
 
 
-def _checks(model: Any, ratio: float, run: Trace | None = None) -> list[Check]:
-    """The checks on ``model``, which stays as it is, by the present random state."""
+def checks(model: Any, ratio: float, run: Trace | None = None) -> list[Check]:
+    """What ``verify`` does with a small fp32 model in eval mode, by torch's present random state.
+
+    ``run`` is a record of ``model``; of its graph only the groups that may be cut are tried.
+    """
     run = record(model) if run is None else run
     choices = _choices(run.graph, ratio)
     vocabulary = model.get_input_embeddings().weight.shape[0]

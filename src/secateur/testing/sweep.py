@@ -1,0 +1,263 @@
+"""Every causal language model that transformers knows: trace, verify, cut, generate, adapt, save, reload.
+
+``python -m secateur.testing.sweep --out FOLDER`` writes one line of JSON for each model type, and can be stopped and
+started again; with ``--docs FILE`` the results become ``docs/architectures.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.errors import SecateurError, VerificationError
+from secateur.export.huggingface import write
+from secateur.export.verify import Reference, judge, open_folders
+from secateur.graph import record
+from secateur.loading import quiet_transformers
+from secateur.surgery import protect_failing, sharing_copy, slice_model
+from secateur.surgery.verify import checks
+from secateur.testing.contracts import with_adapters
+from secateur.testing.zoo import MODEL_TYPES, UNBUILDABLE, build_any
+from secateur.types import DependencyGraph
+
+Kept = dict[str, list[int]]
+TOLERANCE = 1e-4
+
+
+class TooSlow(Exception):  # noqa: N818
+    """A model type takes longer than it may."""
+
+
+def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], list[tuple[str, Reference]]]:
+    """Everything about one type but reloading; returns the facts, and the folders in ``folder`` that wait for it."""
+    started = time.monotonic()
+    facts: dict[str, Any] = {"type": model_type, "seed": seed}
+    references: list[tuple[str, Reference]] = []
+    if model_type in UNBUILDABLE:
+        return {**facts, "built": False, "why": UNBUILDABLE[model_type]}, references
+    try:
+        model, shape = build_any(model_type, seed)
+    except Exception as error:
+        return {**facts, "built": False, "why": _line(error)}, references
+    facts |= {"built": True, "form": shape.form, "parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        run = record(model)
+        facts["found"] = _found(run.graph)
+        facts["operators"] = sorted({call.name for call in run.calls})
+        raw = checks(model, 0.5, run)
+        facts["raw_failures"] = {check.group: check.message for check in raw if not check.ok}
+        graph = protect_failing(model, run.graph, seed=seed)
+    except SecateurError as error:
+        return {**facts, "refused": _line(error), "seconds": time.monotonic() - started}, references
+    facts["kinds"], facts["protected"] = _kinds(graph), _reasons(graph)
+    verified = [
+        check
+        for again in range(3)
+        for check in _seeded(seed + again, lambda: checks(model, 0.5, replace(run, graph=graph)))
+    ]
+    facts["failures"] = {check.group: check.message for check in verified if not check.ok}
+    facts["difference"] = max((check.max_difference for check in verified), default=0.0)
+    same, differing = halves(graph), halves(graph, seed + 1, differing=True)
+    facts["generate"] = generates_alike(model, graph, differing)
+    facts["lora"] = adapts(model, graph, seed)
+    for name, kept in (("same", same), ("differing", differing)):
+        if kept:
+            try:
+                references.append((name, _write(model, graph, kept, folder / f"{model_type}-{name}")))
+                facts[f"save_{name}"] = "uneven" if "auto_map" in _config(folder / f"{model_type}-{name}") else "plain"
+            except SecateurError as error:
+                facts[f"save_{name}"] = f"refused: {_line(error)}"
+            except Exception as error:
+                facts[f"save_{name}"] = f"FAILED: {_line(error)}"
+    facts["seconds"] = round(time.monotonic() - started, 2)
+    return facts, references
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _seeded(seed: int, what: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return what()
+
+
+def _found(graph: DependencyGraph) -> list[list[Any]]:
+    return [[group.name, group.kind, group.size, group.protected] for group in graph]
+
+
+def _kinds(graph: DependencyGraph) -> dict[str, list[int]]:
+    """Kind → how many groups may be cut, and how many there are."""
+    every, prunable = Counter(group.kind for group in graph), Counter(group.kind for group in graph.prunable)
+    return {kind: [prunable[kind], every[kind]] for kind in sorted(every)}
+
+
+def _reasons(graph: DependencyGraph) -> dict[str, list[str]]:
+    """Kind → why groups of it are protected, other than by default."""
+    reasons: dict[str, set[str]] = {}
+    for group in graph:
+        if group.protected is not None and not group.protected.startswith("protected by default"):
+            reasons.setdefault(group.kind, set()).add(group.protected)
+    return {kind: sorted(why) for kind, why in sorted(reasons.items())}
+
+
+def halves(graph: DependencyGraph, seed: int = 0, differing: bool = False) -> Kept:
+    """About half of the units of every group that may be cut; ``differing``: another number in each group."""
+    generator, kept = torch.Generator().manual_seed(seed), {}
+    for group in graph.prunable:
+        stays = max(1, group.size // 2)
+        if differing:
+            stays = int(torch.randint(1, group.size + 1, (), generator=generator))
+        if stays < group.size:
+            kept[group.name] = sorted(torch.randperm(group.size, generator=generator)[:stays].tolist())
+    return kept
+
+
+def cut(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Any:
+    small = sharing_copy(model)
+    slice_model(small, graph, kept)
+    return small
+
+
+def generates_alike(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> str:
+    """Whether greedy generation of the cut model agrees with and without a cache, as that of the whole one does."""
+    if not model.can_generate():
+        return "cannot generate"
+    try:
+        dense = _cache_difference(model)
+    except Exception as error:
+        return f"not even whole: {_line(error)}"
+    if not dense <= TOLERANCE:
+        return f"not even whole: the cache changes logits by {dense:.1e}"
+    try:
+        difference = _cache_difference(cut(model, graph, kept))
+    except Exception as error:
+        return f"FAILED: {_line(error)}"
+    return "same" if difference <= TOLERANCE else f"FAILED: the cache changes logits by {difference:.1e}"
+
+
+@torch.no_grad()
+def _cache_difference(model: Any) -> float:
+    ids = torch.arange(5)[None] + 5
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    made = [
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), use_cache=cache, return_dict_in_generate=True, **options
+        )
+        for cache in (True, False)
+    ]
+    one, two = (torch.stack(each.logits) for each in made)
+    return float((one - two).abs().max() / max(1.0, float(two.abs().max())))
+
+
+def adapts(model: PreTrainedModel, graph: DependencyGraph, seed: int) -> str:
+    """Whether the model with LoRA on all linears has the same groups, and is cut as exactly, merged and unmerged."""
+    try:
+        adapted = with_adapters(sharing_copy(model))
+    except Exception as error:
+        return f"peft: {_line(error)}"
+    try:
+        run = record(adapted)
+        plain = record(model).graph
+        if _found(run.graph) != _found(plain) or run.graph.fingerprint != plain.fingerprint:
+            return "FAILED: other groups than without adapters"
+        allowed = {group.name for group in graph.prunable}
+        groups = (g if g.name in allowed or g.protected else replace(g, protected="not checked") for g in run.graph)
+        run = replace(run, graph=replace(run.graph, groups=tuple(groups)))
+        failures = [check for check in _seeded(seed, lambda: checks(adapted, 0.5, run)) if not check.ok]
+    except Exception as error:
+        return f"FAILED: {_line(error)}"
+    return f"FAILED: {failures[0].group}: {failures[0].message}" if failures else "same"
+
+
+def _write(model: PreTrainedModel, graph: DependencyGraph, kept: Kept, folder: Path) -> Reference:
+    with quiet_transformers():
+        return write(cut(model, graph, kept), None, folder, graph=graph, kept=kept)
+
+
+def reload(waiting: Sequence[tuple[dict[str, Any], str, Reference]]) -> None:
+    """Open the folders of many types in one fresh process, and note the verdicts in the facts."""
+    if not waiting:
+        return
+    answers = open_folders([reference for _, _, reference in waiting])
+    for (facts, name, reference), answer in zip(waiting, answers, strict=True):
+        try:
+            facts[f"reload_{name}"] = judge(reference, answer).logits_difference
+        except VerificationError as error:
+            facts[f"reload_{name}"] = f"refused: {_line(error)}"
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TooSlow(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sweep(model_types: Sequence[str], out: Path, seed: int = 0, batch: int = 12, limit: int = 120) -> None:
+    """Examine the types that ``out/results.jsonl`` does not have yet, ``batch`` of them for each fresh process."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    done = {facts["type"] for facts in read(results)}
+    todo = [model_type for model_type in model_types if model_type not in done]
+    for start in range(0, len(todo), batch):
+        with tempfile.TemporaryDirectory() as folder:
+            found: list[dict[str, Any]] = []
+            waiting: list[tuple[dict[str, Any], str, Reference]] = []
+            for model_type in todo[start : start + batch]:
+                try:
+                    with at_most(limit):
+                        facts, references = examine(model_type, seed, Path(folder))
+                except TooSlow as error:
+                    facts, references = {"type": model_type, "seed": seed, "built": True, "refused": str(error)}, []
+                found.append(facts)
+                waiting += [(facts, name, reference) for name, reference in references]
+                print(model_type, facts.get("kinds") or facts.get("why") or facts.get("refused"), flush=True)
+            reload(waiting)
+            with results.open("a") as file:
+                file.writelines(json.dumps(facts) + "\n" for facts in found)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("types", nargs="*", default=MODEL_TYPES)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with quiet_transformers():
+        sweep(options.types, options.out, options.seed)
+
+
+if __name__ == "__main__":
+    main()
