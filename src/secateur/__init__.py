@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.graph import trace
     from secateur.loading import load
-    from secateur.pipeline import Result, prune, save
+    from secateur.pipeline import Result, apply_plan, prune, save
     from secateur.planning import Budget
-    from secateur.surgery import apply_plan
     from secateur.types import DependencyGraph, PruningPlan
 
     __version__: str
@@ -27,7 +26,7 @@ _HOMES = {
     "Recipe": "config",
     "Result": "pipeline",
     "SecateurError": "errors",
-    "apply_plan": "surgery",
+    "apply_plan": "pipeline",
     "load": "loading",
     "load_recipe": "config",
     "prune": "pipeline",

@@ -247,6 +247,43 @@ def evaluate(
 
 
 @app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A plan.json, as a run leaves it or edited.", metavar="PLAN")],
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.", metavar="OUT")],
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut a model as a plan says, without training, and save it, verified."""
+    from secateur import pipeline, progress
+    from secateur.config import load_recipe
+    from secateur.types import PruningPlan
+
+    flags = {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
+    recipe = load_recipe(flags={key: value for key, value in flags.items() if value is not None})
+    progress.show()
+    result = pipeline.apply(PruningPlan.load(plan), recipe, output)
+    progress.say(f"{result.plan.parameters_after:,} of {result.plan.parameters_before:,} parameters are left.")
+    progress.say(f"The model is in {output}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="A folder that a model was saved to.", metavar="DIR")],
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Open a saved folder in a fresh process, compare its logits, and say which programs will take it."""
+    from secateur import pipeline, progress, tables
+    from secateur.config import load_recipe
+
+    flags = {"model.name": folder, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
+    progress.show()
+    found = pipeline.verify(load_recipe(flags={key: value for key, value in flags.items() if value is not None}))
+    _console().print(tables.verdicts(found))
+
+
+@app.command()
 def methods() -> None:
     """List the pruning methods, what they need, and their papers."""
     from secateur.methods import METHODS

@@ -26,6 +26,8 @@ from secateur.export import (
     check_describes_itself,
     check_output,
     licence_of,
+    needs_trust,
+    verify_saved,
     write_artefacts,
     written_dtype,
 )
@@ -146,8 +148,8 @@ def prune(
         decide(result, texts, work)
     with work.stage("pruned", "Cutting it out", result.metrics):
         cut(result)
-        if output is not None and "cannot_be_saved" in result.metrics:
-            raise ModelError(result.metrics["cannot_be_saved"])
+        if output is not None:
+            _refuse_unsavable(result)
         measure(result, texts, "pruned")
     if recipe.recovery.steps > 0:
         with work.stage("recovered", "Growing the lost knowledge back", result.metrics):
@@ -160,6 +162,37 @@ def prune(
         with work.stage("save", "Saving, and opening the folder in a fresh process", result.metrics):
             save(result, output)
         work.remove()
+    return result
+
+
+def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Cut ``model`` as ``plan`` says, in place, and return it; its config describes the small model afterwards.
+
+    A plan says what goes, not what was learned: weights that a progressive method or recovery trained are in the folder
+    that they were saved to. Raises PlanError when the plan was made for another model, before anything changes.
+    """
+    return _apply(plan, model, Recipe()).model
+
+
+def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
+    """What ``secateur apply`` does: cut the model that the recipe names as ``plan`` says, and save it, verified."""
+    check_output(output)
+    model, tokenizer = load(**recipe.model.model_dump())
+    result = _apply(plan, model, recipe, tokenizer)
+    _refuse_unsavable(result)
+    save(result, output)
+    return result
+
+
+def _apply(
+    plan: PruningPlan, model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Result:
+    _refuse_what_cannot_work(model)
+    check_describes_itself(model)
+    graph = trace(model)
+    plan.check(graph)
+    result = Result(model, tokenizer, plan, graph, recipe)
+    cut(result)
     return result
 
 
@@ -266,6 +299,24 @@ def time_both(result: Result) -> None:
         result.metrics[state] |= speed
 
 
+def verify(recipe: Recipe) -> Verification:
+    """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
+
+    Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
+    that is no folder, or for one with code of its own that the recipe does not trust.
+    """
+    folder = Path(recipe.model.name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{recipe.model.name} is not a folder. Give one that a model was saved to.")
+    model, _ = load(**recipe.model.model_dump())
+    if needs_trust(folder) and not recipe.model.trust_remote_code:
+        raise InputError(
+            f"{folder} brings modelling code, which the fresh process would run. Add --trust-remote-code if you trust "
+            "it."
+        )
+    return verify_saved(model, folder)
+
+
 def save(result: Result, folder: str | Path) -> None:
     """Write the model and everything that explains it to ``folder``, proved in a fresh process.
 
@@ -363,6 +414,11 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
         work=work.path("method"),
         log=work.log,
     )
+
+
+def _refuse_unsavable(result: Result) -> None:
+    if "cannot_be_saved" in result.metrics:
+        raise ModelError(result.metrics["cannot_be_saved"])
 
 
 def _refuse_what_cannot_work(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from secateur.export import Comparison
+from secateur.export import Comparison, Verification
 from secateur.export.story import show_count
 from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
@@ -58,3 +58,17 @@ def checks(found: Sequence[Check]) -> Table:
     for check in sorted(found, key=lambda check: (check.ok, -check.max_difference)):
         table.add_row(check.group, f"{check.max_difference:.1e}", check.message, style=None if check.ok else "red")
     return table
+
+
+def verdicts(found: Verification) -> Group:
+    """What ``verify`` found in a folder, and which programs will take it."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("program", "opens it", "because"):
+        table.add_column(name, overflow="fold")
+    for verdict in found.runtimes:
+        table.add_row(verdict.runtime, verdict.opens, f"{verdict.why} ({verdict.basis})")
+    text = (
+        f"{found.class_name} with {found.parameters:,} parameters opens in a fresh process; logits differ by at most "
+        f"{found.logits_difference:.1e} of {found.logits_scale:.1f} in {found.dtype}."
+    )
+    return Group(table, text if found.sample is None else f"{text}\nIt writes: {found.sample}")

@@ -83,6 +83,9 @@ def test_a_data_free_method_needs_no_tokenizer_and_works_in_place(name: str) -> 
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    with pytest.raises(PlanError, match="another model"):
+        secateur.apply_plan(result.plan, again)
+    secateur.prune(again, ratio=0.1, method="random")  # it describes itself, so that a second round can start from it
 
 
 def test_a_method_that_reads_text_says_so_when_there_is_no_tokenizer() -> None:

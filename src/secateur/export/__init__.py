@@ -10,10 +10,11 @@ from secateur.export.huggingface import (
     check_output,
     save,
     standard_form,
+    verify_saved,
     written_dtype,
 )
 from secateur.export.story import Comparison, Story, compare
-from secateur.export.verify import Verification, verify_folder
+from secateur.export.verify import Verification, needs_trust, verify_folder
 
 __all__ = [
     "ARTEFACTS",
@@ -28,9 +29,11 @@ __all__ = [
     "check_output",
     "compare",
     "licence_of",
+    "needs_trust",
     "save",
     "standard_form",
     "verify_folder",
+    "verify_saved",
     "write_artefacts",
     "written_dtype",
 ]

@@ -54,10 +54,10 @@ def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[s
 def check_describes_itself(model: PreTrainedModel) -> None:
     """Raise ModelError for a model whose weights have other shapes than its config says.
 
-    That is how ``slice_model`` and ``apply_plan`` leave a model, which no second round can start from.
+    That is how ``slice_model`` leaves a model, which no second round can start from.
     """
     if not describes_itself(model):
         raise ModelError(
             f"The weights of this {model.config.model_type} model have other shapes than its config says, as after "
-            "apply_plan. Save it (secateur.save, or export.save with its graph and plan), and load it from there."
+            "slicing by hand. Save it (export.save with its graph and plan), and load it from there."
         )

@@ -215,6 +215,15 @@ def write(
     return Reference(folder, ids, *_answers(model, weights, ids), form.note)
 
 
+def verify_saved(model: PreTrainedModel, folder: Path) -> Verification:
+    """Open ``folder`` in a fresh process and compare it with ``model``, as it was loaded from there.
+
+    Code from the folder is executed if its config names some. Raises VerificationError unless they agree.
+    """
+    weights, ids = _weights(model, written_dtype(model, ExportSettings())), sample_ids(model.config)
+    return verify_folder(Reference(folder, ids, *_answers(model, weights, ids)))
+
+
 def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
     """Token ids ``[2, length]`` for the proof: any will do, spread over the vocabulary, the same every time."""
     generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,7 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
         for rows in consumers:
             _zero(rows)
         for module, names in norms.items():
-            module.forward = _over_survivors(module, names)
+            module.forward = over_survivors(module, names)
         yield
     finally:
         for module in norms:
@@ -68,7 +68,7 @@ def _prepare(
     """What to zero, and the norms over a cut axis with the surviving rows of each of their parameters."""
     graph.check_kept(kept)
     for group, _ in cut_groups(graph, kept):
-        _require_maskable(group)
+        require_maskable(group)
     consumers = removed_rows(model, graph, kept, role="in")
     norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
     modules = dict(model.named_modules())
@@ -79,7 +79,7 @@ def _prepare(
     return consumers, norms
 
 
-def _require_maskable(group: NodeGroup) -> None:
+def require_maskable(group: NodeGroup) -> None:
     if group.kind not in MASKABLE:
         raise ModelError(
             f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as removing "
@@ -94,7 +94,7 @@ def _zero(rows: Rows) -> None:
         rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)
 
 
-def _over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+def over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A forward of a norm over the last axis that looks at the surviving entries only; the others become zero.
 
     Further inputs as wide as the first (the gate of a gated norm) are narrowed alike. Gradients reach the module's own

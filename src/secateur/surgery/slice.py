@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.graph import trace
 from secateur.surgery.attributes import (
     adapted_weight,
     adapters_of,
@@ -23,23 +22,9 @@ from secateur.surgery.attributes import (
     use_kernels_for_any_width,
 )
 from secateur.surgery.rows import Rows, removed_rows
-from secateur.types import DependencyGraph, PruningPlan
+from secateur.types import DependencyGraph
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def apply_plan(plan: PruningPlan, model: M, graph: DependencyGraph | None = None) -> M:
-    """Cut ``model`` as ``plan`` says, in place, and return it.
-
-    Args:
-        graph: the model's own graph, when it is at hand; None traces it.
-
-    Raises PlanError when the plan was made for another model, before anything changes.
-    """
-    graph = trace(model) if graph is None else graph
-    plan.check(graph)
-    slice_model(model, graph, plan.kept)
-    return model
 
 
 def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:

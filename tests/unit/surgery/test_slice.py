@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from secateur.errors import ModelError, PlanError
-from secateur.surgery import apply_plan, masked, slice_model
-from secateur.types import DependencyGraph, Member, PruningPlan
+from secateur.surgery import masked, slice_model
+from secateur.types import DependencyGraph, Member
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 Case = tuple[nn.Module, DependencyGraph]
@@ -195,15 +195,3 @@ def test_an_unknown_layer_of_torch_is_refused() -> None:
     graph = DependencyGraph("conv", (NodeGroup("layers.0.mlp", "ffn", 6, members),), {})
     with pytest.raises(ModelError, match="Conv1d"):
         slice_model(model, graph, {"layers.0.mlp": [0]})
-
-
-def test_apply_plan_checks_the_fingerprint(llama: Case) -> None:
-    model, graph = llama
-    plan = PruningPlan(
-        fingerprint=graph.fingerprint, method="hand", ratio_asked=0, ratio_reached=0, parameters_before=1,
-        parameters_after=1, sizes={"layers.0.mlp": 40}, kept={"layers.0.mlp": [0, 1]},
-    )  # fmt: skip
-    with pytest.raises(PlanError, match="another model"):
-        apply_plan(plan.model_copy(update={"fingerprint": "0" * 16}), model, graph)
-    assert apply_plan(plan, model, graph) is model
-    assert model.model.layers[0].mlp.up_proj.out_features == 2
