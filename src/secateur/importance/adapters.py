@@ -11,27 +11,51 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, unscorable
-from secateur.importance.weights import base_members, is_adapter, lora_layer, sum_rows
+from secateur.importance.weights import base_members, dequantised, is_adapter, lora_layer, sum_rows
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks
 
 Form = Literal["absolute", "squared"]
+Sides = Literal["both", "out", "in"]
 
-_BLOCK_ELEMENTS = 1 << 22
-"""Elements of one block of rows of the estimate: nothing of the size of a whole weight is ever allocated."""
+_BLOCK_ELEMENTS = 1 << 18
+"""Elements of one block of rows of the estimate, about what a processor's cache holds: a few passes over such a block
+cost little, and nothing of the size of a whole weight is ever allocated."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The forms of the criterion that the paper and its code leave open."""
+
+    form: Form = "absolute"
+    """``absolute``: Σ |Ĝ (W + s B A)| (LoRAPrune's code); ``squared``: Σ (Ĝ (W + s B A))² (its paper)."""
+    normalise: bool = True
+    """Divide the unit sums of each module by their L2 norm before they are added up (LoRAPrune's code)."""
+    sides: Sides = "both"
+    """Which matrices count: those that produce the units (``out``), that consume them (``in``), or both."""
+    quadratic: bool = False
+    """Keep the third term of eq. 10, −∂_B ∂_A."""
+
+
+DEFAULT = Options()
 
 
 def estimate_gradient(
-    a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor, scaling: float
+    a: torch.Tensor,
+    b: torch.Tensor,
+    grad_a: torch.Tensor,
+    grad_b: torch.Tensor,
+    scaling: float,
+    quadratic: bool = False,
 ) -> torch.Tensor:
-    """Estimate of the gradient G of the effective weight ``W + s B A`` (eq. 10 without its quadratic term, over s).
+    """Estimate of the gradient G of the effective weight ``W + s B A`` (eq. 10 over s, its quadratic term optional).
 
     ``∂L/∂(BA) ≈ ∂_B A + B ∂_A``, where ``∂_B = s G Aᵀ`` and ``∂_A = s Bᵀ G``; hence ``(∂_B A + B ∂_A) / s`` is exactly
     ``G AᵀA + B Bᵀ G``: G itself where the rows of A (with B = 0) or the rows of B (with A = 0) are an orthonormal
-    basis. The paper's third term ``− ∂_B ∂_A`` is dropped: it is not of the same degree in the loss, so that loss
-    scaling or clipping would change the ranking.
+    basis. The paper's third term ``− ∂_B ∂_A`` is left out unless asked for: it is not of the same degree in the loss,
+    so that its share depends on the scale of the loss.
 
     Args:
         a: ``[r, in]``, with its gradient ``grad_a``.
@@ -39,41 +63,45 @@ def estimate_gradient(
         scaling: s = alpha / r.
 
     Returns:
-        ``[out, in]``, fp32.
+        ``[out, in]``, fp32: one product of ``[out, 2r]`` with ``[2r, in]``.
     """
-    return (grad_b.float() @ a.float() + b.float() @ grad_a.float()) / scaling
+    left = torch.cat([grad_b.float(), b.float() - grad_b.float() if quadratic else b.float()], dim=1)
+    return (left / scaling) @ torch.cat([a.float(), grad_a.float()])
 
 
 @dataclass(frozen=True)
 class Composed:
     """A LoRA-wrapped linear ``W + s B A`` with the gradients that its adapter holds now."""
 
-    weight: torch.Tensor
-    """``[out, in]`` as stored, or ``[in, out]`` when ``transposed`` (GPT-2's ``Conv1D``)."""
+    base: nn.Module
+    """The wrapped linear; its weight is ``[out, in]``, or ``[in, out]`` when ``transposed``, in any storage."""
     transposed: bool
+    """GPT-2's ``Conv1D``."""
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
 
-    def row_sums(self, axis: int, form: Form) -> torch.Tensor:
+    def row_sums(self, axis: int, options: Options = DEFAULT) -> torch.Tensor:
         """``Σ |Ĝ (W + s B A)|`` or its squares over the other axis: a number for each slice along ``axis``, fp32."""
-        weight = self.weight.T if self.transposed else self.weight
         over_outputs = (axis == 0) != self.transposed
-        outputs, inputs = weight.shape
-        total = torch.zeros(outputs if over_outputs else inputs, device=weight.device)
-        if self.a.grad is None or self.b.grad is None:
+        a, b, grad_a, grad_b = self.a.detach(), self.b.detach(), self.a.grad, self.b.grad
+        outputs, inputs = b.shape[0], a.shape[1]
+        total = torch.zeros(outputs if over_outputs else inputs, device=a.device)
+        if grad_a is None or grad_b is None:
             return total
+        weight = dequantised(self.base)
+        weight = weight.T if self.transposed else weight
+        a, power = a.float(), 1 if options.form == "absolute" else 2
         step = max(1, _BLOCK_ELEMENTS // inputs)
         for start in range(0, outputs, step):
             rows = slice(start, start + step)
-            b = self.b.detach()[rows]
-            effective = weight[rows].detach().float() + self.scaling * (b.float() @ self.a.detach().float())
-            effective *= estimate_gradient(self.a.detach(), b, self.a.grad, self.b.grad[rows], self.scaling)
-            value = effective.abs() if form == "absolute" else effective.square()
+            effective = torch.addmm(weight[rows].float(), b[rows].float(), a, alpha=self.scaling)
+            effective *= estimate_gradient(a, b[rows], grad_a, grad_b[rows], self.scaling, options.quadratic)
+            value = torch.linalg.vector_norm(effective, ord=power, dim=1 if over_outputs else 0) ** power
             if over_outputs:
-                total[rows] = value.sum(1)
+                total[rows] = value
             else:
-                total += value.sum(0)
+                total += value
         return total
 
 
@@ -87,16 +115,13 @@ def composed(layer: LoraLayer) -> Composed:
             f"this {type(base).__name__} has {active or 'none'}{' merged' if layer.merged else ''}."
         )
     name = active[0]
-    a, b, weight = layer.lora_A[name].weight, layer.lora_B[name].weight, base.weight
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(a, nn.Parameter)
     assert isinstance(b, nn.Parameter)
-    assert isinstance(weight, torch.Tensor)
-    return Composed(weight, bool(getattr(layer, "fan_in_fan_out", False)), a, b, float(layer.scaling[name]))
+    return Composed(base, bool(getattr(layer, "fan_in_fan_out", False)), a, b, float(layer.scaling[name]))
 
 
-def scores_from_adapter_gradients(
-    model: nn.Module, graph: DependencyGraph, form: Form = "absolute", normalise: bool = True
-) -> Scores:
+def scores_from_adapter_gradients(model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> Scores:
     """Scores from the gradients that A and B hold *now*: for use inside a training step, unscaled and unclipped.
 
     Of each wrapped weight that a group lives on, output side (rows of ``W`` and ``B``) and input side (columns of
@@ -104,52 +129,63 @@ def scores_from_adapter_gradients(
     estimate's scale depends on the norms of A and B, so that modules are not comparable without it) and added up.
 
     Raises:
-        ModelError: a prunable group has no weight with an adapter.
+        ModelError: a prunable group has no weight with an adapter on the sides asked for.
+        PlanError: gradients are not finite.
     """
-    return Scores({group.name: _group_scores(model, group, form, normalise) for group in graph.prunable})
+    return Scores({group.name: _group_scores(model, group, options) for group in graph.prunable})
 
 
-def _group_scores(model: nn.Module, group: NodeGroup, form: Form, normalise: bool) -> torch.Tensor:
+def check_scorable(model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:
+    """Raise ModelError unless every prunable group has a weight with an adapter on the sides asked for."""
+    for group in graph.prunable:
+        _composed_members(model, group, options.sides)
+
+
+def _group_scores(model: nn.Module, group: NodeGroup, options: Options) -> torch.Tensor:
     total = torch.zeros(group.size)
-    for member, operator in _composed_members(model, group):
-        score = sum_rows(operator.row_sums(member.axis, form), member, group.size).cpu()
-        total += score / score.norm() if normalise and float(score.norm()) > 0 else score
+    for member, operator in _composed_members(model, group, options.sides):
+        score = sum_rows(operator.row_sums(member.axis, options), member, group.size).cpu()
+        total += score / score.norm() if options.normalise and float(score.norm()) > 0 else score
     return total
 
 
-def _composed_members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, Composed]]:
-    layers = [(member, lora_layer(model, member.parameter)) for member in base_members(group)]
-    found = [(member, composed(layer)) for member, layer in layers if layer is not None]
+def _composed_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[tuple[Member, Composed]]:
+    members = [member for member in base_members(group) if sides in ("both", member.role)]
+    layers = [(member, lora_layer(model, member.parameter)) for member in members]
+    found = [(member, composed(layer)) for member, layer in layers if layer is not None and _is_linear(layer)]
     if not found:
-        raise unscorable(group, "lora", "none of its weights has a LoRA adapter (attach one: lora.targets)")
+        side = "" if sides == "both" else f" on the side {sides!r}"
+        raise unscorable(group, "lora", f"none of its weights has a LoRA adapter{side} (attach one: lora.targets)")
     return found
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    """Stacked experts carry adapters as well, which are not of the form W + s B A of one matrix."""
+    return isinstance(getattr(layer.get_base_layer(), "weight", None), torch.Tensor) and len(layer.lora_A) > 0
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """``Σ |Ĝ (W + s B A)|`` (``absolute``, LoRAPrune's code) or ``Σ (Ĝ (W + s B A))²`` (``squared``, its paper).
+    """``Σ |Ĝ (W + s B A)|`` over the elements of a unit, Ĝ from the gradients of A and B (see ``Options``).
 
     The gradient of a frozen weight is never allocated: backward runs with gradients for A and B alone. At LoRA's
-    initial state (B = 0) the estimate is a rank-r projection of the gradient, good for rows, noisy for columns; it
-    becomes useful once the adapters have been trained for a while.
+    initialisation (B = 0) the estimate is a rank-r random projection of the true gradient: better after some training.
     """
 
-    form: Form = "absolute"
-    normalise: bool = True
+    options: Options = DEFAULT
     batch_size: int = 4
     name: str = "lora"
     needs: Needs = "adapters"
 
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
-        """See ``Criterion.score``; ``model`` carries LoRA adapters."""
+        """See ``Criterion.score``; the model must carry exactly one active LoRA adapter."""
         blocks = calibration(blocks, self.name)
         if not graph.prunable:
             return Scores({})
         adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
         if not adapters:
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
-        for group in graph.prunable:
-            _composed_members(model, group)
+        check_scorable(model, graph, self.options)
         with borrowed(model, adapters):
             mean_loss_backward(model, blocks, self.batch_size)
-            return scores_from_adapter_gradients(model, graph, self.form, self.normalise)
+            return scores_from_adapter_gradients(model, graph, self.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,6 +29,40 @@ def stored_weight(model: nn.Module, parameter: str) -> torch.Tensor:
     path, _, leaf = parameter.rpartition(".")
     weight: torch.Tensor = getattr(model.get_submodule(path), leaf)
     return weight.detach()
+
+
+def dequantised(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear as numbers, detached: as it is stored, or dequantised (8 and 4 bit of bitsandbytes).
+
+    Any other storage is read by what the module makes of unit vectors, whatever its format. A weight that had to be
+    dequantised is a new tensor that lives as long as the caller keeps it. Shape ``[out, in]`` (GPT-2's ``Conv1D``: as
+    stored).
+    """
+    weight: Any = module.weight
+    kind = type(weight).__name__
+    if weight.is_floating_point() and type(weight) in (torch.Tensor, nn.Parameter):
+        return torch.as_tensor(weight.detach())
+    with torch.no_grad():
+        if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return torch.as_tensor(dequantize_4bit(weight.data, weight.quant_state))
+        if kind == "Int8Params":
+            from bitsandbytes.functional import int8_vectorwise_dequant
+
+            # the first forward pass hands the scales over from the parameter to the module's state
+            state: Any = getattr(module, "state", None)
+            scales = weight.SCB if weight.SCB is not None else state.SCB
+            return torch.as_tensor(int8_vectorwise_dequant(weight.data, scales))
+        return _by_unit_vectors(module)
+
+
+def _by_unit_vectors(module: nn.Module) -> torch.Tensor:
+    """``[out, in]``: column j is what the module makes of the j-th unit vector, less what it makes of zero."""
+    inputs = int(module.in_features)  # type: ignore[arg-type]
+    unit = torch.eye(inputs, device=next(module.parameters()).device)
+    columns: torch.Tensor = module(unit) - module(torch.zeros_like(unit[:1]))
+    return columns.T.float()
 
 
 def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:

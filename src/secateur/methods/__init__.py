@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.random import Random
@@ -11,6 +12,7 @@ from secateur.methods.wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
     "lorashear": LoRAShear,
+    "loraprune": LoRAPrune,
     "random": Random,
     "magnitude": Magnitude,
     "wanda": Wanda,

@@ -79,8 +79,9 @@ class MethodContract:
             choices.append(allocate(*args, **kwargs))
             return choices[-1]
 
-        for module in (base, sys.modules[self.method.__module__]):
-            if hasattr(module, "allocate"):
+        room, own = base.__package__ or "", self.method.__module__
+        for name, module in list(sys.modules.items()):  # a method may have its allocation in a file of its own
+            if (name.startswith(room) or name == own) and hasattr(module, "allocate"):
                 monkeypatch.setattr(module, "allocate", watched)
         removed = self.decide(self.task()).removed
         for earlier, later in zip(choices, [*choices[1:], removed], strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from secateur.training.checkpoints import StatefulCallback
 from secateur.training.lora import LoraSettings, attach_lora, merge_lora
 from secateur.training.trainer import TrainingSettings, train
 
-__all__ = ["LoraSettings", "TrainingSettings", "attach_lora", "merge_lora", "train"]
+__all__ = ["LoraSettings", "StatefulCallback", "TrainingSettings", "attach_lora", "merge_lora", "train"]

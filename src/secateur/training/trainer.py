@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -21,6 +24,7 @@ from transformers import (
 
 from secateur import progress
 from secateur.precision import Precision, autocast_dtype
+from secateur.training.checkpoints import SaveStates, last_checkpoint
 from secateur.types import Settings
 
 
@@ -47,6 +51,8 @@ class TrainingSettings(Settings):
     """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """Optimiser steps between checkpoints that ``--resume`` goes on from, in methods that train for long."""
 
     @model_validator(mode="after")
     def _batches_add_up(self) -> Self:
@@ -78,6 +84,22 @@ class _Blocks(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+class _Clip(TrainerCallback):
+    """Clips gradients after the other callbacks have seen them.
+
+    The Trainer would clip before it calls ``on_pre_optimizer_step``; asked for no clipping, it has unscaled and
+    all-reduced what is there by then, and logs its norm.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], self.max_norm)
+
+
 class _Progress(TrainerCallback):
     """Shows the Trainer's steps on our own progress bar."""
 
@@ -102,19 +124,26 @@ def train(
     seed: int,
     description: str,
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
 
     Blocks are shuffled by ``seed`` and used again when they run out. Returns the Trainer's log: step, loss, learning
-    rate and gradient norm, about twenty entries a run. The model is left in eval mode.
+    rate and gradient norm (before clipping), about twenty entries a run. The model is left in eval mode.
+
+    Args:
+        callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
+            unscaled and unclipped; those that are ``StatefulCallback`` are part of each checkpoint.
+        checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps. Training goes on from
+            the last complete one that is there; the folder is removed at the end. None keeps nothing.
     """
     if steps <= 0:
         return []
     micro = min(settings.micro_batch_size, settings.batch_size)
     device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory(prefix="secateur-trainer-") as scratch, progress.Bar(description, steps) as bar:
+    with _folder(checkpoints) as folder, progress.Bar(description, steps) as bar:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=settings.batch_size // micro,
@@ -123,12 +152,14 @@ def train(
             warmup_steps=round(settings.warmup * steps),
             optim="adamw_torch" if settings.optimizer == "adamw" else "sgd",
             weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=0.0,  # see _Clip
             bf16=autocast_dtype(settings.precision, device) is torch.bfloat16,
             use_cpu=device.type == "cpu",
             activation_checkpointing=settings.gradient_checkpointing,
             logging_steps=max(1, steps // 20),
-            save_strategy="no",
+            save_strategy="no" if checkpoints is None else "steps",
+            save_steps=settings.checkpoint_steps,
+            save_total_limit=2,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -137,13 +168,33 @@ def train(
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
+        clip = [_Clip(settings.max_grad_norm)] if settings.max_grad_norm > 0 else []
+        states = SaveStates(callbacks)
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=_Blocks(ids),
-            callbacks=[*callbacks, _Progress(bar)],
+            callbacks=[*callbacks, *clip, states, _Progress(bar)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        last = last_checkpoint(folder)
+        if last is not None:
+            done = int(last.name.rpartition("-")[2])
+            progress.say(f"  {description}: going on after step {done} of {steps}")
+            states.restore(last)
+            bar.advance(done)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@contextmanager
+def _folder(checkpoints: Path | None) -> Iterator[Path]:
+    """Where the Trainer writes: ``checkpoints``, removed when all went well, or a folder that nobody will see."""
+    if checkpoints is None:
+        with tempfile.TemporaryDirectory(prefix="secateur-trainer-") as scratch:
+            yield Path(scratch)
+        return
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    yield checkpoints
+    shutil.rmtree(checkpoints)

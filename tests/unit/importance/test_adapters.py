@@ -14,7 +14,7 @@ from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
-from secateur.importance.adapters import estimate_gradient, scores_from_adapter_gradients
+from secateur.importance.adapters import Options, estimate_gradient, scores_from_adapter_gradients
 from secateur.importance.base import mean_loss_backward
 from secateur.importance.weights import lora_layer
 from secateur.testing.tiny import TINY
@@ -102,7 +102,7 @@ def test_it_is_the_stated_projection_of_the_gradient_otherwise() -> None:
 def test_its_scores_are_then_those_of_full_gradient_taylor(fill: Fill) -> None:
     model = adapted("llama-gqa", fill, "in" if fill is rows_are_a_basis else "out")
     graph = trace(model)
-    guided = Adapters(normalise=False).score(model, graph, blocks(), seed=0)
+    guided = Adapters(Options(normalise=False)).score(model, graph, blocks(), seed=0)
     full = Taylor().score(model, graph, blocks(), seed=0)
     for name in full:
         torch.testing.assert_close(guided[name], full[name], rtol=1e-3, atol=1e-6)
@@ -114,7 +114,7 @@ def test_its_scores_are_then_those_of_full_gradient_taylor(fill: Fill) -> None:
 def test_scores_agree_with_plain_loops(family: str, normalise: bool, form: Any) -> None:
     model = adapted(family, anything, rank=4)
     graph = trace(model)
-    scores = Adapters(form=form, normalise=normalise).score(model, graph, blocks(), seed=0)
+    scores = Adapters(Options(form, normalise)).score(model, graph, blocks(), seed=0)
     truth = gradients(model)
     for group in graph.prunable:
         total = torch.zeros(group.size)

@@ -1,0 +1,145 @@
+"""The callback of LoRAPrune: scores from the gradients of A and B in every step, masks that only grow.
+
+A ``TrainerCallback`` like any other: it reads in ``on_pre_optimizer_step``, when the gradients of the whole batch are
+accumulated, unscaled and all-reduced, and before they are clipped; it masks in ``on_optimizer_step``. Everything that
+it decides from is the same on every rank, and is saved with each checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState
+
+from secateur.errors import InputError, ModelError
+from secateur.importance.adapters import Options, check_scorable, scores_from_adapter_gradients
+from secateur.planning import Budget, allocate
+from secateur.surgery.input_masks import InputMasks
+from secateur.training import StatefulCallback
+from secateur.types import DependencyGraph, Scores
+
+Removed = dict[str, list[int]]
+
+
+class GuidedPruning(StatefulCallback):
+    """Prunes a model with LoRA adapters while a Trainer trains them (LoRAPrune, Algorithm 1).
+
+    Args:
+        graph: of the model that the Trainer trains, traced with the adapters on; what must stay whole is protected.
+        budget: how much goes in the end, from where, and whether units compete in the whole model or in each layer.
+        schedule: number of finished optimiser steps → fraction of the budget that is spent, rising from 0 to 1.
+        every: optimiser steps between two decisions.
+        moving_average: λ of Ḡ ← λ Ḡ + (1 − λ) Ĝ.
+        options: the form of the criterion.
+
+    The masks stay on when training ends, until ``release``. Use it with ``secateur.training.train``, or with a Trainer
+    of your own whose ``max_grad_norm`` is 0 (it clips before callbacks look; clip in a later callback).
+    """
+
+    def __init__(
+        self,
+        graph: DependencyGraph,
+        budget: Budget,
+        schedule: Callable[[int], float],
+        *,
+        every: int = 10,
+        moving_average: float = 0.9,
+        options: Options | None = None,
+    ) -> None:
+        self.graph, self.budget, self.schedule = graph, budget, schedule
+        self.every, self.moving_average, self.options = every, moving_average, options or Options()
+        self.removed: Removed = {}
+        """Group name → units that are masked now, ascending."""
+        self.average: dict[str, torch.Tensor] = {}
+        """Ḡ: group name → moving average of the scores."""
+        self.skipped = 0
+        """Steps whose gradients were not finite, so that they were not looked at."""
+        self._done = False
+        self._masks: InputMasks | None = None
+
+    @property
+    def scores(self) -> Scores:
+        """The moving averages as they are now."""
+        return Scores(dict(self.average))
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Check that gradients can be read, and put the masks of a restored checkpoint on."""
+        if args.max_grad_norm:
+            raise InputError(
+                f"LoRAPrune reads gradients before they are clipped, and this Trainer clips first (max_grad_norm="
+                f"{args.max_grad_norm}). Set max_grad_norm=0 and clip in a callback after this one."
+            )
+        check_scorable(model, self.graph, self.options)
+        self._masks = InputMasks(model, self.graph)
+        self._masks.remove(self.removed)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Look at the gradients of the whole batch."""
+        if self._done:
+            return
+        if not _finite(model):
+            self.skipped += 1  # such as an overflow under a loss scale: the optimiser will skip this step as well
+            return
+        now = scores_from_adapter_gradients(model, self.graph, self.options)
+        for name in now:
+            before = self.average.get(name)
+            if before is None:
+                self.average[name] = now[name]
+            else:
+                self.average[name] = before.lerp(now[name], 1 - self.moving_average)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the next units away, when it is time."""
+        step = state.global_step + 1  # the Trainer counts it a moment later
+        fraction = self.schedule(step)
+        if not self._done and fraction > 0 and (step % self.every == 0 or fraction == 1.0):
+            self._decide(fraction)
+            self._done = fraction == 1.0
+
+    def _decide(self, fraction: float) -> None:
+        if not self.average:
+            raise ModelError(
+                f"None of the {self.skipped} steps so far had finite gradients, so that nothing can be ranked. "
+                "Train in fp32 or bf16, or lower the learning rate."
+            )
+        ratio = None if fraction == 1.0 else fraction * self.budget.ratio
+        self.removed = allocate(self.graph, self.scores, self.budget, self.removed, ratio=ratio)
+        assert self._masks is not None
+        self._masks.remove(self.removed)
+
+    def release(self) -> None:
+        """Take the masks off the model."""
+        if self._masks is not None:
+            self._masks.remove({})
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Moving averages, and masks as 0 and 1."""
+        tensors = {f"average/{name}": value for name, value in self.average.items()}
+        for name, units in self.removed.items():
+            mask = torch.ones(self.graph[name].size, dtype=torch.uint8)
+            mask[units] = 0
+            tensors[f"mask/{name}"] = mask
+        return tensors | {"counts": torch.tensor([self.skipped, int(self._done)])}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The opposite of ``state_tensors``."""
+        self.skipped, done = tensors["counts"].tolist()
+        self._done = bool(done)
+        self.average = _below("average/", tensors)
+        self.removed = {
+            name: (mask == 0).nonzero().flatten().tolist() for name, mask in _below("mask/", tensors).items()
+        }
+
+
+def _finite(model: torch.nn.Module) -> bool:
+    return all(bool(torch.isfinite(p.grad.sum())) for p in model.parameters() if p.grad is not None)
+
+
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,100 @@
+"""LoRAPrune (arXiv 2305.18403): pruning during LoRA training, guided by the gradients of A and B alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from peft import PeftModel
+from pydantic import Field, model_validator
+
+from secateur.graph import trace
+from secateur.importance.adapters import Form, Options, Sides
+from secateur.methods.base import Decision, MethodNeeds, PruningTask
+from secateur.methods.guided import GuidedPruning
+from secateur.planning import cubic, restrict
+from secateur.training import attach_lora, merge_lora, train
+from secateur.training.quantised import BaseWeights, quantised_base
+from secateur.types import DependencyGraph, Settings
+
+
+class LoRAPruneSettings(Settings):
+    """Schedule and criterion. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
+
+    steps: int = Field(default=40, ge=1)
+    """T: steps of LoRA training in which the masks grow."""
+    every: int = Field(default=4, ge=1)
+    """Steps between two decisions (10 in the paper's code, which trains for thousands)."""
+    warm_up: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the steps at the beginning in which nothing goes."""
+    cool_down: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the steps at the end in which everything is gone."""
+    moving_average: float = Field(default=0.9, ge=0, lt=1)
+    """λ: weight of the past in the moving average of the scores."""
+    form: Form = "absolute"
+    """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
+    normalise: bool = True
+    """Make the modules of a unit comparable: divide the scores of each by their norm before they are added."""
+    sides: Sides = "both"
+    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both``."""
+    base: BaseWeights = "as-is"
+    """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warm_up + self.cool_down >= 1:
+            raise ValueError("warm_up and cool_down are fractions of the same steps; together they must be below 1")
+        return self
+
+
+class LoRAPrune:
+    """Train LoRA; every few steps mask the units with the lowest averaged scores, along a cubic schedule."""
+
+    name: ClassVar[str] = "loraprune"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2305.18403"
+    summary: ClassVar[str] = "progressive: masks grow while LoRA trains, scored by the gradients of A and B alone"
+    needs: ClassVar[MethodNeeds] = "training"
+    Settings: ClassVar[type[Settings]] = LoRAPruneSettings
+
+    def __init__(self, settings: LoRAPruneSettings | None = None) -> None:
+        self.settings = settings or LoRAPruneSettings()
+
+    def run(self, task: PruningTask) -> Decision:
+        """Changes the weights of ``task.model`` in place (the adapters are merged), not their shapes."""
+        assert task.training_blocks is not None
+        settings = self.settings
+        adapted = attach_lora(task.model, task.lora, task.seed)
+        pruning = GuidedPruning(
+            _adapted_graph(adapted, task),
+            task.budget,
+            partial(cubic, steps=settings.steps, warm_up=settings.warm_up, cool_down=settings.cool_down),
+            every=settings.every,
+            moving_average=settings.moving_average,
+            options=Options(settings.form, settings.normalise, settings.sides),
+        )
+        with quantised_base(adapted, settings.base):
+            log = train(
+                adapted,
+                task.training_blocks.ids,
+                task.training,
+                steps=settings.steps,
+                seed=task.seed,
+                description="pruning",
+                callbacks=[pruning],
+                checkpoints=task.work,
+            )
+        pruning.release()
+        merge_lora(adapted)
+        entries: list[dict[str, Any]] = [{"stage": "pruning", **entry} for entry in log]
+        for entry in entries:
+            task.log(entry)
+        metrics = {"training": entries, "skipped_steps": pruning.skipped}
+        return Decision(removed=pruning.removed, scores=pruning.scores, metrics=metrics)
+
+
+def _adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:
+    """The graph of the model with adapters; what the task's graph or budget protects is protected in it."""
+    traced = trace(adapted)
+    groups = tuple(replace(group, protected=task.graph[group.name].protected) for group in traced)
+    return restrict(replace(traced, groups=groups), task.budget)

@@ -1,0 +1,67 @@
+"""What a callback remembers is saved with each checkpoint of the Trainer, and found again by ``--resume``.
+
+A checkpoint is the Trainer's own folder (adapters, optimiser, schedule, random states, position in the data) with one
+more file, ``callbacks.safetensors``, which is written last: only a folder that has it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+_STATE = "callbacks.safetensors"
+
+
+class StatefulCallback(TrainerCallback):
+    """A callback whose own state (scores, moving averages, masks, rows of frozen weights) is part of a checkpoint."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a run must have again to go on from here, by name."""
+        raise NotImplementedError
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what ``state_tensors`` gave; called before training goes on."""
+        raise NotImplementedError
+
+
+class SaveStates(TrainerCallback):
+    """Completes each checkpoint of the Trainer with the states of the callbacks."""
+
+    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
+        self.callbacks = [callback for callback in callbacks if isinstance(callback, StatefulCallback)]
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the Trainer after it has written its part."""
+        tensors = {
+            f"{index}/{name}": tensor.detach().cpu().contiguous()
+            for index, callback in enumerate(self.callbacks)
+            for name, tensor in callback.state_tensors().items()
+        }
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(tensors, folder / f"{_STATE}.tmp", metadata={"step": str(state.global_step)})
+        os.replace(folder / f"{_STATE}.tmp", folder / _STATE)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Give every callback the state that it had at this checkpoint."""
+        tensors = load_file(checkpoint / _STATE)
+        for index, callback in enumerate(self.callbacks):
+            prefix = f"{index}/"
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            callback.load_state_tensors(own)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest complete checkpoint in ``folder``, or None."""
+    found = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / _STATE).exists()
+    }
+    return found[max(found)] if found else None
