@@ -5,6 +5,7 @@ from __future__ import annotations
 from secateur.importance.activation import Activation
 from secateur.importance.adapters import Adapters
 from secateur.importance.base import Criterion
+from secateur.importance.fisher import Fisher
 from secateur.importance.magnitude import Magnitude
 from secateur.importance.random import Random
 from secateur.importance.taylor import Taylor
@@ -14,8 +15,9 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Magnitude(),
     "wanda": Activation(),
     "taylor": Taylor(),
+    "fisher": Fisher(),
     "lora": Adapters(),
 }
 """Every criterion by name, with its default options."""
 
-__all__ = ["CRITERIA", "Activation", "Adapters", "Criterion", "Magnitude", "Random", "Taylor"]
+__all__ = ["CRITERIA", "Activation", "Adapters", "Criterion", "Fisher", "Magnitude", "Random", "Taylor"]

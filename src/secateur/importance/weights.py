@@ -18,10 +18,15 @@ def is_adapter(parameter: str) -> bool:
 
 
 def lora_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
-    """The LoRA-wrapped module whose frozen weight is ``parameter``, if it is one."""
-    path, _, _ = parameter.rpartition(".base_layer.")
-    layer = model.get_submodule(path) if path else None
-    return layer if isinstance(layer, LoraLayer) and parameter == f"{path}.base_layer.weight" else None
+    """The LoRA layer around the frozen ``parameter``, if there is one: of a linear, or of one tensor of a module."""
+    path, _, leaf = parameter.rpartition(".")
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        layer = model.get_submodule(path)
+        # peft wraps a module once for each of its stacked tensors, and names the tensor
+        if isinstance(layer, LoraLayer) and getattr(layer, "parameter_name", "weight") == leaf:
+            return layer
+    return None
 
 
 def stored_weight(model: nn.Module, parameter: str) -> torch.Tensor:

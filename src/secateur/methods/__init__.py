@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.fisher import Fisher
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
 from secateur.methods.magnitude import Magnitude
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "taylor": Taylor,
+    "fisher": Fisher,
 }
 """Every method by name."""
 

@@ -85,3 +85,27 @@ def taylor(model: nn.Module, graph: DependencyGraph, ids: torch.Tensor, form: st
                     total += float(product.abs().sum() if form == "element" else product.sum())
             scores[group.name].append(abs(total))
     return scores
+
+
+def fisher(model: nn.Module, graph: DependencyGraph, ids: torch.Tensor) -> dict[str, list[float]]:
+    """A switch for every unit, written into what consumes it (columns of W, and of LoRA's A beside it)."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    total = {group.name: torch.zeros(group.size) for group in graph.prunable}
+    for block in ids:
+        switches = {group.name: torch.ones(group.size, requires_grad=True) for group in graph.prunable}
+        switched = dict(parameters)
+        for group in graph.prunable:
+            for member in group.members:
+                if member.role == "in":
+                    weight = switched[member.parameter]
+                    factor = torch.ones(weight.shape[member.axis])
+                    for unit in range(group.size):
+                        for row in rows_of(member, unit):
+                            factor = factor.index_put((torch.tensor(row),), switches[group.name][unit])
+                    shape = [-1 if axis == member.axis else 1 for axis in range(weight.dim())]
+                    switched[member.parameter] = weight * factor.reshape(shape)
+        named = {"input_ids": block[None], "labels": block[None]}
+        loss = torch.func.functional_call(model, switched, kwargs=named).loss
+        for name, gradient in zip(switches, torch.autograd.grad(loss, list(switches.values())), strict=True):
+            total[name] += gradient**2 / len(ids)
+    return {name: values.tolist() for name, values in total.items()}

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import magnitude, taylor, wanda
+from reference import fisher, magnitude, taylor, wanda
 from torch import nn
 
 from secateur.data import TokenBlocks
 from secateur.errors import DataError, ModelError
 from secateur.graph import trace
-from secateur.importance import CRITERIA, Activation, Adapters, Magnitude, Random, Taylor
+from secateur.importance import CRITERIA, Activation, Adapters, Fisher, Magnitude, Random, Taylor
 from secateur.surgery import masked
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 FAMILIES = ["llama-gqa", "llama-bias", "qwen3", "phi3", "gpt2", "falcon-new", "olmo2", "opt"]
 MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss"]
-CRITERIA_OF_A_PLAIN_MODEL = ["random", "magnitude", "wanda", "taylor"]
+CRITERIA_OF_A_PLAIN_MODEL = ["random", "magnitude", "wanda", "taylor", "fisher"]
 
 
 def blocks(count: int = 6, window: int = 12, seed: int = 0) -> TokenBlocks:
@@ -69,7 +69,7 @@ def test_one_finite_fp32_number_per_unit(family: str, criterion: str) -> None:
         assert (scores[name] > 0).all()
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "fisher"])
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_permuting_units_permutes_scores(family: str, criterion: str) -> None:
     model = TINY[family]()
@@ -115,6 +115,18 @@ def test_taylor_is_the_reference(family: str, form: Any) -> None:
     graph = trace(model)
     scores = Taylor(form=form, batch_size=4).score(model, graph, text, seed=0)
     slow = taylor(model, graph, text.ids, form)
+    assert_same(scores, Scores({name: torch.tensor(values) for name, values in slow.items()}))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "gpt2", "mixtral"])
+def test_fisher_is_the_reference(family: str, adapted: bool) -> None:
+    model, text = TINY[family](), blocks()
+    if adapted:
+        model = with_lora(model)
+    graph = trace(model)
+    scores = Fisher().score(model, graph, text, seed=0)
+    slow = fisher(model, graph, text.ids)
     assert_same(scores, Scores({name: torch.tensor(values) for name, values in slow.items()}))
 
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from secateur.methods import METHODS
+from secateur.methods.fisher import Fisher
 from secateur.methods.magnitude import Magnitude, MagnitudeSettings
 from secateur.methods.random import Random
 from secateur.methods.taylor import Taylor, TaylorSettings
@@ -43,6 +44,10 @@ class TestTaylor(MethodContract):
     method = Taylor
 
 
+class TestFisher(MethodContract):
+    method = Fisher
+
+
 class TestTaylorOfAMixture(MethodContract):
     method = Taylor
     family = "mixtral"
@@ -54,6 +59,10 @@ class TestTaylorOfAMixture(MethodContract):
 
 class TestWandaOfAMixture(TestTaylorOfAMixture):
     method = Wanda
+
+
+class TestFisherOfAMixture(TestTaylorOfAMixture):
+    method = Fisher
 
 
 def test_methods_are_found_by_their_own_names() -> None:

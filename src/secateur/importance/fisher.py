@@ -1,0 +1,78 @@
+"""Fisher information of a switch on each unit: how unevenly the loss of single texts would react to its removal.
+
+Molchanov et al. 2019 (arXiv 1906.10771, equation 8, its squared first-order term averaged over samples); for masks of
+heads and channels of transformers Kwon et al. 2022 (arXiv 2204.09656, equation 8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from secateur.importance.base import Needs, borrowed, calibration, input_device, unscorable
+from secateur.importance.taylor import first_order
+from secateur.importance.weights import base_members, effective_weight, sum_units
+from secateur.progress import track
+from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+
+if TYPE_CHECKING:
+    from secateur.data import TokenBlocks
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """``mean over blocks of (∂L_block/∂m)²``, where the switch m = 1 multiplies what the unit hands on.
+
+    That derivative is ``Σ w · ∂L/∂w`` over the weights that consume the unit (role ``in``): exact, and without a
+    switch in the model. Signs cancel inside a block and not between blocks, so that a unit that helps one text and
+    hurts another counts, which averaging gradients first (``taylor``) misses. Memory: the gradients of the consuming
+    weights alone; one block is run at a time, so that every block has a gradient of its own.
+    """
+
+    name: str = "fisher"
+    needs: Needs = "gradients"
+
+    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+        """See ``Criterion.score``."""
+        blocks = calibration(blocks, self.name)
+        if not graph.prunable:
+            return Scores({})
+        parameters = dict(model.named_parameters())
+        consumers = {group.name: self._consumers(group, parameters) for group in graph.prunable}
+        wanted = {member.parameter for members in consumers.values() for member in members}
+        total = {group.name: torch.zeros(group.size) for group in graph.prunable}
+        with borrowed(model, wanted) as trained, torch.enable_grad():
+            for ids in track(blocks.batches(1), "gradients", len(blocks)):
+                ids = ids.to(input_device(model))
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                for name, members in consumers.items():
+                    total[name] += _switch_gradient(model, trained, members, graph[name].size).square()
+                for parameter in trained.values():
+                    parameter.grad = None
+        return Scores({name: scores / len(blocks) for name, scores in total.items()}, of_loss=True)
+
+    def _consumers(self, group: NodeGroup, parameters: dict[str, nn.Parameter]) -> list[Member]:
+        members = [member for member in base_members(group, parameters) if member.role == "in"]
+        if not members:
+            raise unscorable(group, self.name, "no weight consumes its units")
+        for member in members:
+            if not parameters[member.parameter].is_floating_point():
+                dtype = parameters[member.parameter].dtype
+                raise unscorable(group, self.name, f"{member.parameter} is {dtype}, which has no gradient")
+        return members
+
+
+def _switch_gradient(
+    model: nn.Module, trained: dict[str, nn.Parameter], members: list[Member], size: int
+) -> torch.Tensor:
+    """``[size]``, fp32: the derivative of the loss by each unit's switch."""
+    total = torch.zeros(size)
+    for member in members:
+        gradient = trained[member.parameter].grad
+        if gradient is not None:  # else no token reached it (an expert that was never chosen): it changes nothing
+            weight = effective_weight(model, member.parameter)
+            total += sum_units(first_order(weight, gradient, "vector"), member, size).cpu()
+    return total
