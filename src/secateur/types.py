@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -92,6 +93,25 @@ class NodeGroup:
     """Reductions other than matrix products that run over the units (``mean`` of an RMS norm, ``softmax``, ``top-k``).
     Removing units of such a group is exact, but it is not the same as zeroing: the reduction must see its neutral
     element at removed units, and a divisor must count the survivors."""
+    on_request: bool = False
+    """Protected for no other reason than its kind: a budget that names the kind (``DependencyGraph.opened``), or a plan
+    that names the group, may cut it all the same."""
+    least: int = 1
+    """The fewest units that may stay: a router that chooses the best two needs two."""
+    runs: int = 1
+    """The units lie in so many runs of equal length, which must keep equal numbers of units (the groups of a
+    group-limited router, the query heads of each KV head)."""
+    fixed: tuple[tuple[int, str], ...] = ()
+    """Units that must stay, each with the reason, ascending."""
+    modules: tuple[str, ...] = ()
+    """Path of the module that each unit is, for units that go as a whole (decoder layers); such a group has no
+    members, and all parameters in a module go with its unit."""
+
+    @property
+    def movable(self) -> list[int]:
+        """The units that are not ``fixed``, ascending."""
+        fixed = {unit for unit, _ in self.fixed}
+        return [unit for unit in range(self.size) if unit not in fixed]
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,19 @@ class DependencyGraph:
                 table.setdefault(member.parameter, []).append((group, member))
         return table
 
+    @cached_property
+    def _unit_of(self) -> dict[str, tuple[str, int]]:
+        """Parameter → the group and the unit of it whose module it lies in, where units are modules."""
+        units = {path: (group.name, unit) for group in self.groups for unit, path in enumerate(group.modules)}
+        found = {}
+        for name in self.shapes if units else ():
+            end = name.rfind(".")
+            while end > 0 and name[:end] not in units:
+                end = name.rfind(".", 0, end)
+            if end > 0:
+                found[name] = units[name[:end]]
+        return found
+
     def __getitem__(self, name: str) -> NodeGroup:
         return self._by_name[name]
 
@@ -133,6 +166,23 @@ class DependencyGraph:
         """The groups that may be cut."""
         return tuple(group for group in self.groups if group.protected is None)
 
+    def opened(self, kinds: Iterable[Kind]) -> DependencyGraph:
+        """The same graph, with groups of these kinds unprotected that are protected for their kind alone."""
+        wanted = set(kinds)
+        return replace(
+            self,
+            groups=tuple(
+                replace(group, protected=None) if group.on_request and group.kind in wanted else group
+                for group in self.groups
+            ),
+        )
+
+    def parameters_of(self, group: NodeGroup) -> list[str]:
+        """The parameters that get smaller, or go, when units of ``group`` go."""
+        if group.modules:
+            return [name for name, (owner, _) in self._unit_of.items() if owner == group.name]
+        return list(dict.fromkeys(member.parameter for member in group.members if member.parameter in self.shapes))
+
     def check_kept(self, kept: Mapping[str, Sequence[int]]) -> None:
         """Raise PlanError unless every entry names a group that may be cut and legal units of it."""
         for name, units in kept.items():
@@ -144,15 +194,18 @@ class DependencyGraph:
                     f"The plan's kept units of {name} must be ascending, without repeats, at least one, "
                     f"and below {group.size}."
                 )
-            if group.protected is not None and len(units) < group.size:
-                raise PlanError(f"The plan cuts {name}, which is protected: {group.protected}.")
+            if len(units) < group.size:
+                _check_cut(group, set(units))
 
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
         return sum(self.numel(name, kept or {}) for name in self.shapes)
 
     def numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
-        """Elements of ``parameter`` when only ``kept`` units stay; of ``kept`` only the lengths matter."""
+        """Elements of ``parameter`` when only ``kept`` units stay; only the lengths matter, save for whole modules."""
+        owner, unit = self._unit_of.get(parameter, ("", 0))
+        if owner in kept and unit not in kept[owner]:
+            return 0
         shape = list(self.shapes[parameter])
         for group, member in self.of_parameter(parameter):
             if group.name in kept:
@@ -163,7 +216,10 @@ class DependencyGraph:
         return count
 
     def unit_cost(self, group: NodeGroup) -> int:
-        """Parameters that go with one unit of ``group`` when everything else stays whole."""
+        """Parameters that go with one unit of ``group`` when everything else stays whole; the mean over the units
+        where these are modules."""
+        if group.modules:
+            return sum(math.prod(self.shapes[name]) for name in self.parameters_of(group)) // group.size
         cost = 0
         for member in group.members:
             shape = self.shapes.get(member.parameter)
@@ -179,9 +235,12 @@ class DependencyGraph:
         """Hash of the groups and of where they live (parameters, their shapes, axis, rows of a unit): a plan fits
         models that share it.
 
-        Adapters do not change it: they are left out, and what they wrap has its own name again.
+        Adapters do not change it: they are left out, and what they wrap has its own name again. Whole layers are left
+        out as well: what is in them says enough.
         """
-        facts = [(group.name, group.kind, group.size, self._places(group)) for group in self.groups]
+        facts = [
+            (group.name, group.kind, group.size, self._places(group)) for group in self.groups if not group.modules
+        ]
         return hashlib.sha256(json.dumps([self.model_type, facts]).encode()).hexdigest()[:16]
 
     def _places(self, group: NodeGroup) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -203,6 +262,24 @@ class DependencyGraph:
             "parameters": self.parameter_count(),
             "groups": [asdict(group) for group in self.groups],
         }
+
+
+def _check_cut(group: NodeGroup, stays: set[int]) -> None:
+    """Raise PlanError unless ``group`` may be cut down to the units ``stays``."""
+    if group.protected is not None and not group.on_request:
+        raise PlanError(f"The plan cuts {group.name}, which is protected: {group.protected}.")
+    for unit, reason in group.fixed:
+        if unit not in stays:
+            raise PlanError(f"The plan removes unit {unit} of {group.name}, which must stay: {reason}.")
+    if len(stays) < group.least:
+        raise PlanError(f"The plan keeps {len(stays)} units of {group.name}, which needs at least {group.least}.")
+    length = group.size // group.runs
+    counts = {sum(unit // length == run for unit in stays) for run in range(group.runs)}
+    if len(counts) > 1:
+        raise PlanError(
+            f"The plan must keep equally many units of {group.name} in each of its {group.runs} runs of {length}; "
+            f"it keeps from {min(counts)} to {max(counts)}."
+        )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from secateur.graph.axes import Atom, Axis, leaves, resolve, size_of
+from secateur.graph.blocks import Span, find_blocks
 from secateur.graph.places import Place, Places, common
-from secateur.graph.symbols import SymbolTable
+from secateur.graph.routers import with_legal_choices
+from secateur.graph.symbols import Call, SymbolTable
 from secateur.types import DependencyGraph, Kind, Member, NodeGroup, Role
 
 RENORMALISING = (
@@ -80,8 +82,13 @@ class Candidate:
         return spans
 
 
-def find_groups(model: nn.Module, table: SymbolTable) -> tuple[DependencyGraph, dict[str, Atom]]:
-    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and each group's atom by name."""
+def find_groups(
+    model: nn.Module, table: SymbolTable, calls: Sequence[Call], spans: Sequence[Span]
+) -> tuple[DependencyGraph, dict[str, Atom]]:
+    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and each group's atom by name.
+
+    Groups whose units are not those of a single atom (the layers; experts in groups) have none.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     places = Places(model, table.used)
     candidates = _candidates(table, places, list(shapes))
@@ -89,13 +96,18 @@ def find_groups(model: nn.Module, table: SymbolTable) -> tuple[DependencyGraph, 
     unused = _unused_modules(table, places, list(shapes))
     chosen = [candidate for candidate in candidates if id(candidate.atom) in kinds]
     names = _names(chosen, kinds)
-    groups = tuple(
+    groups = [
         _group(candidate, kinds[id(candidate.atom)], name, unused)
         for candidate, name in zip(chosen, names, strict=True)
-    )
+    ]
+    groups = with_legal_choices(groups, [candidate.atom for candidate in chosen], table, calls)
+    atoms = {group.name: candidate.atom for candidate, group in zip(chosen, groups, strict=True) if group.runs == 1}
+    layers = find_blocks(model, table, places, calls, spans)
+    if layers is not None:
+        groups.append(layers)
     config = getattr(model, "config", None)
-    graph = DependencyGraph(getattr(config, "model_type", type(model).__name__), groups, shapes)
-    return graph, {name: candidate.atom for candidate, name in zip(chosen, names, strict=True)}
+    graph = DependencyGraph(getattr(config, "model_type", type(model).__name__), tuple(groups), shapes)
+    return graph, atoms
 
 
 # --- members --------------------------------------------------------------------------------------------------------
@@ -266,26 +278,28 @@ def _name(candidate: Candidate, kind: Kind) -> str:
 
 def _group(candidate: Candidate, kind: Kind, name: str, unused: Mapping[tuple[str, ...], str]) -> NodeGroup:
     layers = candidate.layers
+    reason = _protection(candidate, kind, unused)
     return NodeGroup(
         name=name,
         kind=kind,
         size=candidate.atom.size,
         members=tuple(candidate.members),
-        protected=_protection(candidate, kind, unused),
+        protected=reason or (None if kind in _OPEN else f"protected by default: {kind}"),
+        on_request=reason is None and kind not in _OPEN,
         layer=layers[0] if len(layers) == 1 else None,
         renormalised=tuple(what for what in RENORMALISING if what in candidate.atom.marks),
     )
 
 
 def _protection(candidate: Candidate, kind: Kind, unused: Mapping[tuple[str, ...], str]) -> str | None:
-    """Why the group must not be cut, the hardest reason first; None when it may be."""
+    """Why the group must not be cut, the hardest reason first; None when it may be, if only on request."""
     for reason in candidate.atom.refusals:
         return reason
     for place in candidate.places:
         if place.module in unused:
             return f"the parameter {unused[place.module]} was not used in the recorded pass"
-    if kind not in _OPEN:
-        return f"protected by default: {kind}"
+    if kind in ("hidden", "vocab"):
+        return None
     if len(candidate.layers) > 1 or candidate.layers == [None]:
         return "it is shared between layers" if len(candidate.layers) > 1 else "it lies outside of the decoder layers"
     return None

@@ -33,6 +33,16 @@ class Places:
         self._tuners = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         self._layers = self._decoder_layers(model, used)
 
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Paths of the decoder layers in ``model``, in order; empty when it has none."""
+        depth = len(self._layers)
+        found = [
+            path
+            for path, _ in model.named_modules()
+            if depth and len(plain := self._plain(path.split("."))) == depth + 1 and plain[:depth] == self._layers
+        ]
+        return sorted(found, key=lambda path: int(path.rpartition(".")[2])) if found else []
+
     def _decoder_layers(self, model: nn.Module, used: Container[str]) -> tuple[str, ...]:
         """Path of the list of modules that holds most of the parameters that a forward pass uses."""
         sizes: Counter[tuple[str, ...]] = Counter()

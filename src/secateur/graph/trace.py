@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from secateur.errors import ModelError
 from secateur.graph.axes import Atom, Conflict, leaf, mark, refuse, unify
+from secateur.graph.blocks import WatchBlocks
 from secateur.graph.groups import find_groups
 from secateur.graph.rules import RULES, protect
 from secateur.graph.symbols import Call, SymbolTable, operator_name
@@ -87,13 +88,14 @@ def _record(twin: nn.Module, model: nn.Module) -> Trace:
     token_ids = (torch.arange(BATCH * LENGTH) * 5 + 3).reshape(BATCH, LENGTH) % embedding.shape[0]
     table.put(token_ids, (leaf(BATCH), leaf(LENGTH)), vocabulary)
     recorder = Recorder(table)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Escapes(table), recorder:
+    blocks = WatchBlocks(twin, recorder.calls)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Escapes(table), recorder, blocks:
         logits = _logits(twin(input_ids=token_ids, **_options(twin)))
     output = table[logits].axes[-1]
     if logits.shape[-1] == embedding.shape[0]:
         unify(output, vocabulary)
     mark(output, "vocab")
-    graph, atoms = find_groups(model, table)
+    graph, atoms = find_groups(model, table, recorder.calls, blocks.spans)
     return Trace(graph, recorder.calls, table, atoms, token_ids, logits)
 
 
