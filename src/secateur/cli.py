@@ -203,6 +203,62 @@ def inspect(
 
 
 @app.command()
+def analyze(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="New folder for the analysis and its heat map.", metavar="DIR")
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Fractions of a group to take away, with commas between them.", metavar="A,B")
+    ] = "0.25,0.5",
+    criterion: Annotated[
+        str, typer.Option(help="What chooses the units within a group: taylor, wanda, magnitude ...", metavar="NAME")
+    ] = "taylor",
+    text: Annotated[list[str] | None, typer.Option(help="File or source to measure on; may be repeated.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of text in all.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting; may be repeated.", metavar="SECTION.KEY=VALUE")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis for DIR.")] = False,
+) -> None:
+    """Find where a model's knowledge sits: cut each group alone, and measure how far its predictions move."""
+    from secateur import pipeline, progress, tables
+    from secateur.config import load_recipe
+    from secateur.loading import load
+
+    flags = {
+        "model.name": model,
+        "model.device": device,
+        "model.trust_remote_code": trust_remote_code or None,
+        "calibration.text": text,
+        "calibration.window": window,
+        "calibration.tokens": tokens,
+    }
+    recipe = load_recipe(None, overrides or [], {key: value for key, value in flags.items() if value is not None})
+    fractions = [parse_ratio(part, "--ratios") for part in ratios.split(",")]
+    progress.show()
+    try:
+        found = pipeline.analyze(
+            *load(**recipe.model.model_dump()),
+            ratios=fractions,
+            criterion=criterion,
+            recipe=recipe,
+            output=output,
+            resume=resume,
+        )
+    except KeyboardInterrupt as interrupt:
+        kept = "What is measured is kept; the same command with --resume goes on." if output else ""
+        typer.echo(f"Interrupted. {kept}".strip(), err=True)
+        raise typer.Exit(130) from interrupt
+    _console().print(tables.analysis(found, by=recipe.budget.protect_by, share=recipe.budget.protect_share))
+    if output is not None:
+        progress.say(f"{output / 'analysis.json'} is what --set budget.protect_from takes; beside it the heat map.")
+
+
+@app.command()
 def evaluate(
     model: Model,
     tasks: Annotated[
@@ -308,16 +364,17 @@ def data() -> None:
     )
 
 
-def parse_ratio(text: str) -> float:
-    """The value of ``--ratio``; raises InputError unless it lies strictly between 0 and 1."""
+def parse_ratio(text: str, option: str = "--ratio") -> float:
+    """The value of an option that is a ratio; raises InputError unless it lies strictly between 0 and 1."""
     try:
         ratio = float(text)
     except ValueError:
         ratio = math.nan
     if not 0 < ratio < 1:  # also refuses nan
+        of = "of all parameters" if option == "--ratio" else "of each group"
         raise InputError(
-            f"--ratio {text} is not allowed: it is the fraction of all parameters to remove, a number strictly between "
-            "0 and 1, such as 0.2."
+            f"{option} {text} is not allowed: it is the fraction {of} to remove, a number strictly between 0 and 1, "
+            "such as 0.2."
         )
     return ratio
 

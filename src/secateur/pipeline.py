@@ -28,16 +28,19 @@ from secateur.export import (
     licence_of,
     needs_trust,
     verify_saved,
+    write_analysis,
     write_artefacts,
     written_dtype,
 )
 from secateur.export import save as save_folder
 from secateur.graph import trace
-from secateur.importance import CRITERIA
+from secateur.importance import CRITERIA, Criterion
+from secateur.importance.analysis import Analysis, Trial
+from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.loading import load
 from secateur.methods import METHODS, PruningTask
-from secateur.planning import allocate, describe, make_plan, restrict
-from secateur.precision import autocast_dtype
+from secateur.planning import allocate, describe, make_plan, restrict, versions
+from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
 from secateur.recovery import recover
 from secateur.surgery import masked, protect_failing, slice_model
@@ -97,6 +100,74 @@ def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | Non
         "tokens": {source: loss.tokens for source, loss in losses.items()},
         "machine": machine(),
     }
+
+
+def analyze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    ratios: Sequence[float] = (0.25, 0.5),
+    criterion: str = "taylor",
+    recipe: Recipe | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+) -> Analysis:
+    """What ``secateur analyze`` does: cut every node group alone, at each ratio, and measure how far predictions move.
+
+    LoRAShear's knowledge distribution analysis (Algorithm 3). The model is given back bit by bit as it was.
+
+    Args:
+        ratios: fractions of a group's units to take away, each strictly between 0 and 1.
+        criterion: what chooses them within the group; a name from ``importance.CRITERIA``.
+        recipe: its sections ``calibration`` (the text), ``evaluation`` (batch size and precision) and ``seed`` are
+            used, and ``budget.protect_by`` and ``protect_share`` for what the picture marks.
+        output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
+            ``heatmap.png``. Until it is finished, what was measured is kept beside it.
+        resume: go on with what an interrupted call measured for ``output``.
+    """
+    recipe = revise(recipe or Recipe(), {"model.name": model.config._name_or_path or ""})
+    chooser = _one_shot_criterion(criterion)
+    _refuse_what_cannot_work(model)
+    settings = recipe.calibration
+    started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {list(ratios)}\n"
+    if output is not None:
+        output = check_output(output)
+        Workspace.place(output, started_as, resume)
+    graph = protect_failing(model, trace(model))
+    blocks = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed).calibration
+    work = Workspace.open(output, started_as, resume)
+    dtype = autocast_dtype(recipe.evaluation.precision, model.device)
+    with autocast(recipe.evaluation.precision, model.device):
+        chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
+    done = [Trial.model_validate(trial) for trial in work.read_json("trials.json")] if work.has("trials.json") else []
+    dense_loss, trials = measure_cuts(
+        model,
+        graph,
+        blocks,
+        chosen,
+        batch_size=recipe.evaluation.batch_size,
+        autocast=dtype,
+        done=done,
+        keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
+    )
+    assert blocks is not None
+    analysis = Analysis(
+        base_model=recipe.model.name,
+        revision=recipe.model.revision,
+        fingerprint=graph.fingerprint,
+        criterion=criterion,
+        text=settings.text,
+        tokens=blocks.ids.numel(),
+        window=blocks.window,
+        seed=recipe.seed,
+        dense_loss=dense_loss,
+        trials=trials,
+        versions=versions(),
+    )
+    if output is not None:
+        write_analysis(analysis, output, by=recipe.budget.protect_by, share=recipe.budget.protect_share)
+        work.remove()
+    return analysis
 
 
 def prune(
@@ -346,6 +417,14 @@ def _complete_folder(result: Result, folder: Path, verification: Verification) -
         licence=licence_of(result.plan.base_model),
     )
     write_artefacts(folder, story, result.scores, result.events)
+
+
+def _one_shot_criterion(name: str) -> Criterion:
+    """The criterion ``name``, which must not need adapters: there are none."""
+    known = [key for key, criterion in CRITERIA.items() if criterion.needs != "adapters"]
+    if name not in known:
+        raise InputError(f"Unknown criterion {name!r} for an analysis. Known: {', '.join(known)}.")
+    return CRITERIA[name]
 
 
 def _last(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from secateur.export import Comparison, Verification
-from secateur.export.story import show_count
+from secateur.export.story import show_count, show_number
+from secateur.importance.analysis import Analysis, Deviation
 from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
 
@@ -47,6 +49,36 @@ def groups(graph: DependencyGraph) -> Group:
         share = f"{cost * size / total:.1%}"
         table.add_row(pattern, kind, units, f"{cost // len(members):,}", share, reason)
     return Group(table, f"{graph.model_type}, {show_count(total)} parameters")
+
+
+def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
+    """Node groups by how much the model depends on them, most sensitive first; below, what stays whole."""
+    ratios = sorted({trial.ratio for trial in found.trials})
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("group", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("units", justify="right")
+    for ratio in ratios:
+        table.add_column(f"-{ratio:.0%}: KL", justify="right")
+        table.add_column("perplexity", justify="right")
+    table.add_column("stays whole")
+    sensitive = found.sensitive(share, by)
+    for name in found.deviations(by):
+        own = {trial.ratio: trial for trial in found.trials if trial.group == name}
+        first = next(iter(own.values()))
+        cells = [
+            cell
+            for trial in (own[ratio] for ratio in ratios)
+            for cell in (f"{trial.kl:.4f}", show_number(math.exp(min(trial.loss, 700.0))))
+        ]
+        mark = "yes" if name in sensitive else ""
+        table.add_row(name, first.kind, f"{first.units:,}", *cells, mark, style="bold" if mark else None)
+    caption = (
+        f"The whole model has perplexity {show_number(math.exp(found.dense_loss))} on {found.tokens:,} tokens of "
+        f"{', '.join(found.text)}; each group was cut alone, units chosen by {found.criterion}. The most sensitive "
+        f"{share:.0%} by {by} are marked: budget.protect_from keeps them whole."
+    )
+    return Group(table, caption)
 
 
 def checks(found: Sequence[Check]) -> Table:

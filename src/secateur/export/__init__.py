@@ -1,6 +1,7 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
 from secateur.export.adopt import Architecture, adopt_config, check_describes_itself
+from secateur.export.analysis import write_analysis
 from secateur.export.artefacts import write_artefacts
 from secateur.export.card import licence_of
 from secateur.export.huggingface import (
@@ -34,6 +35,7 @@ __all__ = [
     "standard_form",
     "verify_folder",
     "verify_saved",
+    "write_analysis",
     "write_artefacts",
     "written_dtype",
 ]

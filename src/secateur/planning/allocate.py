@@ -96,12 +96,13 @@ def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Ma
     for group in groups:
         if group.name not in scores or len(scores[group.name]) != group.size:
             raise PlanError(f"There must be one score for each of the {group.size} units of {group.name}.")
+    stacks = [build_stack(graph, g, scores, gone.get(g.name, ()), budget.normalise) for g in groups]
     return _Problem(
         budget=budget,
-        stacks=[build_stack(graph, g, scores, gone.get(g.name, ()), budget.normalise) for g in groups],
+        stacks=stacks,
         legal={group.name: legal_counts(group, graph, budget.runs_on, budget.round_to) for group in groups},
         gone=gone,
-        count=Count(graph, {name: graph[name].size - len(units) for name, units in gone.items()}),
+        count=Count(graph, {name: graph[name].size - len(units) for name, units in gone.items()}, stacks),
     )
 
 
@@ -113,7 +114,9 @@ def _check_reachable(problem: _Problem) -> None:
     budget, whole = problem.budget, []
     if set(budget.kinds) != {"ffn", "attention"}:
         whole.append("kinds")
-    whole += [key for key in ("protect", "protect_first", "protect_last", "round_to") if getattr(budget, key)]
+    whole += [
+        key for key in ("protect", "protect_first", "protect_last", "protect_from", "round_to") if getattr(budget, key)
+    ]
     if needs_equal_widths(budget.runs_on):
         whole.append("runs_on")
     advice = f", or allow more ({', '.join(f'budget.{key}' for key in whole)})" if whole else ""

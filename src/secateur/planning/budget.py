@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from secateur.errors import PlanError
+from secateur.importance.analysis import Analysis, Deviation
 from secateur.planning.shapes import RunsOn, needs_equal_widths, refusal
 from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 
@@ -20,7 +23,9 @@ class Budget(Settings):
     ratio: float = 0.2
     """Fraction of all parameters to remove, strictly between 0 and 1."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
-    """Which kinds of groups may be cut."""
+    """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV heads
+    with their query heads; ``expert``: routed experts; ``layer``: whole decoder layers; ``hidden``: the width of the
+    residual stream; ``vocab``: tokens (only without a tokenizer); ``state``: heads or channels of state-space layers."""
     floor: float = Field(default=0.8, ge=0, le=1)
     """Every group keeps at least this fraction of what an even cut to the same ratio would leave it, and at least one
     unit; 0 lets ranking empty a group down to one unit, 1 makes the cut even."""
@@ -39,6 +44,12 @@ class Budget(Settings):
     """The first so many decoder layers stay whole."""
     protect_last: int = Field(default=0, ge=0)
     """The last so many decoder layers stay whole."""
+    protect_from: Path | None = None
+    """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole."""
+    protect_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the analysed groups that protect_from keeps whole, most sensitive first (LoRAShear's γ_u)."""
+    protect_by: Deviation = "kl"
+    """What makes a group sensitive: ``kl``, how far the predictions move when a part of it goes, or ``perplexity``."""
     runs_on: RunsOn = "transformers"
     """What must open the result. ``transformers`` takes any widths; ``vllm``, ``llama.cpp`` and ``everywhere`` need
     equal widths, FFN widths that are multiples of 64 or 256, and head counts that the family allows."""
@@ -72,10 +83,10 @@ class Budget(Settings):
 
     @model_validator(mode="after")
     def _equal_widths(self) -> Budget:
-        if needs_equal_widths(self.runs_on) and (self.protect_first or self.protect_last):
+        if needs_equal_widths(self.runs_on) and (self.protect_first or self.protect_last or self.protect_from):
             raise ValueError(
                 f"runs_on={self.runs_on} needs the same widths in every layer, so that no layers can be protected; "
-                "set protect_first and protect_last to 0, or runs_on to transformers"
+                "set protect_first and protect_last to 0 and protect_from to null, or runs_on to transformers"
             )
         return self
 
@@ -89,22 +100,89 @@ def restrict(graph: DependencyGraph, budget: Budget) -> DependencyGraph:
     """The same graph with every group protected that this budget must not touch, and the reason.
 
     Score and mask with this one, and only what can be cut is looked at. Raises PlanError for a pattern in
-    ``budget.protect`` that no group has: a typing error would leave unprotected what was meant.
+    ``budget.protect`` that no group has (a typing error would leave unprotected what was meant), for an analysis
+    that cannot be read or is of another model, and for a kind named in ``budget.kinds`` that this model has nothing of
+    to give (``ffn`` and ``attention``, which the default names, apart).
     """
     for pattern in budget.protect:
         if not any(fnmatchcase(group.name, pattern) for group in graph):
             names = ", ".join(group.name for group in graph.prunable[:4])
             raise PlanError(f"budget.protect: no group is called {pattern!r}. Names are {names} and so on.")
+    graph = graph.opened(budget.kinds)
+    for kind in budget.kinds:
+        if kind not in ("ffn", "attention"):
+            _require_some(graph, kind)
     layers = [group.layer for group in graph if group.layer is not None]
     last = max(layers, default=-1)
-    reasons = {group.name: group.protected or _reason(group, graph, budget, last) for group in graph}
+    sensitive = _sensitive(graph, budget)
+    reasons = {
+        group.name: group.protected or sensitive.get(group.name) or _reason(group, graph, budget, last)
+        for group in graph
+    }
     if needs_equal_widths(budget.runs_on):
         stuck = {_width_class(group): group.name for group in graph if reasons[group.name] is not None}
         for group in graph.prunable:
             if reasons[group.name] is None and _width_class(group) in stuck:
                 other = stuck[_width_class(group)]
                 reasons[group.name] = f"{budget.runs_on} needs equal widths, and {other} must stay whole"
-    return replace(graph, groups=tuple(replace(group, protected=reasons[group.name]) for group in graph))
+    return replace(graph, groups=tuple(_narrowed(group, graph, budget, reasons[group.name]) for group in graph))
+
+
+def _require_some(graph: DependencyGraph, kind: Kind) -> None:
+    """Raise PlanError when no group of ``kind`` may be cut."""
+    groups = [group for group in graph if group.kind == kind]
+    if not groups:
+        raise PlanError(f"budget.kinds names {kind}, and this {graph.model_type} model has no group of that kind.")
+    if all(group.protected is not None for group in groups):
+        reasons = "; ".join(sorted({group.protected or "" for group in groups}))
+        raise PlanError(f"budget.kinds names {kind}, which cannot be cut in this {graph.model_type} model: {reasons}.")
+
+
+def _narrowed(group: NodeGroup, graph: DependencyGraph, budget: Budget, reason: str | None) -> NodeGroup:
+    """``group`` with the reason why it must stay whole; or, for whole layers, with those that the budget keeps."""
+    if reason is not None:
+        return replace(group, protected=reason, on_request=False)
+    fixed = dict(group.fixed)
+    for layer in range(len(group.modules)):
+        names = [other.name for other in graph if other.layer == layer]
+        why = _kept_layer(layer, names, budget, len(group.modules) - 1)
+        if why is not None:
+            fixed.setdefault(layer, why)
+    if group.fixed != tuple(sorted(fixed.items())):
+        group = replace(group, fixed=tuple(sorted(fixed.items())))
+    if not group.movable:
+        return replace(group, protected=f"all of its units must stay: {fixed[0]}", on_request=False)
+    return replace(group, protected=None)
+
+
+def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: int) -> str | None:
+    """Why a decoder layer, whose groups are called ``names``, must stay; None when it may go."""
+    if any(fnmatchcase(name, pattern) for name in names for pattern in budget.protect):
+        return "named in budget.protect"
+    if layer < budget.protect_first:
+        return f"one of the first {budget.protect_first} layers (budget.protect_first)"
+    if layer > last_layer - budget.protect_last:
+        return f"one of the last {budget.protect_last} layers (budget.protect_last)"
+    return None
+
+
+def _sensitive(graph: DependencyGraph, budget: Budget) -> dict[str, str]:
+    """Reasons for the groups that the analysis in ``budget.protect_from`` found to be the most sensitive."""
+    if budget.protect_from is None:
+        return {}
+    analysis = Analysis.load(budget.protect_from)
+    if analysis.fingerprint != graph.fingerprint:
+        raise PlanError(
+            f"The analysis {budget.protect_from} is of another model ({analysis.base_model or 'unnamed'}, fingerprint "
+            f"{analysis.fingerprint}); this {graph.model_type} model has fingerprint {graph.fingerprint}. "
+            "Analyse this one with `secateur analyze`."
+        )
+    deviations = analysis.deviations(budget.protect_by)
+    share, by = budget.protect_share, budget.protect_by
+    return {
+        name: f"among the most sensitive {share:.0%} ({by} moves by {deviations[name]:.3g})"
+        for name in analysis.sensitive(share, by)
+    }
 
 
 def _reason(group: NodeGroup, graph: DependencyGraph, budget: Budget, last_layer: int) -> str | None:
@@ -112,10 +190,10 @@ def _reason(group: NodeGroup, graph: DependencyGraph, budget: Budget, last_layer
         return f"{group.kind} is not among budget.kinds"
     if any(fnmatchcase(group.name, pattern) for pattern in budget.protect):
         return "named in budget.protect"
-    if group.layer is not None and group.layer < budget.protect_first:
-        return f"one of the first {budget.protect_first} layers (budget.protect_first)"
-    if group.layer is not None and group.layer > last_layer - budget.protect_last:
-        return f"one of the last {budget.protect_last} layers (budget.protect_last)"
+    if group.layer is not None:
+        why = _kept_layer(group.layer, (), budget, last_layer)
+        if why is not None:
+            return why
     return refusal(group, graph.model_type, budget.runs_on)
 
 

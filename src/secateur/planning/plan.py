@@ -40,10 +40,15 @@ def make_plan(
         parameters_before=before,
         parameters_after=after,
         seed=seed,
-        versions={name: version(name) for name in _VERSIONS},
+        versions=versions(),
         sizes={name: graph[name].size for name in kept},
         kept=kept,
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that decides what is computed, for the record."""
+    return {name: version(name) for name in _VERSIONS}
 
 
 def decoder_ratio(plan: PruningPlan, graph: DependencyGraph) -> float:

@@ -1,0 +1,97 @@
+"""What a knowledge distribution analysis found, as a small file: how much the model depends on each node group."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.errors import PlanError
+from secateur.types import Kind
+
+Deviation = Literal["kl", "perplexity"]
+"""How the deviation of a pruned model is counted: KL from the dense model's predictions, or change of perplexity."""
+
+
+class Trial(BaseModel):
+    """One node group cut by one ratio, all others whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    group: str
+    kind: Kind
+    layer: int | None
+    ratio: float
+    """Asked."""
+    units: int
+    """Of the group."""
+    removed: int
+    """Units that went; the nearest to ``ratio``, at least one, and one stays."""
+    loss: float
+    """Mean next-token loss, nats."""
+    kl: float
+    """Mean over the predicted tokens of KL(dense || cut), nats."""
+
+
+class Analysis(BaseModel):
+    """Alg. 3 of LoRAShear (arXiv 2310.18356), measured: every prunable group alone, at each ratio."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal[1] = 1
+    base_model: str = ""
+    revision: str | None = None
+    fingerprint: str
+    """``DependencyGraph.fingerprint`` of the model."""
+    criterion: str
+    """What chose the units within a group."""
+    text: list[str]
+    tokens: int
+    """Tokens read, in windows of ``window``."""
+    window: int
+    seed: int = 0
+    dense_loss: float
+    """Mean next-token loss of the whole model, nats."""
+    trials: list[Trial] = Field(min_length=1)
+    versions: dict[str, str] = {}
+
+    def deviations(self, by: Deviation) -> dict[str, float]:
+        """Group name → deviation, summed over the ratios (Alg. 3, line 4), most sensitive first."""
+        found: dict[str, float] = {}
+        for trial in self.trials:
+            found[trial.group] = found.get(trial.group, 0.0) + self.deviation(trial, by)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def deviation(self, trial: Trial, by: Deviation) -> float:
+        """``kl``: KL(dense || cut); ``perplexity``: |perplexity(cut) - perplexity(dense)|."""
+        if by == "kl":
+            return trial.kl
+        return abs(_perplexity(trial.loss) - _perplexity(self.dense_loss))
+
+    def sensitive(self, share: float, by: Deviation) -> list[str]:
+        """The ``share`` of the analysed groups (rounded) with the largest deviation: G_unprunable of Alg. 3, line 7."""
+        ranked = list(self.deviations(by))
+        return ranked[: round(share * len(ranked))]
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Analysis:
+        """Read an analysis; raises PlanError when the file is missing or not one."""
+        advice = "Give the analysis.json that `secateur analyze` wrote."
+        try:
+            return cls.model_validate_json(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise PlanError(f"Cannot read the analysis {path}: {reason}. {advice}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise PlanError(f"{path} is not an analysis: {where}: {first['msg']}. {advice}") from error
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,273 @@
+"""Knowledge distribution analysis (LoRAShear, arXiv 2310.18356, Algorithm 3): where a model's knowledge sits.
+
+Each node group is cut alone, at each of a few ratios, by masking; how far the predictions move says how much depends
+on it. A cut in layer l leaves everything before l as it was: the hidden states at the input of l are kept, a trial
+runs layer l under its mask, and all trials of a layer go through the rest of the model as one batch (``LayerStack``).
+The states move along with the layers, so that only those of one layer are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from secateur.data import TokenBlocks
+from secateur.errors import InputError, ModelError
+from secateur.importance.analysis import Trial
+from secateur.importance.base import borrowed, calibration, input_device
+from secateur.importance.stack import LayerStack
+from secateur.progress import Bar, say
+from secateur.surgery import masked
+from secateur.surgery.mask import MASKABLE
+from secateur.types import DependencyGraph, NodeGroup, Scores
+
+_POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
+Kept = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A trial to be made: the units of one group that stay."""
+
+    group: NodeGroup
+    ratio: float
+    kept: tuple[int, ...]
+
+    def trial(self, loss: float, kl: float) -> Trial:
+        group = self.group
+        return Trial(
+            group=group.name,
+            kind=group.kind,
+            layer=group.layer,
+            ratio=self.ratio,
+            units=group.size,
+            removed=group.size - len(self.kept),
+            loss=loss,
+            kl=kl,
+        )
+
+    @property
+    def plan(self) -> Kept:
+        return {self.group.name: list(self.kept)}
+
+
+def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[Cut]:
+    """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group of two or more units.
+
+    Raises InputError for ratios that are not strictly between 0 and 1, or when there is nothing to try.
+    """
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise InputError(f"Ratios of an analysis lie strictly between 0 and 1, such as 0.25,0.5; got {list(ratios)}.")
+    groups = [group for group in graph.prunable if group.size > 1 and group.kind in MASKABLE]
+    if not groups:
+        raise InputError(
+            f"There is nothing to analyse: no prunable group of kind {' or '.join(MASKABLE)} with two units or more. "
+            "`secateur inspect` shows the groups, and why the others are protected."
+        )
+    found = []
+    for group in groups:
+        order = scores[group.name].argsort(stable=True).tolist()
+        for ratio in ratios:
+            goes = min(max(1, round(ratio * group.size)), group.size - 1)
+            found.append(Cut(group, ratio, tuple(sorted(order[goes:]))))
+    return found
+
+
+def measure_cuts(
+    model: nn.Module,
+    graph: DependencyGraph,
+    blocks: TokenBlocks | None,
+    chosen: Sequence[Cut],
+    *,
+    batch_size: int = 4,
+    autocast: torch.dtype | None = None,
+    cached: bool = True,
+    done: Sequence[Trial] = (),
+    keep: Callable[[list[Trial]], None] | None = None,
+) -> tuple[float, list[Trial]]:
+    """Loss and KL of every trial; the model is given back bit by bit as it was, also after an exception.
+
+    Memory beside the model, on the CPU: the dense model's probabilities, tokens x vocabulary in fp32 (0.8 GB for 4,096
+    tokens and a vocabulary of 49,152), and the hidden states of the trials of one layer.
+
+    Args:
+        blocks: calibration text; every token but the first of a window is predicted.
+        batch_size: windows per forward pass (of one trial or of several).
+        autocast: type to compute matrix products in, or None for the weights' own.
+        cached: run only what comes after the cut. Where the layers are no plain stack (``LayerStack.find``) every trial
+            runs the whole model, and that is said; False does so in any case, as the reference.
+        done: trials of an earlier, interrupted call, which are not made again.
+        keep: called with all trials so far whenever those of a layer are finished.
+
+    Returns:
+        The dense model's loss, and the trials in the order of ``chosen``.
+    """
+    blocks = calibration(blocks, "analyze")
+    finished = {(trial.group, trial.ratio): trial for trial in done}
+    stack = _stack(model, graph) if cached else None
+    with borrowed(model), Bar("analysing", _passes(chosen, stack)) as bar:
+        run = _Run(model, graph, blocks, batch_size, autocast, stack, bar)
+        for layer, together in _by_layer(chosen, stack):
+            waiting = [cut for cut in together if (cut.group.name, cut.ratio) not in finished]
+            bar.advance(_passes(together, stack) - _passes(waiting, stack))
+            if not waiting:
+                continue
+            for cut, (loss, kl) in zip(waiting, run.try_out(waiting, layer), strict=True):
+                finished[cut.group.name, cut.ratio] = cut.trial(loss, kl)
+            if keep is not None:
+                keep(list(finished.values()))
+    return run.reference.loss, [finished[cut.group.name, cut.ratio] for cut in chosen]
+
+
+def _stack(model: nn.Module, graph: DependencyGraph) -> LayerStack | None:
+    try:
+        return LayerStack.find(model, graph)
+    except ModelError as error:
+        say(f"{error} Every trial runs the whole model, which takes about twice as long.")
+        return None
+
+
+def _start(cut: Cut, stack: LayerStack | None) -> int:
+    """The layer from which on a cut changes anything."""
+    return (cut.group.layer or 0) if stack is not None and stack.inside(cut.group) else 0
+
+
+def _by_layer(chosen: Iterable[Cut], stack: LayerStack | None) -> Iterator[tuple[int, list[Cut]]]:
+    together: dict[int, list[Cut]] = {}
+    for cut in chosen:
+        together.setdefault(_start(cut, stack), []).append(cut)
+    yield from sorted(together.items())
+
+
+def _passes(chosen: Iterable[Cut], stack: LayerStack | None) -> int:
+    """How many layers must run for these trials, for the bar; whole passes where there is no stack."""
+    return sum(len(stack) - _start(cut, stack) if stack is not None else 1 for cut in chosen)
+
+
+class _Run:
+    """The text, the dense model's answer to it, and the hidden states at the input of the layer that is looked at."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: DependencyGraph,
+        blocks: TokenBlocks,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        stack: LayerStack | None,
+        bar: Bar,
+    ) -> None:
+        self.model, self.graph, self.ids, self.stack, self.bar = model, graph, blocks.ids, stack, bar
+        self.batch_size, self.autocast = batch_size, autocast
+        self.layer = 0
+        self.here: list[torch.Tensor] = []
+        self.reference = _Reference(
+            (ids, logits) for rows in self._batches() for ids, logits in [(self.ids[rows], self._whole(rows))]
+        )
+
+    def try_out(self, chosen: Sequence[Cut], layer: int) -> list[tuple[float, float]]:
+        """Loss and KL of trials that change nothing before ``layer``."""
+        totals = torch.zeros(len(chosen), 2, dtype=torch.float64)
+        for number, row, logits in self._answers(chosen, layer):
+            totals[number] += self.reference.compare(row, self.ids[row], logits)
+        return [(loss, kl) for loss, kl in (totals / self.reference.tokens).tolist()]
+
+    def _answers(self, chosen: Sequence[Cut], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(number of the trial, window, logits ``[window, vocabulary]``) for all trials and windows."""
+        stack = self.stack
+        if stack is None or not all(stack.inside(cut.group) for cut in chosen):
+            for number, cut in enumerate(chosen):
+                for rows in self._batches():
+                    with masked(self.model, self.graph, cut.plan):
+                        logits = self._whole(rows)
+                    yield from ((number, row, found) for row, found in zip(rows, logits, strict=True))
+                self.bar.advance(len(stack) if stack is not None else 1, note=cut.group.name)
+            return
+        self._go_to(layer, stack)
+        after = [self._after_the_cut(cut, stack) for cut in chosen]
+        pairs = [(number, row) for number in range(len(chosen)) for row in range(len(self.ids))]
+        done = 0
+        for start in range(0, len(pairs), self.batch_size):
+            some = pairs[start : start + self.batch_size]
+            states = torch.stack([after[number][row] for number, row in some])
+            with self._precision():
+                logits = stack.logits(self.ids[[row for _, row in some]], layer + 1, states)
+            yield from ((number, row, found) for (number, row), found in zip(some, logits, strict=True))
+            now = (start + len(some)) * (len(stack) - layer) // len(self.ids)
+            self.bar.advance(now - done, note=chosen[some[-1][0]].group.name)
+            done = now
+
+    def _go_to(self, layer: int, stack: LayerStack) -> None:
+        """Move the kept states on to the input of ``layer`` (they only move forwards)."""
+        if layer > self.layer:
+            self.here = self._moved(stack, layer)
+            self.layer = layer
+
+    def _after_the_cut(self, cut: Cut, stack: LayerStack) -> list[torch.Tensor]:
+        """Hidden states after the layer of the cut, which runs under its mask; one tensor a window."""
+        with masked(self.model, self.graph, cut.plan):
+            return self._moved(stack, self.layer + 1)
+
+    def _moved(self, stack: LayerStack, stop: int) -> list[torch.Tensor]:
+        moved: list[torch.Tensor] = []
+        for rows in self._batches():
+            states = torch.stack([self.here[row] for row in rows]) if self.layer > 0 else None
+            with self._precision():
+                out = stack.states(self.ids[rows], self.layer, states, stop)
+            moved += out.unbind()
+        return moved
+
+    def _whole(self, rows: list[int]) -> torch.Tensor:
+        with self._precision(), torch.no_grad():
+            ids = self.ids[rows].to(input_device(self.model))
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _batches(self) -> Iterator[list[int]]:
+        rows = list(range(len(self.ids)))
+        return (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
+
+    def _precision(self) -> torch.autocast:
+        # entered anew for every pass: autocast may keep copies of weights, which masks change
+        device = input_device(self.model).type
+        return torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+class _Reference:
+    """What the dense model predicts: its probabilities for every predicted token, their entropy, and its loss."""
+
+    def __init__(self, answers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """``answers``: windows ``[n, window]`` with their logits ``[n, window, vocabulary]``, in order."""
+        self._probabilities: list[torch.Tensor] = []
+        self._negentropy: list[float] = []
+        loss, self.tokens = 0.0, 0
+        for ids, logits in answers:
+            for row, found in zip(ids, logits, strict=True):
+                log_p = torch.cat(
+                    [part.float().log_softmax(-1).cpu() for part in found[:-1].split(_POSITIONS_PER_CHUNK)]
+                )
+                probabilities = log_p.exp()
+                self._negentropy.append(float((probabilities * log_p).sum(dtype=torch.float64)))
+                self._probabilities.append(probabilities)
+                loss -= float(log_p.gather(1, row[1:, None]).sum(dtype=torch.float64))
+                self.tokens += len(row) - 1
+        self.loss = loss / self.tokens
+
+    def compare(self, row: int, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Summed loss and KL(dense || these) of one window, float64 ``[2]``.
+
+        KL = sum p log p - sum p z + logsumexp z, with p of the dense model and z the logits ``[window, vocabulary]``.
+        """
+        loss, kl = 0.0, self._negentropy[row]
+        parts = (
+            tensor.split(_POSITIONS_PER_CHUNK) for tensor in (logits[:-1], self._probabilities[row], ids[1:, None])
+        )
+        for some, probabilities, targets in zip(*parts, strict=True):
+            z = some.float()
+            norm = z.logsumexp(-1, keepdim=True)
+            loss += float((norm - z.gather(1, targets.to(z.device))).sum(dtype=torch.float64))
+            kl += float((norm - (probabilities.to(z.device) * z).sum(-1, keepdim=True)).sum(dtype=torch.float64))
+        return torch.tensor([loss, kl], dtype=torch.float64)

@@ -1,0 +1,111 @@
+"""``secateur analyze`` end to end on a tiny model, and ``prune`` that obeys its file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import secateur
+from secateur import pipeline
+from secateur.cli import app
+from secateur.config import load_recipe
+from secateur.errors import InputError, PlanError
+from secateur.importance.analysis import Analysis
+from secateur.planning import Budget, restrict
+from secateur.testing.tiny import TINY
+from secateur.testing.tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = "the letter came late and nobody in the house had asked who wrote it".split()
+    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(60))
+    file = tmp_path / "letters.txt"
+    file.write_text("\n\n".join(paragraphs))
+    return file
+
+
+def _recipe(text: Path, *more: str) -> Any:
+    sizes = ("calibration.window=16", "calibration.tokens=128", "evaluation.precision=fp32")
+    return load_recipe(None, [f"calibration.text={text}", *sizes, *more])
+
+
+def test_the_command_writes_table_file_and_picture(text: Path, tmp_path: Path) -> None:
+    model = TINY["llama-gqa"]()
+    model.save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    words = ["analyze", str(tmp_path / "tiny"), "-o", str(tmp_path / "out"), "--text", str(text)]
+    result = CliRunner().invoke(app, [*words, "--window", "16", "--tokens", "128", "--set", "budget.protect_share=0.3"])
+    assert result.exit_code == 0, result.output
+    assert "layers.1.mlp" in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"analysis.json", "analysis.csv", "heatmap.png"}
+    analysis = Analysis.load(tmp_path / "out" / "analysis.json")
+    assert len(analysis.trials) == 2 * 4  # two ratios of two groups in each of two layers
+    rows = list(csv.DictReader((tmp_path / "out" / "analysis.csv").open()))
+    assert [float(row["kl"]) for row in rows] == pytest.approx([trial.kl for trial in analysis.trials], rel=1e-4)
+    assert (tmp_path / "out" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / ".out.secateur").exists()
+
+    file = tmp_path / "out" / "analysis.json"
+    recipe = load_recipe(
+        None, [f"budget.protect_from={file}", "budget.protect_share=0.8", "budget.floor=0", "recovery.steps=0"]
+    )
+    pruned = secateur.prune(TINY["llama-gqa"](), method="magnitude", ratio=0.03, recipe=recipe)
+    assert set(pruned.plan.kept) == set(analysis.deviations("kl")) - set(analysis.sensitive(0.8, "kl"))
+
+
+def test_interrupted_and_resumed_it_measures_the_same_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = TINY["llama-odd"](), _recipe(text)
+    whole = pipeline.analyze(model, tiny_tokenizer(), recipe=recipe)
+    measured: list[int] = []
+    try_out = pipeline.measure_cuts.__globals__["_Run"].try_out
+
+    def interrupted(self: Any, chosen: Any, layer: int) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(layer)
+        return try_out(self, chosen, layer)
+
+    monkeypatch.setattr("secateur.importance.knowledge._Run.try_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
+    assert measured == [0, 1]
+    with pytest.raises(InputError, match="--resume"):
+        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
+    with pytest.raises(InputError, match="another recipe"):
+        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, ratios=[0.3], output=tmp_path / "out", resume=True)
+    measured.clear()
+    again = pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", resume=True)
+    assert measured == [2]
+    assert [(t.group, t.ratio) for t in again.trials] == [(t.group, t.ratio) for t in whole.trials]
+    assert [t.kl for t in again.trials] == pytest.approx([t.kl for t in whole.trials], abs=1e-6)
+    assert Analysis.load(tmp_path / "out" / "analysis.json") == again
+
+
+def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) -> None:
+    model = TINY["llama-gqa"]()
+    with pytest.raises(InputError, match=r"Unknown criterion 'lora'.*taylor"):
+        pipeline.analyze(model, tiny_tokenizer(), recipe=_recipe(text), criterion="lora")
+    with pytest.raises(InputError, match="strictly between 0 and 1"):
+        pipeline.analyze(model, tiny_tokenizer(), recipe=_recipe(text), ratios=[1.0])
+    result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--ratios", "0.2,2"])
+    assert result.exit_code == 1
+    assert "--ratios 2" in result.stderr
+
+
+def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:
+    pipeline.analyze(TINY["llama-gqa"](), tiny_tokenizer(), recipe=_recipe(text), output=tmp_path / "out", ratios=[0.5])
+    budget = Budget(protect_from=tmp_path / "out" / "analysis.json", protect_share=0.5)
+    graph = restrict(secateur.trace(TINY["llama-gqa"]()), budget)
+    reasons = [group.protected for group in graph if group.protected and "most sensitive 50%" in group.protected]
+    assert len(reasons) == 2
+    with pytest.raises(PlanError, match="of another model"):
+        restrict(secateur.trace(TINY["llama-mha"]()), budget)
+    with pytest.raises(ValueError, match="protect_from"):
+        Budget(protect_from=tmp_path / "x.json", runs_on="vllm")
