@@ -17,7 +17,7 @@ from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
 from secateur.methods.lhspg import LHSPGCallback, Projection
 from secateur.planning import allocate, by_period
 from secateur.surgery import zero_units
-from secateur.training import attach_lora, merge_lora, train
+from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.types import Scores, Settings, removed_to_kept
 
 Removed = dict[str, list[int]]
@@ -36,7 +36,9 @@ class LoRAShearSettings(Settings):
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
     """ε of the half-space projection: bigger zeroes earlier; unused with ``decay``."""
-    saliency: dict[str, float] = Field(default={"taylor": 1.0}, min_length=1)
+    schedule: Schedule = "constant"
+    """Learning-rate schedule inside a period; recovery, which ends the training, has ``training.schedule``."""
+    saliency: dict[str, float] = Field(default={"fisher": 1.0}, min_length=1)
     """Criteria that rank the units anew in every period, with their weights."""
 
     @field_validator("saliency")
@@ -99,7 +101,7 @@ class LoRAShear:
         log = train(
             adapted,
             task.training_blocks.ids,
-            task.training,
+            task.training.model_copy(update={"schedule": self.settings.schedule}),
             steps=steps,
             seed=seed,
             description=description,

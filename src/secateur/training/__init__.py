@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from secateur.training.checkpoints import StatefulCallback
 from secateur.training.lora import LoraSettings, attach_lora, merge_lora
-from secateur.training.trainer import TrainingSettings, train
+from secateur.training.trainer import Schedule, TrainingSettings, train
 
-__all__ = ["LoraSettings", "StatefulCallback", "TrainingSettings", "attach_lora", "merge_lora", "train"]
+__all__ = ["LoraSettings", "Schedule", "StatefulCallback", "TrainingSettings", "attach_lora", "merge_lora", "train"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,6 +28,9 @@ from secateur.training.checkpoints import SaveStates, last_checkpoint
 from secateur.types import Settings
 
 
+Schedule = Literal["cosine", "linear", "constant"]
+
+
 class TrainingSettings(Settings):
     """How LoRA is trained, while pruning and while recovering."""
 
@@ -39,7 +42,7 @@ class TrainingSettings(Settings):
     """Windows per forward pass, a divisor of the batch size or more than it; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser of A and B."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Learning-rate schedule after the warm-up."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Fraction of the steps in which the learning rate rises."""
@@ -74,14 +77,17 @@ _SCHEDULES = {
 class _Blocks(Dataset[dict[str, torch.Tensor]]):
     """Token blocks as the Trainer wants them: the labels are the ids themselves."""
 
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
+    def __init__(self, ids: torch.Tensor, order: Callable[[int], int] | None, positions: int) -> None:
+        """With an ``order``, item i is what it says is read at position i, for so many positions."""
+        self.ids, self.order = ids, order
+        self.length = len(ids) if order is None else positions
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+        row = index if self.order is None else self.order(index)
+        return {"input_ids": self.ids[row], "labels": self.ids[row]}
 
 
 class _Clip(TrainerCallback):
@@ -124,16 +130,23 @@ def train(
     seed: int,
     description: str,
     callbacks: Sequence[TrainerCallback] = (),
+    order: Callable[[int], int] | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
 
-    Blocks are shuffled by ``seed`` and used again when they run out. Returns the Trainer's log: step, loss, learning
-    rate and gradient norm (before clipping), about twenty entries a run. The model is left in eval mode.
+    Without an ``order``, blocks are shuffled by ``seed`` and used again when they run out. Returns the Trainer's log:
+    step, loss, learning rate and gradient norm (before clipping), about twenty entries a run. The model is left in
+    eval mode.
 
     Args:
         callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
             unscaled and unclipped; those that are ``StatefulCallback`` are part of each checkpoint.
+        order: which block is read at position 0, 1, 2 …; it is asked in this order, up to a micro-batch ahead of what
+            is trained on.
+        loss: mean loss of a micro-batch from its logits ``[n, window, vocabulary]`` and ids ``[n, window]``, instead
+            of the model's own cross-entropy.
         checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps. Training goes on from
             the last complete one that is there; the folder is removed at the end. None keeps nothing.
     """
@@ -165,6 +178,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
             seed=seed,
+            train_sampling_strategy="random" if order is None else "sequential",
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
@@ -173,7 +187,8 @@ def train(
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=_Blocks(ids),
+            train_dataset=_Blocks(ids, order, steps * settings.batch_size),
+            compute_loss_func=None if loss is None else _loss(loss, settings.batch_size // micro),
             callbacks=[*callbacks, *clip, states, _Progress(bar)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -186,6 +201,15 @@ def train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulated: int) -> Callable[..., Any]:
+    """As the Trainer calls it; what it does not scale by itself is the mean over the micro-batches of a step."""
+
+    def scaled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return loss(outputs["logits"], labels) / accumulated
+
+    return scaled
 
 
 @contextmanager
