@@ -23,9 +23,9 @@ class Budget(Settings):
     ratio: float = 0.2
     """Fraction of all parameters to remove, strictly between 0 and 1."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
-    """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV heads
-    with their query heads; ``expert``: routed experts; ``layer``: whole decoder layers; ``hidden``: the width of the
-    residual stream; ``vocab``: tokens (only without a tokenizer); ``state``: heads or channels of state-space layers."""
+    """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV
+    heads with their query heads; ``expert``: routed experts; ``layer``: whole decoder layers; ``hidden``: width of the
+    residual stream; ``vocab``: tokens (only without a tokenizer); ``state``: units of state-space layers."""
     floor: float = Field(default=0.8, ge=0, le=1)
     """Every group keeps at least this fraction of what an even cut to the same ratio would leave it, and at least one
     unit; 0 lets ranking empty a group down to one unit, 1 makes the cut even."""

@@ -5,10 +5,13 @@ Source: trials of pruned checkpoints against transformers 5.23 and llama.cpp, an
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from secateur.surgery.attributes import GROUPED_MULTIPLE
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
 RunsOn = Literal["transformers", "everywhere", "vllm", "llama.cpp"]
@@ -56,9 +59,11 @@ def needs_equal_widths(runs_on: RunsOn) -> bool:
 def refusal(group: NodeGroup, model_type: str, runs_on: RunsOn) -> str | None:
     """Why the runtime cannot open this model once ``group`` is cut, or None when it can."""
     runtime = RUNTIMES.get(runs_on)
-    if runtime is None or group.kind != "attention" or model_type in runtime.heads:
+    if runtime is None or group.kind not in ("attention", "hidden", "state") or model_type in runtime.heads:
         return None
     where = "vllm and llama.cpp" if runs_on == "everywhere" else runs_on
+    if group.kind != "attention":  # another hidden width leaves heads that do not add up to it
+        return f"{model_type} with another number of {group.kind} units is not known to open in {where}"
     if runs_on != "everywhere" and model_type not in runtime.fixed_heads:
         return f"{model_type} with other head counts is not known to open in {where}"
     return f"{model_type} with other head counts does not open in {where}"
@@ -69,10 +74,18 @@ def legal_counts(
 ) -> Sequence[int]:
     """The numbers of units that ``group`` may keep, ascending; its full size is always the last.
 
-    Both the multiples of ``round_to`` and the rules of the runtime hold.
+    The multiples of ``round_to`` and the rules of the runtime hold, what the group itself demands (``least``, ``runs``,
+    ``fixed``), and, for the width of stacked experts, what the kernels can read.
     """
     size, multiple = group.size, round_to.get(group.kind, 1)
-    counts: Sequence[int] = range(multiple, size + 1, multiple)
+    multiple = math.lcm(multiple, group.runs)
+    length = size // group.runs
+    most_fixed = max(Counter(unit // length for unit, _ in group.fixed).values(), default=0)
+    least = max(group.least, most_fixed * group.runs, 1)
+    counts: Sequence[int] = range(-(-least // multiple) * multiple, size + 1, multiple)
+    if _stacked(group, graph):
+        step = ffn_step(size, GROUPED_MULTIPLE)
+        counts = [count for count in counts if count % step == 0]
     runtime = RUNTIMES.get(runs_on)
     if runtime is not None and group.kind == "ffn":
         step = ffn_step(size, runtime.ffn_multiple)
@@ -81,6 +94,15 @@ def legal_counts(
         hidden, queries = _hidden_width(group, graph), _queries_per_unit(group)
         counts = [count for count in counts if hidden % (count * queries) == 0]
     return counts if size in counts else [*counts, size]
+
+
+def _stacked(group: NodeGroup, graph: DependencyGraph) -> bool:
+    """Whether the units are rows or columns of the matrices of stacked experts ``[experts, rows, columns]``.
+
+    transformers runs these by ``torch.nn.functional.grouped_mm``, which takes rows of a multiple of 16 bytes (8 numbers
+    in half precision) only. With other widths a model still runs, expert after expert, but slowly.
+    """
+    return any(len(graph.shapes.get(member.parameter, ())) == 3 and member.axis > 0 for member in group.members)
 
 
 def ffn_step(size: int, multiple: int) -> int:

@@ -19,9 +19,10 @@ class Stack:
 
     group: NodeGroup
     order: torch.Tensor
-    """``[left]``, unit indices by ascending score, ties by index."""
+    """``[left]``, unit indices by ascending score, ties by index; with several runs the lowest of each run first, then
+    the second lowest of each; units that must stay come last."""
     scores: torch.Tensor
-    """``[left]``, float64, ascending, comparable between groups."""
+    """``[left]``, float64, in that order, comparable between groups."""
     parameters: int
     """Parameters that go with one unit while everything else is whole."""
 
@@ -46,6 +47,10 @@ class Stack:
     def lowest(self, kept: int) -> list[int]:
         """The units that go when ``kept`` stay."""
         return self.order[: self.left - kept].tolist()
+
+    def highest(self, kept: int) -> list[int]:
+        """The units that stay when there are ``kept``."""
+        return self.order[self.left - kept :].tolist()
 
 
 def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise, of_loss: bool = False) -> torch.Tensor:
@@ -74,30 +79,41 @@ def build_stack(
     gone[torch.tensor(list(removed), dtype=torch.long)] = True
     left = (~gone).nonzero().flatten()
     cost = graph.unit_cost(group)
-    values, index = comparable(scores[group.name][left], cost, normalise, scores.of_loss).sort(stable=True)
-    return Stack(group, left[index], values, cost)
+    values = comparable(scores[group.name][left], cost, normalise, scores.of_loss)
+    index = values.argsort(stable=True)
+    if group.fixed:
+        stays = torch.isin(left[index], torch.tensor([unit for unit, _ in group.fixed]))
+        index = torch.cat([index[~stays], index[stays]])
+    if group.runs > 1:
+        run = left[index] // (group.size // group.runs)
+        index = torch.stack([index[run == number] for number in range(group.runs)], dim=1).flatten()
+    return Stack(group, left[index], values[index], cost)
 
 
 class Count:
     """Exact numbers of parameters of the model for given numbers of kept units (groups may share a parameter)."""
 
-    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int]) -> None:
-        """``kept`` holds the groups that have already lost units."""
+    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int], stacks: Iterable[Stack] = ()) -> None:
+        """``kept`` holds the groups that have already lost units; ``stacks`` say which units of a group go first, where
+        that matters because units are modules of different sizes."""
         self.graph = graph
+        self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
         self.fixed = dict(kept)
         self.total = graph.parameter_count()
 
     def __call__(self, kept: Mapping[str, int]) -> int:
         """Parameters when ``kept`` units of each named group stay, and the others as they are now."""
-        return self.graph.parameter_count(_ranges({**self.fixed, **kept}))
+        return self.graph.parameter_count(self._units({**self.fixed, **kept}))
 
     def step(self, kept: Mapping[str, int], group: NodeGroup, to: int) -> int:
         """Parameters that go when ``group`` goes down to ``to`` units and the others keep ``kept``."""
-        before = _ranges({**self.fixed, **kept})
-        after = {**before, group.name: range(to)}
-        names = {member.parameter for member in group.members if member.parameter in self.graph.shapes}
+        before = self._units({**self.fixed, **kept})
+        after = {**before, **self._units({group.name: to})}
+        names = self.graph.parameters_of(group)
         return sum(self.graph.numel(name, before) - self.graph.numel(name, after) for name in names)
 
-
-def _ranges(kept: Mapping[str, int]) -> dict[str, Sequence[int]]:
-    return {name: range(count) for name, count in kept.items()}
+    def _units(self, kept: Mapping[str, int]) -> dict[str, Sequence[int]]:
+        return {
+            name: self._modules[name].highest(count) if name in self._modules else range(count)
+            for name, count in kept.items()
+        }
