@@ -34,7 +34,7 @@ class TextSettings(Settings):
     """Source names (see `secateur data`), files (.txt, .jsonl, .parquet), or hub datasets as id:config:split."""
     window: int = Field(default=512, ge=2)
     """Tokens per block."""
-    tokens: int = Field(default=4_096, ge=2)
+    tokens: int = Field(default=16_384, ge=2)
     """Tokens in all, in whole windows; or what the text has, where that is less but at least 8 windows."""
     weights: dict[str, float] | None = None
     """Share of each source in ``text``. Left out, all get the same, and what a small source cannot fill goes to the
