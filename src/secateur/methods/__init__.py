@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from secateur.methods.base import Decision, Method, PruningTask
 from secateur.methods.fisher import Fisher
+from secateur.methods.flap import FLAP
+from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.random import Random
+from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.taylor import Taylor
 from secateur.methods.wanda import Wanda
 
@@ -19,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "taylor": Taylor,
     "fisher": Fisher,
+    "llm-pruner": LLMPruner,
+    "flap": FLAP,
+    "shortgpt": ShortGPT,
 }
 """Every method by name."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import TokenBlocks
@@ -52,6 +53,8 @@ class Decision:
     """Group name → units that go, ascending."""
     scores: Scores | None = None
     """The last scores, for the record."""
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Path of a linear → ``[outputs]``, to be added to its bias when the units are cut (``surgery.add_biases``)."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Whatever else is worth keeping, JSON-able."""
 

@@ -1,0 +1,131 @@
+"""The four criteria of LLM-Pruner (arXiv 2305.11627, section 3.2), and how it adds up what belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from secateur.importance.base import Needs, borrowed, calibration, input_device, mean_loss_backward, unscorable
+from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows
+from secateur.progress import track
+from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+
+if TYPE_CHECKING:
+    from secateur.data import TokenBlocks
+
+Form = Literal["vector", "first", "second", "mixed"]
+Aggregate = Literal["sum", "product", "max", "last"]
+
+
+def salience(weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor | None, form: Form) -> torch.Tensor:
+    """What each element contributes, before it is summed; fp32, of the weight's shape.
+
+    ``vector``: w g, whose sign is kept until a row is summed; ``first`` (Element¹): |w g|; ``second`` (Element²): w² q;
+    ``mixed``: |w g − ½ w² q|.
+
+    Args:
+        gradient: g, of the mean loss over all samples.
+        squares: q, the mean over samples of their squared gradients (the diagonal of the Fisher matrix, which stands
+            for the Hessian); None where the form does not need it.
+    """
+    w = weight.float()
+    if form == "vector":
+        return w * gradient.float()
+    if form == "first":
+        return (w * gradient.float()).abs()
+    assert squares is not None
+    curvature = w.square() * squares.float()
+    return curvature if form == "second" else (w * gradient.float() - 0.5 * curvature).abs()
+
+
+def aggregate(scores: Sequence[torch.Tensor], consumers: Sequence[torch.Tensor], how: Aggregate) -> torch.Tensor:
+    """One score per unit from those of its members, each ``[units]``; ``last`` looks at the consuming ones alone."""
+    stacked = torch.stack(list(consumers if how == "last" else scores))
+    if how == "product":
+        return stacked.prod(0)
+    return stacked.max(0).values if how == "max" else stacked.sum(0)
+
+
+@dataclass(frozen=True)
+class LLMPruner:
+    """Gradients times weights in four forms; a score for each row (or column), summed over the rows of a unit.
+
+    L is the mean next-token loss. ``second`` and ``mixed`` run one block at a time, so that every sample has a gradient
+    of its own. Memory: one gradient for each weight that a prunable group lives on, and for these two forms two more
+    copies of them (the sum of gradients, and of their squares).
+    """
+
+    form: Form = "first"
+    members: Aggregate = "sum"
+    batch_size: int = 4
+    name: str = "llm-pruner"
+    needs: Needs = "gradients"
+
+    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+        """See ``Criterion.score``."""
+        blocks = calibration(blocks, self.name)
+        if not graph.prunable:
+            return Scores({})
+        parameters = dict(model.named_parameters())
+        wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
+        for name in wanted:
+            if not parameters[name].is_floating_point():
+                group = graph.of_parameter(name)[0][0]
+                raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
+        with borrowed(model, wanted) as trained:
+            squares: dict[str, torch.Tensor] = {}
+            if self.form in ("second", "mixed"):
+                squares = _gradients_and_squares(model, blocks, trained)
+            else:
+                mean_loss_backward(model, blocks, self.batch_size)
+            found = {group.name: self._unit_scores(model, group, trained, squares) for group in graph.prunable}
+            return Scores(found, of_loss=self.members == "sum")
+
+    def _unit_scores(
+        self, model: nn.Module, group: NodeGroup, trained: dict[str, nn.Parameter], squares: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        scores, consumers = [], []
+        for member in base_members(group, trained):
+            gradient = trained[member.parameter].grad
+            if gradient is None:  # no token reached it (an expert that was never chosen): it changes nothing
+                continue
+            weight = effective_weight(model, member.parameter)
+            rows = self._rows(salience(weight, gradient, squares.get(member.parameter), self.form), member)
+            scores.append(sum_rows(rows, member, group.size).cpu())
+            if member.role == "in":
+                consumers.append(scores[-1])
+        if not scores or (self.members == "last" and not consumers):
+            raise unscorable(group, self.name, "none of its weights has a gradient")
+        return aggregate(scores, consumers, self.members)
+
+    def _rows(self, elements: torch.Tensor, member: Member) -> torch.Tensor:
+        """``[rows]``: absolute values are taken of elements, or, in the vector form, of whole rows."""
+        axes = other_axes(elements, member.axis)
+        rows = elements.sum(dim=axes) if axes else elements
+        return rows.abs()
+
+
+def _gradients_and_squares(
+    model: nn.Module, blocks: TokenBlocks, trained: dict[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Leave the gradient of the mean loss in ``.grad``, and return the mean of the blocks' squared gradients."""
+    sums: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    with torch.enable_grad():
+        for ids in track(blocks.batches(1), "gradients", len(blocks)):
+            ids = ids.to(input_device(model))
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            for name, parameter in trained.items():
+                gradient = parameter.grad
+                if gradient is not None:
+                    part = gradient.float() / len(blocks)
+                    squares[name] = squares.get(name, torch.zeros_like(part)).addcmul_(gradient.float(), part)
+                    sums[name] = sums.get(name, torch.zeros_like(part)).add_(part)
+                    parameter.grad = None
+    for name, total in sums.items():
+        trained[name].grad = total.to(trained[name].dtype)
+    return squares

@@ -1,0 +1,57 @@
+"""FLAP (arXiv 2312.11983): fluctuation-based adaptive structured pruning, with bias compensation; no training."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from secateur.errors import InputError
+from secateur.importance.flap import Fluctuation, compensation
+from secateur.methods.base import Decision, MethodNeeds, PruningTask
+from secateur.planning import allocate, restrict
+from secateur.planning.shapes import needs_equal_widths
+from secateur.precision import autocast
+from secateur.types import Settings
+
+
+class FLAPSettings(Settings):
+    """How the calibration text is run through the model, and whether the mean of what goes is kept as a bias."""
+
+    compensate: bool = True
+    """Add what the removed channels contribute on average to the bias of the linear that consumed them; the linear gets
+    a bias if it has none, so that the folder needs its modelling file."""
+    batch_size: int = Field(default=4, ge=1)
+    """Windows in one forward pass; changes memory, not the result."""
+
+
+class FLAP:
+    """Channels whose input hardly fluctuates go, and a bias stands for their mean."""
+
+    name: ClassVar[str] = "flap"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
+    summary: ClassVar[str] = "one shot: how much a channel fluctuates around its mean, which a bias replaces"
+    needs: ClassVar[MethodNeeds] = "text"
+    Settings: ClassVar[type[Settings]] = FLAPSettings
+
+    def __init__(self, settings: FLAPSettings | None = None) -> None:
+        self.settings = settings or FLAPSettings()
+
+    def run(self, task: PruningTask) -> Decision:
+        """See ``Method.run``."""
+        if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
+            raise InputError(
+                f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
+                "method.compensate=false, or budget.runs_on=transformers."
+            )
+        criterion = Fluctuation(self.settings.batch_size)
+        graph = restrict(task.graph, task.budget)
+        with autocast(task.training.precision, task.model.device):
+            moments = criterion.measure(task.model, graph, task.calibration)
+        scores = criterion.from_moments(task.model, graph, moments)
+        budget = task.budget
+        if budget.normalise == "auto":  # z-scores are on one scale already (FLAP's "AL-AM")
+            budget = budget.model_copy(update={"normalise": "none"})
+        removed = allocate(task.graph, scores, budget)
+        biases = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
+        return Decision(removed, scores, biases=biases)

@@ -1,0 +1,55 @@
+"""LLM-Pruner (arXiv 2305.11627): gradient-based structured pruning in one shot, or in a few rounds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from secateur.importance.llm_pruner import Aggregate, Form
+from secateur.importance.llm_pruner import LLMPruner as Criterion
+from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
+from secateur.planning import allocate, by_period
+from secateur.surgery import masked
+from secateur.types import Scores, Settings, removed_to_kept
+
+
+class LLMPrunerSettings(Settings):
+    """The paper's choices; which layers stay whole, and whether units compete across layers, is the budget's."""
+
+    form: Form = "first"
+    """``vector``; ``first``: Element¹, the default of the code; ``second``: Element², squared gradients of single
+    samples for the Hessian; ``mixed``: both orders."""
+    members: Aggregate = "sum"
+    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: those that consume it."""
+    rounds: int = Field(default=1, ge=1)
+    """In how many equal rounds the units go, scored anew in each (``iterative_steps`` of the code)."""
+    batch_size: int = Field(default=4, ge=1)
+    """Windows in one backward pass (``second`` and ``mixed`` take one); changes memory, not the result."""
+
+
+class LLMPruner:
+    """Weights times gradients, in the four forms of the paper."""
+
+    name: ClassVar[str] = "llm-pruner"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2305.11627"
+    summary: ClassVar[str] = "one shot: weights times gradients, first and second order, by vector or by element"
+    needs: ClassVar[MethodNeeds] = "text"
+    Settings: ClassVar[type[Settings]] = LLMPrunerSettings
+
+    def __init__(self, settings: LLMPrunerSettings | None = None) -> None:
+        self.settings = settings or LLMPrunerSettings()
+
+    def run(self, task: PruningTask) -> Decision:
+        """See ``Method.run``."""
+        settings = self.settings
+        criterion = Criterion(settings.form, settings.members, settings.batch_size)
+        removed: dict[str, list[int]] = {}
+        scores: Scores | None = None
+        for index in range(settings.rounds):
+            with masked(task.model, task.graph, removed_to_kept(task.graph, removed)):
+                scores = score(task, criterion, task.seed)
+            last = index == settings.rounds - 1
+            ratio = None if last else by_period(index, settings.rounds) * task.budget.ratio
+            removed = allocate(task.graph, scores, task.budget, removed, ratio=ratio)
+        return Decision(removed, scores)

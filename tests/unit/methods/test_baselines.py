@@ -1,0 +1,184 @@
+"""LLM-Pruner, FLAP and ShortGPT: the contract, and agreement with their formulas computed slowly and plainly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.errors import InputError, ModelError
+from secateur.graph import trace
+from secateur.importance.block_influence import BlockInfluence
+from secateur.importance.flap import Fluctuation, compensation
+from secateur.importance.llm_pruner import LLMPruner as Criterion
+from secateur.methods.flap import FLAP
+from secateur.methods.llm_pruner import LLMPruner, LLMPrunerSettings
+from secateur.methods.shortgpt import ShortGPT
+from secateur.surgery import slice_model
+from secateur.surgery.bias import add_biases
+from secateur.testing.method_contract import MethodContract, noise
+from secateur.testing.tiny import build
+from secateur.types import DependencyGraph, removed_to_kept
+
+
+class TestLLMPruner(MethodContract):
+    method = LLMPruner
+
+
+class TestLLMPrunerInRounds(MethodContract):
+    method = LLMPruner
+    settings = LLMPrunerSettings(form="mixed", members="max", rounds=3)
+
+
+class TestFLAP(MethodContract):
+    method = FLAP
+
+
+def plain_gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    loss = model(input_ids=ids, labels=ids).loss
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
+
+
+@pytest.mark.parametrize("form", ["vector", "first", "second", "mixed"])
+@pytest.mark.parametrize("members", ["sum", "product", "max", "last"])
+def test_llm_pruner_agrees_with_plain_loops(form: Any, members: Any) -> None:
+    model, blocks = build("llama-gqa"), noise(4, 1)
+    graph = trace(model)
+    scores = Criterion(form, members, batch_size=3).score(model, graph, blocks, seed=0)
+    mean = plain_gradients(model, blocks.ids)
+    single = [plain_gradients(model, block[None]) for block in blocks.ids]
+    parameters = dict(model.named_parameters())
+    for group in graph.prunable:
+        for unit in range(group.size):
+            parts, consuming = [], []
+            for member in group.members:
+                w, g = parameters[member.parameter].detach(), mean[member.parameter]
+                q = torch.stack([gradients[member.parameter] ** 2 for gradients in single]).mean(0)
+                part = 0.0
+                for row in member.rows([unit]).flatten().tolist():
+                    a, b, c = (tensor.select(member.axis, row) for tensor in (w, g, q))
+                    if form == "vector":
+                        part += abs(float((a * b).sum()))
+                    elif form == "first":
+                        part += float((a * b).abs().sum())
+                    elif form == "second":
+                        part += float((a * a * c).sum())
+                    else:
+                        part += float((a * b - 0.5 * a * a * c).abs().sum())
+                parts.append(part)
+                if member.role == "in":
+                    consuming.append(part)
+            expected = {"sum": sum(parts), "max": max(parts), "last": sum(consuming)}
+            product = torch.tensor(parts, dtype=torch.float64).prod()
+            value = float(scores[group.name][unit])
+            assert value == pytest.approx(float(expected.get(members, product)), rel=2e-3, abs=1e-12)
+
+
+def inputs_of(model: Any, path: str, ids: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    return seen[0].flatten(0, -2)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_flap_agrees_with_its_formula(family: str) -> None:
+    model, blocks = build(family), noise(6, 1)
+    graph = trace(model)
+    scores = Fluctuation(batch_size=4).score(model, graph, blocks, seed=0)
+    for group in graph.prunable:
+        [member] = [member for member in group.members if member.role == "in"]
+        path = member.parameter.rpartition(".")[0]
+        x, w = inputs_of(model, path, blocks.ids), model.get_parameter(member.parameter).detach()
+        w = w if member.axis == 1 else w.T
+        channels = torch.stack([x[:, j].var() * (w[:, j] ** 2).sum() for j in range(w.shape[1])])
+        channels = (channels - channels.mean()) / channels.std()
+        expected = channels[member.rows(range(group.size))].mean(1)
+        torch.testing.assert_close(scores[group.name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "gpt2"])
+def test_the_bias_makes_up_for_the_mean_of_what_goes(family: str) -> None:
+    """At constant input the pruned and compensated linear gives what the dense one gave."""
+    model, blocks = build(family), noise(6, 1)
+    graph = trace(model)
+    moments = Fluctuation().measure(model, graph, blocks)
+    group = next(group for group in graph.prunable if group.kind == "ffn")
+    removed = {group.name: list(range(0, group.size, 2))}
+    [member] = [member for member in group.members if member.role == "in"]
+    path = member.parameter.rpartition(".")[0]
+    mean = inputs_of(model, path, blocks.ids).mean(0)
+    torch.testing.assert_close(moments[member.parameter].mean, mean, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        dense = model.get_submodule(path)(mean)
+        biases = compensation(model, graph, moments, removed)
+        slice_model(model, graph, removed_to_kept(graph, removed))
+        add_biases(model, biases)
+        small = model.get_submodule(path)(mean[1::2])
+    torch.testing.assert_close(small, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_are_wanted_only_where_they_fit() -> None:
+    model = build("llama-gqa")
+    with pytest.raises(ModelError, match="no linear"):
+        add_biases(model, {"model.layers.0.mlp.down_proj": torch.zeros(3)})
+    assert model.model.layers[0].mlp.down_proj.bias is None
+    add_biases(model, {"model.layers.0.mlp.down_proj": torch.ones(48)})
+    assert (model.model.layers[1].mlp.down_proj.bias == 0).all()
+    assert model.model.layers[1].mlp.up_proj.bias is None
+
+
+def test_flap_refuses_runtimes_that_read_no_bias() -> None:
+    task = TestFLAP().task(0.2, runs_on="vllm")
+    with pytest.raises(InputError, match="compensate"):
+        FLAP().run(task)
+
+
+def layers_of(graph: DependencyGraph) -> DependencyGraph:
+    return graph.opened(["layer"])
+
+
+def test_block_influence_agrees_with_its_formula() -> None:
+    model, blocks = build("llama-odd"), noise(6, 1)
+    graph = layers_of(trace(model))
+    for group in graph.prunable:
+        if group.kind != "layer":
+            graph = DependencyGraph(graph.model_type, (graph["layers"],), graph.shapes)
+    scores = BlockInfluence(batch_size=4).score(model, graph, blocks, seed=0)["layers"]
+    states: list[torch.Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in model.model.layers]
+    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
+    with torch.no_grad():
+        model(input_ids=blocks.ids)
+    for hook in hooks:
+        hook.remove()
+    for layer in range(3):
+        x, y = states[layer].flatten(0, 1), states[layer + 1].flatten(0, 1)
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(x, y, strict=True)]
+        assert float(scores[layer]) == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-4)
+
+
+def test_shortgpt_removes_the_layer_of_least_influence() -> None:
+    class Case(MethodContract):
+        method = ShortGPT
+        family = "llama-odd"
+
+    task = Case().task(0.25, kinds=("layer",))
+    decision = ShortGPT().run(task)
+    assert decision.scores is not None
+    assert decision.removed == {"layers": [int(decision.scores["layers"].argmin())]}
+    with pytest.raises(InputError, match=r"budget\.kinds"):
+        ShortGPT().run(Case().task(0.25))
+    with pytest.raises(ModelError, match="whole layers"):
+        BlockInfluence().score(task.model, task.graph, task.calibration, seed=0)
+
+
+def test_a_mask_is_off_again_between_rounds() -> None:
+    task = TestLLMPrunerInRounds().task(0.3)
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    LLMPruner(LLMPrunerSettings(rounds=2)).run(task)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
