@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,7 +44,7 @@ from secateur.planning import allocate, describe, make_plan, restrict, versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
 from secateur.recovery import recover
-from secateur.surgery import masked, protect_failing, slice_model
+from secateur.surgery import add_biases, masked, protect_failing, slice_model
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
 
@@ -62,6 +63,8 @@ class Result:
     dense: Architecture | None = None
     """Class and config from before the cut; the model itself has those of the small one now."""
     scores: Scores | None = None
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the method adds to the biases of linears when the units are cut."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """JSON-able numbers: ``dense``, ``baseline``, ``pruned``, ``recovered``, ``speed``, ``seconds`` …"""
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -284,15 +287,18 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
         result.plan = PruningPlan.model_validate(work.read_json("plan.json"))
         result.plan.check(result.graph)
         result.scores = Scores(work.read_tensors("scores.safetensors")) if work.has("scores.safetensors") else None
+        result.biases = work.read_tensors("biases.safetensors") if work.has("biases.safetensors") else {}
         if method.needs == "training":
             work.read_weights("decided.safetensors", result.model)
         return
     decision = method.run(_task(result, texts, work))
     result.plan = _plan(result.graph, recipe, decision.removed)
-    result.scores = decision.scores
+    result.scores, result.biases = decision.scores, decision.biases
     result.metrics["method"] = decision.metrics
     if result.scores is not None:
         work.write_tensors("scores.safetensors", dict(result.scores.values))
+    if result.biases:
+        work.write_tensors("biases.safetensors", result.biases)
     if method.needs == "training":
         work.write_weights("decided.safetensors", result.model)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
@@ -302,6 +308,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
 def cut(result: Result) -> None:
     """Apply the plan: from here on the shapes, and the model's own config, are the small ones."""
     slice_model(result.model, result.graph, result.plan.kept)
+    add_biases(result.model, result.biases)
     try:
         result.dense = adopt_config(result.model, result.graph, result.plan.kept)
     except ModelError as error:  # it computes all the same; only a folder needs a config

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from secateur.errors import InputError, ModelError, VerificationError
 from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
-from secateur.export.uneven import uneven_config
+from secateur.export.uneven import added_biases, uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
 from secateur.loading import quiet_transformers
 from secateur.progress import say
@@ -111,6 +111,9 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     before = _on_meta(before_class, model.config)
     config = uneven_config(family, sizes, before)
     built = _shapes(pruned_class(family), config)
+    if biases := added_biases(config, shapes.keys() - built.keys()):
+        config.pruned_layers["biases"] = biases
+        built = _shapes(pruned_class(family), config)
     wrong = sorted(name for name in shapes.keys() | built.keys() if shapes.get(name) != built.get(name))
     if wrong:
         raise ModelError(

@@ -7,6 +7,8 @@ Sizes of layers go to transformers' own ``per_layer_config``; ``pruned_layers`` 
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
@@ -56,6 +58,12 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
         per_layer[layer] = {names[name]: size for name, size in own.items()}
     config.per_layer_config = per_layer
     return config
+
+
+def added_biases(config: PreTrainedConfig, unknown: Iterable[str]) -> list[str]:
+    """Linears of a layer whose biases are among the parameters that ``config`` does not give, as paths in the layer."""
+    inside = re.compile(rf"{re.escape(config.pruned_layers['path'])}\.\d+\.(.+)\.bias")
+    return sorted({match[1] for name in unknown if (match := inside.fullmatch(name))})
 
 
 def _writable(config: PreTrainedConfig, name: str) -> str:

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 from secateur.errors import InputError, ModelError
 from secateur.importance.adapters import Options, check_scorable, scores_from_adapter_gradients
 from secateur.planning import Budget, allocate
-from secateur.surgery.input_masks import InputMasks
+from secateur.surgery import InputMasks
 from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, Scores
 

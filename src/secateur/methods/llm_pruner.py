@@ -21,7 +21,7 @@ class LLMPrunerSettings(Settings):
     """``vector``; ``first``: Element¹, the default of the code; ``second``: Element², squared gradients of single
     samples for the Hessian; ``mixed``: both orders."""
     members: Aggregate = "sum"
-    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: those that consume it."""
+    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: what consumes it."""
     rounds: int = Field(default=1, ge=1)
     """In how many equal rounds the units go, scored anew in each (``iterative_steps`` of the code)."""
     batch_size: int = Field(default=4, ge=1)

@@ -1,7 +1,19 @@
 """The only room that changes shapes; masking, which computes the same without changing any."""
 
+from secateur.surgery.bias import add_biases
+from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, zero_units
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.verify import Check, protect_failing, verify
 
-__all__ = ["Check", "masked", "protect_failing", "sharing_copy", "slice_model", "verify", "zero_units"]
+__all__ = [
+    "Check",
+    "InputMasks",
+    "add_biases",
+    "masked",
+    "protect_failing",
+    "sharing_copy",
+    "slice_model",
+    "verify",
+    "zero_units",
+]

@@ -18,7 +18,8 @@ class PrunedLayers:
     ``per_layer_config`` holds the sizes of each layer; what it does not name has the global size, from before pruning.
     ``pruned_layers`` says where the layers are (``path``) and what in a layer follows which size (``follows``):
     ``"mlp.down_proj.weight:1": 1`` is axis 1 of that weight, which is 1 shorter for each unit that the layer lacks;
-    a name without an axis is a number that a module, or the config of a module, keeps about itself.
+    a name without an axis is a number that a module, or the config of a module, keeps about itself. ``biases`` names
+    linears of a layer that have a bias here and none in the family.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -33,6 +34,9 @@ class PrunedLayers:
                 lacking = getattr(whole, size) - getattr(own, size)
                 for follower, per_unit in followers.items() if lacking else ():
                     self._shrink(layer, follower, lacking * per_unit)
+            for path in config.pruned_layers.get("biases", ()):
+                linear = layer.get_submodule(path)
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
         for module in self.modules():  # type: ignore[attr-defined]
             if "Rotary" in type(module).__name__:
                 module.config = whole  # It serves all layers, and needs no more than the width of a head.
