@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
-from secateur.data import Split, TextSettings
+from secateur.data import Purpose, TextSettings
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
@@ -98,15 +98,18 @@ class Recipe(Settings):
         return self.evaluation.baseline if METHODS[self.method.name].needs == "training" else None
 
     @property
-    def texts(self) -> dict[Split, TextSettings]:
-        """The sections of text that a run reads; their names are those of the splits."""
+    def texts(self) -> dict[Purpose, TextSettings]:
+        """The text that a run reads, by what it is for."""
         method = METHODS[self.method.name]
-        used: dict[Split, TextSettings] = {"evaluation": self.evaluation}
+        used: dict[Purpose, TextSettings] = {"evaluation": self.evaluation}
         baseline = METHODS[self.baseline] if self.baseline else method
-        if (method.needs, baseline.needs) != ("nothing", "nothing"):
+        if (method.needs, baseline.needs) != ("nothing", "nothing") or self.recovery.repair:
             used["calibration"] = self.calibration
         if method.needs == "training" or self.recovery.steps > 0:
             used["recovery"] = self.recovery
+        if self.recovery.steps > 0:
+            more = {"instructions": self.recovery.instruction_text, "validation": self.recovery.validation_text}
+            used |= {purpose: text for purpose, text in more.items() if text is not None}
         return used
 
 

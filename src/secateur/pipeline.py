@@ -43,7 +43,7 @@ from secateur.methods import METHODS, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict, versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
-from secateur.recovery import recover
+from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
 from secateur.surgery import add_biases, masked, protect_failing, slice_model
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
@@ -65,6 +65,8 @@ class Result:
     scores: Scores | None = None
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     """What the method adds to the biases of linears when the units are cut."""
+    teacher: PreTrainedModel | None = None
+    """The dense model while recovery still needs it (``recovery.teacher``)."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """JSON-able numbers: ``dense``, ``baseline``, ``pruned``, ``recovered``, ``speed``, ``seconds`` …"""
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -215,12 +217,15 @@ def prune(
 
     with work.stage("dense", "Measuring the dense model", result.metrics):
         measure(result, texts, "dense")
+        look_ahead(result, texts)
     if texts.evaluation is not None and recipe.baseline is not None:
         with work.stage("baseline", "Pruning without LoRA, for comparison", result.metrics):
             measure_baseline(result, texts)
     with work.stage("decide", f"Choosing what goes: {recipe.method.name}", result.metrics):
         decide(result, texts, work)
     with work.stage("pruned", "Cutting it out", result.metrics):
+        if recipe.recovery.repair:
+            mend(result, texts)
         cut(result)
         if output is not None:
             _refuse_unsavable(result)
@@ -274,6 +279,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment."""
     scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
     plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
+    if recipe.recovery.repair:
+        check_repairable(model, graph, plan.kept)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     return plan
@@ -315,22 +322,40 @@ def cut(result: Result) -> None:
         result.metrics["cannot_be_saved"] = str(error)
 
 
+def mend(result: Result, texts: Texts) -> None:
+    """Refit what consumes the units that stay, before the others are cut out."""
+    recipe = result.recipe
+    dtype = autocast_dtype(recipe.evaluation.precision, result.model.device)
+    refits = repair(
+        result.model,
+        result.graph,
+        result.plan.kept,
+        texts.calibration,
+        ridge=recipe.recovery.repair_ridge,
+        batch_size=recipe.evaluation.batch_size,
+        autocast=dtype,
+    )
+    result.metrics["repair"] = {name: {"before": refit.before, "after": refit.after} for name, refit in refits.items()}
+
+
 def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
-    """Recover by LoRA fine-tuning, merged at the end."""
+    """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
     recipe = result.recipe
     assert texts.recovery is not None
     if work.has("recovered.safetensors"):
         work.read_weights("recovered.safetensors", result.model)
         return
-    log = recover(
-        result.model,
-        texts.recovery,
-        steps=recipe.recovery.steps,
-        lora=recipe.lora,
-        training=recipe.training,
-        seed=recipe.seed,
+    task = RecoveryTask(
+        text=texts.recovery,
+        instructions=texts.instructions,
+        validation=texts.validation,
+        reference=result.metrics.get("reference", {}),
+        teacher=result.teacher,
+        checkpoints=work.path("recovery"),
     )
-    result.metrics["recovery"] = {"log": log}
+    done = recover(result.model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    result.metrics["recovery"] = {"log": done.log, "rounds": done.rounds}
+    result.teacher = None
     work.write_weights("recovered.safetensors", result.model)
 
 
@@ -345,6 +370,15 @@ def measure(result: Result, texts: Texts, state: str) -> None:
         result.metrics["window"] = texts.evaluation.window
         result.metrics["tokens"] = {source: loss.tokens for source, loss in losses.items()}
     result.metrics[state] = numbers
+
+
+def look_ahead(result: Result, texts: Texts) -> None:
+    """What recovery needs of the dense model: its loss on the text that is watched, and itself as the teacher."""
+    settings = result.recipe.recovery
+    if texts.validation is not None and "reference" not in result.metrics:
+        result.metrics["reference"] = source_losses(result.model, texts.validation, result.recipe.training)
+    if settings.teacher > 0 and settings.steps > 0:
+        result.teacher = copy.deepcopy(result.model)
 
 
 def measure_baseline(result: Result, texts: Texts) -> None:
@@ -476,7 +510,7 @@ def _complete(
     recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
     if tokenizer is None:
         needs = METHODS[recipe.method.name].needs
-        if needs != "nothing" or recipe.recovery.steps > 0:
+        if needs != "nothing" or recipe.recovery.steps > 0 or recipe.recovery.repair:
             what = f"the method {recipe.method.name} reads text" if needs != "nothing" else "recovery reads text"
             raise InputError(
                 f"There is no tokenizer, and {what}. Give the tokenizer, or choose a method that needs no text "

@@ -7,13 +7,14 @@ from secateur.data.builtin import SOURCES, Source
 from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks, load_whole
 from secateur.data.sources import OWN_TEXT
 from secateur.data.splits import SHARES, SPLITS, Split, split_of
-from secateur.data.texts import Texts, read_texts
+from secateur.data.texts import Purpose, Texts, read_texts
 
 __all__ = [
     "OWN_TEXT",
     "SHARES",
     "SOURCES",
     "SPLITS",
+    "Purpose",
     "Source",
     "Split",
     "TextSettings",

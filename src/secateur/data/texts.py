@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,20 @@ _MARGIN = 1.2
 """How much more the model writes than the splits need, because documents fall to them unevenly."""
 
 
+Purpose = Literal["calibration", "recovery", "instructions", "validation", "evaluation"]
+
+_SPLITS: Mapping[Purpose, Split] = {
+    "calibration": "calibration",
+    "recovery": "recovery",
+    "instructions": "recovery",
+    "validation": "calibration",
+    "evaluation": "evaluation",
+}
+"""Which documents serve which purpose: recovery is watched on text that it does not train on and nobody evaluates."""
+_SECTIONS: Mapping[Purpose, str] = {"instructions": "recovery", "validation": "recovery"}
+"""The section of the recipe that a purpose belongs to, where its name is another."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Blocks for each purpose; None where a run does not need them."""
@@ -24,13 +39,17 @@ class Texts:
     calibration: TokenBlocks | None = None
     recovery: TokenBlocks | None = None
     """Also what progressive methods train on."""
+    instructions: TokenBlocks | None = None
+    """What the second stage of recovery trains on."""
+    validation: TokenBlocks | None = None
+    """What recovery watches while it trains."""
     evaluation: TokenBlocks | None = None
 
 
 def read_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    wanted: Mapping[Split, TextSettings],
+    wanted: Mapping[Purpose, TextSettings],
     seed: int,
 ) -> Texts:
     """Token blocks for each purpose in ``wanted``; none at all without a tokenizer.
@@ -40,19 +59,21 @@ def read_texts(
     """
     if tokenizer is None:
         return Texts()
-    for split, settings in wanted.items():
+    for purpose, settings in wanted.items():
         check_sources(settings)
-        check_window(settings, model, split)
+        check_window(settings, model, _SECTIONS.get(purpose, purpose))
     own = _own_tokens(wanted)
     written = write_own_text(model, tokenizer, own, seed) if own else []
-    return Texts(**{split: load_blocks(wanted[split], split, tokenizer, seed, written) for split in wanted})
+    return Texts(
+        **{purpose: load_blocks(text, _SPLITS[purpose], tokenizer, seed, written) for purpose, text in wanted.items()}
+    )
 
 
-def _own_tokens(wanted: Mapping[Split, TextSettings]) -> int:
+def _own_tokens(wanted: Mapping[Purpose, TextSettings]) -> int:
     """How much the model must write itself so that every split has its share."""
     needs = [0.0]
-    for split, text in wanted.items():
+    for purpose, text in wanted.items():
         if OWN_TEXT in text.text:
             weights = text.weights or dict.fromkeys(text.text, 1.0)
-            needs.append(text.tokens * weights[OWN_TEXT] / sum(weights.values()) / SHARES[split])
+            needs.append(text.tokens * weights[OWN_TEXT] / sum(weights.values()) / SHARES[_SPLITS[purpose]])
     return round(_MARGIN * max(needs))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from secateur.export.mixture_chart import mixture_charts
 from secateur.export.story import Story, Widths, compare, curves, widths
 
 _ENVIRONMENT = jinja2.Environment(
@@ -27,6 +28,7 @@ def html_report(story: Story) -> str:
         seconds=story.metrics.get("seconds", {}),
         widths=[{"part": part, "bars": _bars(part)} for part in widths(story)],
         curves={name: _curve(points) for name, points in curves(story.metrics).items()},
+        mixtures=mixture_charts(story.metrics, _WIDTH, _HEIGHT, _MARGIN),
         chart={"width": _WIDTH, "height": _HEIGHT, "margin": _MARGIN},
     )
 

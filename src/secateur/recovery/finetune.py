@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.data import TextSettings, TokenBlocks
+from secateur.data.order import ReadingOrder
+from secateur.evaluation import losses_by_source
+from secateur.precision import autocast_dtype
+from secateur.recovery.curriculum import Curriculum, Losses, Stage
+from secateur.recovery.distill import Distillation
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
 
 
@@ -21,18 +34,159 @@ class RecoverySettings(TextSettings):
     steps: int = Field(default=70, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
+    repair: bool = False
+    """Before any training, and also without: refit in closed form, on calibration text, what consumes the units that
+    stay. It changes nothing where the units that go are zero already, as after lorashear."""
+    repair_ridge: float = Field(default=0.01, gt=0)
+    """How strongly repair holds on to the weights that are there, as a share of the mean square of their inputs."""
+    round_steps: int = Field(default=0, ge=0)
+    """Steps between two measurements of how far each source has fallen behind the dense model, which set the sources'
+    weights (LoRAShear's dynamic recovery); 0: the shares stay as they are."""
+    floor: float = Field(default=0.02, ge=0, lt=1)
+    """Least share of a source whatever the measurements say, also of the first stage's sources in the second."""
+    validation_tokens: int = Field(default=4_096, ge=2)
+    """Tokens of all sources together that are measured between rounds; from the calibration split, so that they are
+    neither trained on nor part of the evaluation."""
+    min_gain: float = Field(default=0.005, ge=0, lt=1)
+    """A round helps when it lowers the mean loss by at least this fraction."""
+    patience: int = Field(default=2, ge=0)
+    """Rounds in a row without help after which a stage ends; 0: it goes on to its last step."""
+    instructions: list[str] = Field(default=[])
+    """Sources of a second stage, such as `[self]`, what an instruction-tuned model writes itself; none: one stage."""
+    instruction_share: float = Field(default=0.25, gt=0, lt=1)
+    """Fraction of the steps that the second stage has, and of ``tokens`` that its text has."""
+    teacher: float = Field(default=0.0, ge=0, le=1)
+    """Weight of KL(dense model || small model) in the loss, the rest is cross-entropy; above 0 the dense model stays in
+    memory as the teacher, and a step takes about 1.4 times as long."""
+
+    @model_validator(mode="after")
+    def _stages_differ(self) -> Self:
+        both = sorted(set(self.text) & set(self.instructions))
+        if both:
+            raise ValueError(f"{', '.join(both)} stands in text and in instructions; name each source once")
+        if len(set(self.instructions)) != len(self.instructions):
+            raise ValueError("instructions must name each source only once")
+        if self.validation_tokens < self.window:
+            raise ValueError(
+                f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window})"
+            )
+        return self
+
+    @property
+    def instruction_text(self) -> TextSettings | None:
+        """The text of the second stage; None when there is none."""
+        if not self.instructions:
+            return None
+        tokens = max(self.window, round(self.tokens * self.instruction_share))
+        return TextSettings(text=self.instructions, window=self.window, tokens=tokens)
+
+    @property
+    def validation_text(self) -> TextSettings | None:
+        """The text that is measured between rounds; None when nothing is."""
+        if self.round_steps == 0:
+            return None
+        text = [*self.text, *self.instructions]
+        return TextSettings(text=text, window=self.window, tokens=self.validation_tokens)
+
+
+@dataclass(frozen=True)
+class RecoveryTask:
+    """What recovery works with beside the model."""
+
+    text: TokenBlocks
+    """Of the first stage."""
+    instructions: TokenBlocks | None = None
+    """Of the second stage, if there is one."""
+    validation: TokenBlocks | None = None
+    """What is measured between rounds."""
+    reference: Losses = field(default_factory=dict)
+    """The dense model's loss on ``validation``, by source."""
+    teacher: nn.Module | None = None
+    """The dense model, when it is needed."""
+    checkpoints: Path | None = None
+    """Folder that an interrupted recovery goes on from; None keeps nothing."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What happened."""
+
+    log: list[dict[str, float]]
+    """The training log, as ``train`` returns it."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """``Curriculum.rounds``; empty when shares were constant and there was one stage."""
+
+
+def source_losses(model: nn.Module, blocks: TokenBlocks, training: TrainingSettings) -> dict[str, float]:
+    """Mean loss by source, nats, in the precision of the training; the model's mode is restored."""
+    device = next(model.parameters()).device
+    found = losses_by_source(
+        model, blocks, batch_size=training.micro_batch_size, autocast=autocast_dtype(training.precision, device)
+    )
+    return {name: loss.loss for name, loss in found.items()}
+
 
 def recover(
     model: PreTrainedModel,
-    blocks: TokenBlocks,
+    task: RecoveryTask,
+    settings: RecoverySettings,
     *,
-    steps: int,
     lora: LoraSettings,
     training: TrainingSettings,
     seed: int,
-) -> list[dict[str, float]]:
-    """Fine-tune ``model`` in place by LoRA on ``blocks`` and merge the adapters; returns the training log."""
+) -> Recovered:
+    """Fine-tune ``model`` in place by LoRA and merge the adapters.
+
+    One run of the Trainer, also with several rounds and two stages (see ``curriculum``).
+    """
     adapted = attach_lora(model, lora, seed)
-    log = train(adapted, blocks.ids, training, steps=steps, seed=seed, description="recovering")
+    blocks = _together(task)
+    curriculum = _curriculum(task, blocks, settings, training, seed)
+    teacher = Distillation(task.teacher, settings.teacher) if task.teacher is not None else None
+    log = train(
+        adapted,
+        blocks.ids,
+        training,
+        steps=settings.steps,
+        seed=seed,
+        description="recovering",
+        callbacks=[curriculum] if curriculum is not None else [],
+        order=curriculum.order if curriculum is not None else None,
+        loss=teacher,
+        checkpoints=task.checkpoints,
+    )
     merge_lora(adapted)
-    return log
+    return Recovered(log, curriculum.rounds if curriculum is not None else [])
+
+
+def _together(task: RecoveryTask) -> TokenBlocks:
+    if task.instructions is None:
+        return task.text
+    ids = torch.cat([task.text.ids, task.instructions.ids])
+    return TokenBlocks(ids, task.text.sources + task.instructions.sources)
+
+
+def _curriculum(
+    task: RecoveryTask, blocks: TokenBlocks, settings: RecoverySettings, training: TrainingSettings, seed: int
+) -> Curriculum | None:
+    """What changes on the way; None when nothing does, and blocks are simply shuffled."""
+    if settings.round_steps == 0 and task.instructions is None:
+        return None
+    validation = task.validation
+    second = task.instructions.names if task.instructions is not None else ()
+    first_ends = settings.steps if not second else math.ceil(settings.steps * (1 - settings.instruction_share))
+    stages = [Stage("text", task.text.names, first_ends)]
+    if second:
+        stages.append(Stage("instructions", second, settings.steps))
+    shares = Counter(blocks.sources)
+    return Curriculum(
+        order=ReadingOrder(blocks.sources, {name: shares[name] for name in task.text.names}, seed),
+        stages=stages,
+        initial={name: float(count) for name, count in shares.items()},
+        round_steps=settings.round_steps,
+        floor=settings.floor,
+        min_gain=settings.min_gain,
+        patience=settings.patience,
+        measure=(lambda model: source_losses(model, validation, training)) if validation is not None else None,
+        reference=task.reference,
+    )

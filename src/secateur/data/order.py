@@ -1,0 +1,81 @@
+"""In which order blocks are read when the sources have weights that may change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+import torch
+
+
+class ReadingOrder:
+    """Says which block is read at each position; the shares of the sources follow their weights at that moment.
+
+    Smooth weighted round robin: every source earns its weight at each position, the richest is read and pays one. After
+    n positions with constant weights a source has been read n·w times, give or take one. The blocks of a source come in
+    random order, in a new one each time around. Positions are decided when they are first asked for, in order, and
+    remembered, so that ``state`` is all that a run needs to go on.
+    """
+
+    def __init__(self, sources: Sequence[str], weights: Mapping[str, float], seed: int) -> None:
+        """``sources``: of each block, as in ``TokenBlocks.sources``; ``weights`` as in ``set_weights``."""
+        self._rows: dict[str, list[int]] = {}
+        for row, name in enumerate(sources):
+            self._rows.setdefault(name, []).append(row)
+        self._sources, self._seed = sources, seed
+        self._credit = dict.fromkeys(self._rows, 0.0)
+        self._read: list[int] = []
+        self._times = dict.fromkeys(self._rows, 0)
+        self.set_weights(weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of each source from now on; they add up to one."""
+        return dict(self._weights)
+
+    @property
+    def times_round(self) -> dict[str, float]:
+        """How often the text of each source has been read."""
+        return {name: self._times[name] / len(rows) for name, rows in self._rows.items()}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the shares from the next position on. Sources that are not named get none; some must be positive."""
+        total = sum(weights.get(name, 0.0) for name in self._rows)
+        if total <= 0 or any(weight < 0 for weight in weights.values()):
+            raise ValueError(f"weights must not be negative, and one of {', '.join(self._rows)} must be positive")
+        self._weights = {name: weights.get(name, 0.0) / total for name in self._rows}
+
+    def __call__(self, position: int) -> int:
+        """Index of the block that is read at ``position`` (0-based)."""
+        while len(self._read) <= position:
+            self._read.append(self._next())
+        return self._read[position]
+
+    def _next(self) -> int:
+        for name, weight in self._weights.items():
+            self._credit[name] += weight
+        candidates = [name for name, weight in self._weights.items() if weight > 0]
+        name = max(candidates, key=lambda name: self._credit[name])
+        self._credit[name] -= 1.0
+        round_, place = divmod(self._times[name], len(self._rows[name]))
+        self._times[name] += 1
+        rows = list(self._rows[name])
+        Random(f"{self._seed}/{name}/{round_}").shuffle(rows)
+        return rows[place]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was read, and what each source has earned and weighs; for a checkpoint."""
+        return {
+            "read": torch.tensor(self._read, dtype=torch.int64),
+            "credit": torch.tensor(list(self._credit.values()), dtype=torch.float64),
+            "weights": torch.tensor(list(self._weights.values()), dtype=torch.float64),
+        }
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where ``state`` was taken; the sources must be the same."""
+        self._read = state["read"].tolist()
+        self._credit = dict(zip(self._rows, state["credit"].tolist(), strict=True))
+        self._weights = dict(zip(self._rows, state["weights"].tolist(), strict=True))
+        self._times = dict.fromkeys(self._rows, 0)
+        for row in self._read:
+            self._times[self._sources[row]] += 1

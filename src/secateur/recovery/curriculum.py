@@ -1,0 +1,174 @@
+"""Dynamic knowledge recovery (LoRAShear, arXiv 2310.18356, Algorithm 5): read more of what was lost most.
+
+Before the first step and after every round, the loss on held-out text of each source is compared with what the dense
+model had there, and the sources' weights change with how far each has fallen behind. The paper gives no formula; this
+is Sheared LLaMA's (arXiv 2310.06694, Algorithm 1), with a floor. The first stage reads pretraining-like sources, the
+second instructions. Both are one run of the Trainer: only the order of reading changes, while optimiser and
+learning-rate schedule go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState
+
+from secateur import progress
+from secateur.data.order import ReadingOrder
+from secateur.training import StatefulCallback
+
+Losses = Mapping[str, float]
+Measure = Callable[[Any], Losses]
+
+
+def reweigh(weights: Losses, losses: Losses, reference: Losses) -> dict[str, float]:
+    """``w_s · exp(max(0, loss_s − ref_s))``, normalised; a source without losses counts as not behind.
+
+    Args:
+        weights: of the sources so far; these are the sources that get weights.
+        losses: now, by source; nats.
+        reference: of the dense model, on the same text.
+    """
+    behind = {
+        name: max(0.0, losses[name] - reference[name]) if name in losses and name in reference else 0.0
+        for name in weights
+    }
+    most = max(behind.values())  # a common factor does not matter, and a broken model's would overflow
+    grown = {name: weight * math.exp(behind[name] - most) for name, weight in weights.items()}
+    total = sum(grown.values())
+    return {name: weight / total for name, weight in grown.items()}
+
+
+def floored(weights: Losses, floor: float) -> dict[str, float]:
+    """The same shares, squeezed so that each is at least ``floor`` (at most 1 / their number); they add up to one."""
+    floor = min(floor, 1 / len(weights))
+    total = sum(weights.values())
+    return {name: floor + (1 - floor * len(weights)) * weight / total for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training that is about some of the sources."""
+
+    name: str
+    sources: tuple[str, ...]
+    """What is learned; the sources of earlier stages keep the floor, so that they are not forgotten."""
+    until: int
+    """Step at which it ends at the latest."""
+
+
+@dataclass(eq=False)
+class Curriculum(StatefulCallback):
+    """Sets the weights of a ``ReadingOrder`` at the beginning of each stage and between rounds.
+
+    A stage ends at its last step, or when ``patience`` rounds in a row lowered the mean loss of its sources by less
+    than ``min_gain`` (relative); the training ends with the last stage.
+    """
+
+    order: ReadingOrder
+    stages: Sequence[Stage]
+    initial: Losses
+    """Weights that the sources of a stage have in its beginning."""
+    round_steps: int = 0
+    """Steps between two measurements; 0 measures nothing and leaves the weights of a stage as they are."""
+    floor: float = 0.02
+    min_gain: float = 0.005
+    patience: int = 2
+    """0: go on to the last step whatever the gain."""
+    measure: Measure | None = None
+    """Loss by source of the model that it is given, on text that is neither trained on nor evaluated."""
+    reference: Losses = field(default_factory=dict)
+    """The dense model's losses on the same text."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured and decided: step, stage, ``losses`` and ``weights`` by source; the story of the run."""
+
+    def __post_init__(self) -> None:
+        self._stage, self._began, self._idle = 0, 0, 0
+        self._last = math.inf
+        self._weights = self._beginning()
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Called by the Trainer; a run that is resumed has its rounds already."""
+        if state.global_step == 0:
+            self._round(0, model)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        """Called by the Trainer after every optimiser step."""
+        step = state.global_step
+        if step >= self.stages[-1].until:
+            return
+        due = self.round_steps > 0 and (step - self._began) % self.round_steps == 0
+        if step >= self.stages[self._stage].until:
+            self._next_stage(step, model)
+        elif due and self._round(step, model) and not self._next_stage(step, model):
+            self.rounds[-1]["stopped"] = f"no gain of {self.min_gain:.1%} in {self.patience} rounds"
+            progress.say(f"  Recovery stops after step {step}: {self.rounds[-1]['stopped']}")
+            control.should_training_stop = True
+
+    def _beginning(self) -> dict[str, float]:
+        sources = self.stages[self._stage].sources
+        return {name: self.initial[name] for name in sources}
+
+    def _next_stage(self, step: int, model: Any) -> bool:
+        """Whether there was one more stage, which begins now."""
+        if self._stage + 1 >= len(self.stages):
+            return False
+        self._stage, self._began, self._idle, self._last = self._stage + 1, step, 0, math.inf
+        self._weights = self._beginning()
+        self._round(step, model)
+        return True
+
+    def _round(self, step: int, model: Any) -> bool:
+        """Measure, set the weights; whether the stage no longer helps."""
+        stage = self.stages[self._stage]
+        losses = dict(self.measure(model)) if self.measure is not None and self.round_steps > 0 else {}
+        if losses:
+            self._weights = reweigh(self._weights, losses, self.reference)
+        shares = self._shares()
+        self.order.set_weights(shares)
+        self.rounds.append({"step": step, "stage": stage.name, "weights": shares, "losses": losses})
+        return self._no_longer_helps([losses[name] for name in stage.sources if name in losses])
+
+    def _shares(self) -> dict[str, float]:
+        """Shares of all sources that are read: those of the stage by weight, earlier ones the floor."""
+        own = self.stages[self._stage].sources
+        earlier = [name for stage in self.stages[: self._stage] for name in stage.sources if name not in own]
+        kept = min(self.floor * len(earlier), 0.5)
+        shares = {name: share * (1 - kept) for name, share in floored(self._weights, self.floor).items()}
+        return {name: kept / len(earlier) for name in earlier} | shares
+
+    def _no_longer_helps(self, losses: Sequence[float]) -> bool:
+        if not losses or self.patience == 0:
+            return False
+        mean = sum(losses) / len(losses)
+        gained = mean < self._last * (1 - self.min_gain)
+        self._idle = 0 if gained else self._idle + 1
+        self._last = mean
+        return self._idle >= self.patience
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The order of reading and everything that was measured, as part of a checkpoint."""
+        note = {
+            "stage": self._stage,
+            "began": self._began,
+            "idle": self._idle,
+            "last": self._last,
+            "weights": self._weights,
+            "rounds": self.rounds,
+        }
+        text = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
+        return {"note": text, **{f"order.{name}": tensor for name, tensor in self.order.state().items()}}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on where ``state_tensors`` was taken."""
+        note = json.loads(bytes(tensors["note"].tolist()).decode())
+        self._stage, self._began, self._idle = note["stage"], note["began"], note["idle"]
+        self._last, self._weights, self.rounds = note["last"], note["weights"], note["rounds"]
+        self.order.load_state({name.partition(".")[2]: tensors[name] for name in tensors if name.startswith("order.")})

@@ -1,0 +1,223 @@
+"""Dynamic recovery: shares follow what was lost, in one run of the Trainer, and an interrupted one ends the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from secateur.data import TokenBlocks
+from secateur.data.order import ReadingOrder
+from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
+from secateur.recovery.curriculum import Curriculum, floored, reweigh
+from secateur.recovery.distill import Distillation
+from secateur.testing.tiny import TINY
+from secateur.training import LoraSettings, TrainingSettings
+
+TRAINING = TrainingSettings(batch_size=2, micro_batch_size=2, precision="fp32", checkpoint_steps=2)
+
+
+def _blocks(seed: int = 0, **counts: int) -> TokenBlocks:
+    """Each source has its own few tokens, so that it can be learned and told from the others."""
+    generator, ids, names = torch.Generator().manual_seed(seed), [], []
+    for number, (name, count) in enumerate(counts.items()):
+        ids.append(torch.randint(10 * number + 3, 10 * number + 9, (count, 12), generator=generator))
+        names += [name] * count
+    return TokenBlocks(torch.cat(ids), tuple(names))
+
+
+def _recover(task: RecoveryTask, steps: int = 8, training: TrainingSettings = TRAINING, **settings: Any) -> Any:
+    model = TINY["llama-gqa"]()
+    chosen = RecoverySettings(steps=steps, window=12, validation_tokens=96, **settings)
+    done = recover(model, task, chosen, lora=LoraSettings(rank=2), training=training, seed=0)
+    return model, done
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The source of every block, in the order of reading."""
+    seen: list[str] = []
+    following = ReadingOrder._next
+
+    def spy(self: ReadingOrder) -> int:
+        row = following(self)
+        seen.append(self._sources[row])
+        return row
+
+    monkeypatch.setattr(ReadingOrder, "_next", spy)
+    return seen
+
+
+def test_the_formula_is_that_of_sheared_llama() -> None:
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    losses, reference = {"a": 3.0, "b": 2.0, "c": 1.0}, {"a": 2.0, "b": 1.5, "c": 1.4}
+    raw = {"a": 0.5 * math.e, "b": 0.3 * math.exp(0.5), "c": 0.2}  # c is ahead of the dense model: no less than before
+    expected = {name: value / sum(raw.values()) for name, value in raw.items()}
+    assert reweigh(weights, losses, reference) == pytest.approx(expected)
+    assert reweigh(weights, {}, {}) == pytest.approx(weights)
+    assert reweigh({"a": 0.5, "b": 0.5}, {"a": 9000.0, "b": 0.0}, {"a": 0.0, "b": 0.0}) == {"a": 1.0, "b": 0.0}
+
+
+def test_every_source_keeps_its_floor() -> None:
+    shares = floored({"a": 1.0, "b": 0.0, "c": 0.0}, 0.05)
+    assert shares == pytest.approx({"a": 0.9, "b": 0.05, "c": 0.05})
+    assert floored({"a": 1.0, "b": 0.0}, 0.9) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert floored({"a": 3.0}, 0.02) == {"a": 1.0}
+
+
+def test_shares_of_reading_follow_the_weights_and_nothing_is_repeated_early() -> None:
+    sources = ["a"] * 6 + ["b"] * 30 + ["c"] * 4
+    order = ReadingOrder(sources, {"a": 0.25, "b": 0.75}, seed=0)
+    first = [order(position) for position in range(24)]
+    assert Counter(sources[row] for row in first) == {"a": 6, "b": 18}
+    assert len(set(first)) == 24
+    assert order.times_round == pytest.approx({"a": 1.0, "b": 0.6, "c": 0.0})
+    order.set_weights({"c": 1.0})
+    assert order(3) == first[3]
+    assert {order(position) for position in range(24, 28)} == {36, 37, 38, 39}
+    resumed = ReadingOrder(sources, {"a": 1.0}, seed=0)
+    resumed.load_state(order.state())
+    order.set_weights({"a": 1.0, "b": 1.0})
+    resumed.set_weights({"a": 1.0, "b": 1.0})
+    assert [order(p) for p in range(60)] == [resumed(p) for p in range(60)]
+    with pytest.raises(ValueError, match="positive"):
+        order.set_weights({"unknown": 1.0})
+
+
+def test_what_has_fallen_behind_is_read_more(read: list[str]) -> None:
+    task = RecoveryTask(
+        text=_blocks(a=20, b=20),
+        validation=_blocks(1, a=4, b=4),
+        reference={"a": 0.0, "b": 100.0},  # a is far behind its reference, b is not
+    )
+    _, done = _recover(task, round_steps=3, patience=0, floor=0.1)
+    assert [entry["step"] for entry in done.rounds] == [0, 3, 6]
+    assert all(entry["weights"]["a"] > 0.85 and entry["weights"]["b"] >= 0.1 for entry in done.rounds)
+    assert read.count("a") / len(read) == pytest.approx(done.rounds[0]["weights"]["a"], abs=0.1)
+    losses = [entry["losses"]["a"] for entry in done.rounds]
+    assert losses[-1] < losses[0]
+    assert [entry["learning_rate"] for entry in done.log][-1] < max(entry["learning_rate"] for entry in done.log)
+
+
+def test_one_source_is_enough() -> None:
+    validation = _blocks(1, a=4)
+    task = RecoveryTask(text=_blocks(a=10), validation=validation, reference={"a": 1.0})
+    _, done = _recover(task, round_steps=4, patience=0)
+    assert [entry["weights"] for entry in done.rounds] == [{"a": 1.0}] * 2
+
+
+def test_instructions_come_second_and_the_text_is_not_forgotten(read: list[str]) -> None:
+    task = RecoveryTask(text=_blocks(a=20, b=20), instructions=_blocks(2, talk=30))
+    _, done = _recover(task, steps=40, instruction_share=0.5, floor=0.1)
+    assert [(entry["step"], entry["stage"]) for entry in done.rounds] == [(0, "text"), (20, "instructions")]
+    assert done.rounds[1]["weights"] == pytest.approx({"a": 0.1, "b": 0.1, "talk": 0.8})
+    assert Counter(read[:40]) == {"a": 20, "b": 20}
+    later = Counter(read[42:])  # the first batch of the stage had been asked for already
+    assert later["talk"] > 25
+    assert min(later["a"], later["b"]) >= 3
+
+
+def test_a_stage_that_no_longer_helps_ends(read: list[str]) -> None:
+    text, validation = _blocks(a=20), _blocks(1, a=4, talk=4)
+    task = RecoveryTask(text=text, instructions=_blocks(2, talk=20), validation=validation, reference={"a": 1.0})
+    _, done = _recover(task, steps=40, round_steps=2, patience=2, min_gain=0.9)
+    stages = [(entry["step"], entry["stage"]) for entry in done.rounds]
+    assert stages == [
+        (0, "text"),
+        (2, "text"),
+        (4, "text"),
+        (4, "instructions"),
+        (6, "instructions"),
+        (8, "instructions"),
+    ]
+    assert "stopped" in done.rounds[-1]
+    assert max(entry["step"] for entry in done.log) <= 8
+
+
+class _KilledError(BaseException):
+    pass
+
+
+def test_killed_and_resumed_it_ends_like_the_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def task(folder: str) -> RecoveryTask:
+        return RecoveryTask(
+            text=_blocks(a=20, b=20),
+            instructions=_blocks(2, talk=20),
+            validation=_blocks(1, a=4, b=4, talk=4),
+            reference={"a": 2.0, "b": 4.0, "talk": 3.0},
+            checkpoints=tmp_path / folder,
+        )
+
+    options: dict[str, Any] = {"steps": 12, "round_steps": 3, "patience": 0, "instruction_share": 0.4}
+    model, done = _recover(task("whole"), **options)
+    step_end = Curriculum.on_step_end
+
+    def dies(self: Curriculum, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if state.global_step == 9:
+            raise _KilledError
+        step_end(self, args, state, control, model=model, **more)
+
+    monkeypatch.setattr(Curriculum, "on_step_end", dies)
+    with pytest.raises(_KilledError):
+        _recover(task("killed"), **options)
+    monkeypatch.undo()
+    resumed, again = _recover(task("killed"), **options)
+    assert again.rounds == done.rounds
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_the_teacher_s_loss_is_the_mixture_of_the_definitions() -> None:
+    teacher, student = TINY["llama-gqa"](), TINY["llama-gqa"]()
+    with torch.no_grad():
+        student.lm_head.weight.mul_(0.5)
+    ids = _blocks(a=3).ids
+    logits = student(ids).logits
+    q = logits[:, :-1].log_softmax(-1)
+    p = teacher(ids).logits[:, :-1].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    ce = F.nll_loss(q.flatten(0, 1), ids[:, 1:].flatten())
+    for weight in (0.0, 0.3, 1.0):
+        found = Distillation(teacher, weight)(logits, ids)
+        torch.testing.assert_close(found, (1 - weight) * ce + weight * kl)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_with_the_teacher_alone_a_broken_model_comes_nearer_and_accumulation_changes_nothing() -> None:
+    blocks, found = _blocks(a=16), []
+    for micro in (4, 2):
+        teacher, model = TINY["llama-gqa"](), TINY["llama-gqa"]()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight[:, ::2] = 0
+        before = float(Distillation(teacher, 1.0)(model(blocks.ids).logits, blocks.ids))
+        training = TrainingSettings(batch_size=4, micro_batch_size=micro, precision="fp32", learning_rate=0.01)
+        settings = RecoverySettings(steps=6, window=12, teacher=1.0, round_steps=0)
+        task = RecoveryTask(text=blocks, teacher=teacher)
+        recover(model, task, settings, lora=LoraSettings(rank=4), training=training, seed=0)
+        assert float(Distillation(teacher, 1.0)(model(blocks.ids).logits, blocks.ids)) < 0.9 * before
+        found.append(copy.deepcopy(model.state_dict()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=0)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="stands in text and in instructions"):
+        RecoverySettings(text=["news", "self"], instructions=["self"])
+    with pytest.raises(ValueError, match="at least one window"):
+        RecoverySettings(validation_tokens=100, window=512)
+
+
+def test_without_rounds_and_stages_it_reads_and_logs_as_plain_training_does() -> None:
+    _, done = _recover(RecoveryTask(text=_blocks(a=10)))
+    assert isinstance(done, Recovered)
+    assert done.rounds == []
+    assert done.log
+    losses = source_losses(TINY["llama-gqa"](), _blocks(a=2, b=2), TRAINING)
+    assert set(losses) == {"a", "b"}
