@@ -293,6 +293,8 @@ def unify(first: Axis, second: Axis) -> None:
     left, right = list(resolve(first)), list(resolve(second))
     if size_of(left) != size_of(right):
         raise Conflict(f"axes of {size_of(left)} and {size_of(right)} cannot be the same")
+    if size_of(left) == 0:
+        return  # there is nothing that could be the same
     while left and right:
         if left == right:
             return

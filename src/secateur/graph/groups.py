@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -94,10 +94,11 @@ def find_groups(
     candidates = _candidates(table, places, list(shapes))
     kinds = _kinds(candidates, shapes)
     unused = _unused_modules(table, places, list(shapes))
+    norms = _norms(model, places)
     chosen = [candidate for candidate in candidates if id(candidate.atom) in kinds]
     names = _names(chosen, kinds)
     groups = [
-        _group(candidate, kinds[id(candidate.atom)], name, unused)
+        _group(candidate, kinds[id(candidate.atom)], name, unused, norms)
         for candidate, name in zip(chosen, names, strict=True)
     ]
     groups = with_legal_choices(groups, [candidate.atom for candidate in chosen], table, calls)
@@ -276,9 +277,25 @@ def _name(candidate: Candidate, kind: Kind) -> str:
     return ".".join(("layers", str(layer), what, *(home[1:] if kind == "ffn" else ())))
 
 
-def _group(candidate: Candidate, kind: Kind, name: str, unused: Mapping[tuple[str, ...], str]) -> NodeGroup:
+def _norms(model: nn.Module, places: Places) -> set[tuple[str, ...]]:
+    """The modules that are norms, by their names as elsewhere in transformers."""
+    return {
+        places[f"{path}.{name}"].module
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _group(
+    candidate: Candidate,
+    kind: Kind,
+    name: str,
+    unused: Mapping[tuple[str, ...], str],
+    norms: Container[tuple[str, ...]],
+) -> NodeGroup:
     layers = candidate.layers
-    reason = _protection(candidate, kind, unused)
+    reason = _protection(candidate, kind, unused) or _statistics(candidate, kind, norms)
     return NodeGroup(
         name=name,
         kind=kind,
@@ -303,3 +320,11 @@ def _protection(candidate: Candidate, kind: Kind, unused: Mapping[tuple[str, ...
     if len(candidate.layers) > 1 or candidate.layers == [None]:
         return "it is shared between layers" if len(candidate.layers) > 1 else "it lies outside of the decoder layers"
     return None
+
+
+def _statistics(candidate: Candidate, kind: Kind, norms: Container[tuple[str, ...]]) -> str | None:
+    """Reductions over units other than products are understood in norms, which can be told who survives."""
+    taken = [what for what in RENORMALISING if what in candidate.atom.marks]
+    if kind not in ("ffn", "attention") or not taken or any(place.module in norms for place in candidate.places):
+        return None
+    return f"a {taken[0]} runs over its units outside of a norm"

@@ -39,11 +39,16 @@ class Replayed:
     that have no effect proves nothing."""
 
 
+class NotReplayable(ModelError):  # noqa: N818
+    """The recorded operators depend on the data, so that running them again on other tokens proves nothing."""
+
+
 def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) -> Replayed:
     """Replay ``trace`` on the weights of ``model`` with only the ``kept`` units (group name to unit indices).
 
     Groups may be protected ones too; a group that is not named stays whole. Raises ModelError for a model on the meta
-    device, and when the sliced operators do not fit together.
+    device, and when the sliced operators do not fit together; NotReplayable when not even the whole run can be had
+    again.
     """
     values = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if any(tensor.is_meta for tensor in values.values()):
@@ -56,7 +61,7 @@ def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) ->
             whole = _Run(trace, values, Cut({}), tokens).logits()
             masked = _Masked(trace, values, cut, tokens).logits()
         except (RuntimeError, IndexError, ValueError) as error:
-            raise ModelError(
+            raise NotReplayable(
                 f"The recorded run cannot be replayed; its operators depend on the data: {error}"
             ) from error
         try:
@@ -396,7 +401,10 @@ class _Sliced(_Run):
         return self.plain(call, **_group_norm_sizes(self, call, select=False))
 
     def convolution(self, call: Call) -> Any:
-        return self.plain(call) if call["groups"] == 1 else self.plain(call, groups=self.sizes(call["input"])[1])
+        channels = self.axes(call["input"])[1]
+        if call["groups"] == 1 or not self.cut.touches(channels):
+            return self.plain(call)
+        return self.plain(call, groups=self.cut.size(channels))
 
     handlers: ClassVar[Mapping[str, Handler]] = {
         **dict.fromkeys(

@@ -45,6 +45,8 @@ class Pattern:
     """Regular expression for the start of the module's class name, where the attribute means this only there."""
     in_config: bool = False
     """The forward reads it from ``self.config``, which all layers share: this module gets its own copy."""
+    encloses: bool = False
+    """The module is the one around the group, which holds no member itself."""
 
 
 PATTERNS: tuple[Pattern, ...] = (
@@ -59,11 +61,14 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("attention", "all_head_size"),
     Pattern("attention", "split_size"),
     Pattern("attention", "embed_dim", classes="GPTBigCode|XGLM|Mvp|TrOCR|Blip"),
-    Pattern("attention", "hidden_size", classes="Dbrx"),
+    Pattern("attention", "hidden_size", classes="Dbrx|JetMoeMoA"),
+    Pattern("attention", "n_groups", classes="DeepseekV4GroupedLinear"),
+    Pattern("attention", "o_groups", classes="DeepseekV4Attention", in_config=True),
     Pattern("attention", "num_attention_heads", classes="Phi3|Phi4", in_config=True),
     Pattern("ffn", "intermediate_size"),
     Pattern("ffn", "intermediate_dim"),
     Pattern("ffn", "ffn_hidden_size"),
+    Pattern("ffn", "ffn_hidden_size", classes="DbrxExperts", encloses=True),
     Pattern("expert", "num_experts"),
     Pattern("expert", "n_routed_experts"),
 )
@@ -93,11 +98,12 @@ def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[st
     modules = dict(model.named_modules(remove_duplicate=False))
     changes = []
     for group, removed in cut_groups(graph, kept):
-        for module in _home(modules, group):
+        for module, encloses in _home(modules, group):
             for pattern in PATTERNS:
                 holder = getattr(module, "config", None) if pattern.in_config else module
                 if (
                     pattern.kind == group.kind
+                    and pattern.encloses == encloses
                     and re.match(pattern.classes, type(module).__name__)
                     and isinstance(vars(holder).get(pattern.name) if holder is not None else None, int)
                 ):
@@ -106,14 +112,19 @@ def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[st
     return changes
 
 
-def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[nn.Module]:
-    """The modules that hold the group: owners of its members, and what encloses them up to their common ancestor."""
+def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.Module, bool]]:
+    """The modules that hold the group: owners of its members, and what encloses them up to their common ancestor.
+
+    With True the one around that.
+    """
     owners = [member.parameter.split(".")[:-1] for member in group.members]
     shared = 0
     while all(len(path) > shared and path[shared] == owners[0][shared] for path in owners):
         shared += 1
     paths = {".".join(path[:length]) for path in owners for length in range(shared, len(path) + 1)}
-    return list({id(modules[path]): modules[path] for path in sorted(paths)}.values())
+    own = {id(modules[path]): modules[path] for path in sorted(paths)}
+    around = [modules[".".join(owners[0][: shared - 1])]] if shared else []
+    return [(module, False) for module in own.values()] + [(module, True) for module in around]
 
 
 def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, units: int) -> int:
@@ -131,20 +142,29 @@ def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, 
 
 
 def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGroup) -> bool:
-    """True when a unit is a KV head with all its query heads, False when it is a query head of the only KV head."""
+    """True when a unit is a KV head with all its query heads, False when it consists of query heads only."""
     if queries_per_kv == 1:
         return True
     own = vars(module)
+    if _kv_heads(module, queries_per_kv) == 1:
+        return False
     head_dim = int(own.get("v_head_dim", own.get("head_dim", 0)))  # what the values add up to is consumed
+    width = max(member.width for member in group.members if member.role == "in")
     consumed = max(member.rows_per_unit for member in group.members if member.role == "in")
-    if consumed == queries_per_kv * head_dim:
+    if width == queries_per_kv * head_dim:
         return True
-    if consumed * group.size == queries_per_kv * head_dim:
+    if width == head_dim or consumed * group.size == queries_per_kv * head_dim:
         return False
     raise ModelError(
         f"{group.name} consumes {consumed} columns a unit, which is neither one query head of {head_dim} nor "
         f"the {queries_per_kv} of a KV head. Protect {group.name}."
     )
+
+
+def _kv_heads(module: nn.Module, queries_per_kv: int) -> int | None:
+    """Number of KV heads by the attributes of the module, which may not say."""
+    heads = next((value for name in ("num_heads", "num_attention_heads") if (value := vars(module).get(name))), None)
+    return heads // queries_per_kv if isinstance(heads, int) else None
 
 
 def require_known(module: nn.Module) -> None:
@@ -173,6 +193,8 @@ def refresh_wrapper(wrapper: LoraLayer) -> None:
     """Set the size attributes of an adapter layer from its adapters, after these were cut."""
     for down, up in adapters_of(wrapper).values():
         wrapper.in_features, wrapper.out_features = down.shape[1], up.shape[0]
+    if isinstance(wrapper, ParamWrapper) and wrapper.num_experts > 1:
+        wrapper.num_experts = wrapper.get_param().shape[0]
 
 
 def use_kernels_for_any_width(module: nn.Module, name: str) -> None:

@@ -6,6 +6,8 @@ import copy
 import re
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,17 +17,58 @@ from secateur.graph import trace
 from secateur.types import DependencyGraph, NodeGroup
 
 VOCABULARY = 512
+WIDE_UP_TO = 300_000_000
+"""A stand-in that cannot be made narrower may have so many parameters."""
+NARROW_FROM = 20_000_000
+"""A stand-in with more parameters than this is made narrower, so that checking costs seconds and megabytes."""
+_TOGETHER = (
+    ("hidden_size", "d_model", "n_embd"),
+    ("num_attention_heads", "n_head", "n_heads"),
+    ("num_key_value_heads", "num_kv_heads"),
+)
+"""Sizes that are divided by the same number, so that the width of a head and the queries of a KV head stay."""
+_AT_MOST = {
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "intermediate_size_mlp"), 416),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 208),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 16),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 4),
+    **dict.fromkeys(("n_group", "topk_group"), 2),
+}
+"""Sizes that a narrow stand-in needs no more of."""
 
 
 def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreTrainedModel | PeftModel:
     """The first layers of the configuration, with random fp32 weights, a small vocabulary, and the adapters.
 
     So many layers that every kind of layer occurs, and at least two where the model has them. Layers that an earlier
-    round has pruned to different sizes are of one kind. Raises ModelError when the class of ``model`` cannot be built
-    from its config, or when the layers are then not those of ``model``.
+    round has pruned to different sizes are of one kind. Wide layers are made narrower, when that changes nothing but
+    sizes. Raises ModelError when the class of ``model`` cannot be built from its config, or when the layers are then
+    not those of ``model``.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(getattr(base, "config", None), PretrainedConfig) or not hasattr(base, "_from_config"):
+        raise ModelError(f"A {type(base).__name__} is not built from a config of transformers.")
     config = _fewer_layers(copy.deepcopy(base.config), layers_needed(graph))
+    wide = _on_meta(base, config)
+    if sum(parameter.numel() for parameter in wide.parameters()) > NARROW_FROM:
+        try:
+            return _built(model, base, _narrower(copy.deepcopy(config)), graph, sizes=False)
+        except (ModelError, StrictDataclassError, ValueError):
+            if sum(parameter.numel() for parameter in wide.parameters()) > WIDE_UP_TO:
+                raise
+    return _built(model, base, config, graph, sizes=True)
+
+
+def _on_meta(base: Any, config: PretrainedConfig) -> Any:
+    try:
+        with torch.device("meta"):
+            return type(base)._from_config(copy.deepcopy(config))
+    except Exception as error:
+        raise ModelError(f"Cannot build a {type(base).__name__} with few layers to check: {error}") from error
+
+
+def _built(model: Any, base: Any, config: PretrainedConfig, graph: DependencyGraph, sizes: bool) -> Any:
+    """A model of ``config``, when its groups are those of ``graph`` (but for the vocabulary, and ``sizes``)."""
     try:
         small: Any = type(base)._from_config(config, attn_implementation=base.config._attn_implementation).float()
     except Exception as error:
@@ -35,11 +78,39 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
     for name, parameter in small.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:  # zero at first, which would hide mistakes
             nn.init.normal_(parameter, std=0.02)
-    known = {(group.name, group.size, signature(group)) for group in graph}
+
+    def facts(group: NodeGroup) -> tuple[Any, ...]:
+        return (group.name, group.size if sizes else None, signature(group))
+
+    known = {facts(group) for group in graph}
     for group in trace(small):
-        if group.layer is not None and (group.name, group.size, signature(group)) not in known:
+        if group.layer is not None and facts(group) not in known:
             raise ModelError(f"{group.name} of a model with few layers is not that of this {graph.model_type} model.")
     return small.eval()
+
+
+def _narrower(config: PretrainedConfig) -> PretrainedConfig:
+    """``config``, changed in place, with smaller widths: all of ``_TOGETHER`` by one power of two."""
+    text = config.get_text_config()
+    names = [name for group in _TOGETHER for name in group if _size(text, name)]
+    kv_heads = [name for name in _TOGETHER[2] if _size(text, name)]
+    divisor = 1
+    while all(_size(text, name) % (2 * divisor) == 0 for name in names) and all(
+        _size(text, name) // (2 * divisor) >= 2 for name in (kv_heads or names)
+    ):
+        divisor *= 2
+    for name in names:
+        setattr(text, name, _size(text, name) // divisor)
+    for name, most in _AT_MOST.items():
+        if _size(text, name):
+            setattr(text, name, min(_size(text, name), most))
+    return config
+
+
+def _size(config: PretrainedConfig, name: str) -> int:
+    """The size called ``name``, or 0; names that stand for another are left to that one."""
+    value = getattr(config, name, None) if name not in config.attribute_map else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def signature(group: NodeGroup) -> tuple[Any, ...]:
@@ -54,7 +125,10 @@ def signature(group: NodeGroup) -> tuple[Any, ...]:
         )
         for member in group.members
     )
-    return group.kind, group.size > 1, group.protected, members
+    protected = None if group.on_request else group.protected
+    if group.layer is None:  # it has members in every layer, however many there are
+        return group.kind, group.size > 1, protected, group.name
+    return group.kind, group.size > 1, protected, members
 
 
 def layers_needed(graph: DependencyGraph) -> int:

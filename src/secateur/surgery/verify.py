@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, SecateurError
 from secateur.graph import Trace, record
-from secateur.graph.replay import replay
+from secateur.graph.replay import NotReplayable, replay
 from secateur.progress import track
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.stand_in import signature, stand_in
-from secateur.types import DependencyGraph
+from secateur.surgery.tokens import kept_tokens, new_ids
+from secateur.types import DependencyGraph, NodeGroup
 
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32, relative to the largest logit (at least 1)."""
@@ -82,27 +83,66 @@ def protect_failing(
             if sum(parameter.numel() for parameter in model.parameters()) > WHOLE_UP_TO:
                 raise
             small = copy.deepcopy(model).float().eval()
-        run = record(small)
-        failed = {check.group: check.message for check in checks(small, ratio, run) if not check.ok}
+        run = _opened(record(small), graph)
+        failed = _failing(small, run, ratio)
     reasons = {signature(group): failed[group.name] for group in run.graph if group.name in failed}
-    if set(failed) <= {ALL, SOME} and failed:
-        raise ModelError(f"Every group of this {graph.model_type} model can be cut alone, but not together: {failed}.")
     groups = tuple(
-        replace(group, protected=f"cutting it failed a check: {reasons[signature(group)]}")
-        if signature(group) in reasons
+        replace(group, protected=f"cutting it failed a check: {reasons[signature(group)]}", on_request=False)
+        if group.protected is None and signature(group) in reasons
         else group
         for group in graph
     )
     return replace(graph, groups=groups)
 
 
-def checks(model: Any, ratio: float, run: Trace | None = None) -> list[Check]:
+def _opened(run: Trace, graph: DependencyGraph) -> Trace:
+    """``run`` with those kinds open to be cut that are open in ``graph`` by request."""
+    kinds = {group.kind for group in graph.prunable if group.on_request}
+    return replace(run, graph=run.graph.opened(kinds))
+
+
+def _failing(model: Any, run: Trace, ratio: float) -> dict[str, str]:
+    """Groups that must not be cut, with the reason: those that fail alone, or all of a kind that fails together.
+
+    What is left was checked together, so that nothing is offered that was not seen to work.
+    """
+    found = {check.group: check.message for check in checks(model, ratio, run) if not check.ok}
+    failed = {name: message for name, message in found.items() if name not in (ALL, SOME)}
+    if not found:
+        return failed
+    rest = _without(run, failed)
+    if failed and not (found := _together(model, rest, ratio)):
+        return failed
+    for kind in sorted({group.kind for group in rest.graph.prunable}):
+        names = [group.name for group in rest.graph.prunable if group.kind == kind]
+        others = {group.name: "" for group in rest.graph.prunable if group.kind != kind}
+        for message in _together(model, _without(rest, others), ratio).values():
+            failed |= dict.fromkeys(names, f"together: {message}")
+    rest = _without(rest, failed)
+    for message in _together(model, rest, ratio).values():
+        failed |= {group.name: f"together: {message}" for group in rest.graph.prunable}
+    return failed
+
+
+def _without(run: Trace, protected: Mapping[str, str]) -> Trace:
+    groups = (replace(group, protected="") if group.name in protected else group for group in run.graph)
+    return replace(run, graph=replace(run.graph, groups=tuple(groups)))
+
+
+def _together(model: Any, run: Trace, ratio: float) -> dict[str, str]:
+    """Messages of the checks of several groups at once that fail."""
+    return {check.group: check.message for check in checks(model, ratio, run, alone=False) if not check.ok}
+
+
+def checks(model: Any, ratio: float, run: Trace | None = None, *, alone: bool = True) -> list[Check]:
     """What ``verify`` does with a small fp32 model in eval mode, by torch's present random state.
 
-    ``run`` is a record of ``model``; of its graph only the groups that may be cut are tried.
+    ``run`` is a record of ``model``; of its graph only the groups that may be cut are tried, each ``alone`` as well.
     """
     run = record(model) if run is None else run
-    choices = _choices(run.graph, ratio)
+    choices = {name: kept for name, kept in _choices(run.graph, ratio).items() if alone or name in (ALL, SOME)}
+    if not choices:
+        return []
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (2, 12), device=model.device)
     dense = _logits(model, ids)
@@ -116,16 +156,37 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
     """Name of a check → units to keep."""
     kept = {}
     for group in graph.prunable:
-        goes = min(max(1, round(ratio * group.size)), group.size - 1)
-        if goes > 0:
-            kept[group.name] = sorted(torch.randperm(group.size)[goes:].tolist())
+        units = _some(group, ratio)
+        if len(units) < group.size:
+            kept[group.name] = units
     choices = {name: {name: units} for name, units in kept.items()}
     if len(kept) > 1:
         choices[ALL] = kept
         some = [name for name in kept if torch.rand(()) < 0.5] or [next(iter(kept))]
         # every group its own number of units, as in a globally ranked plan
-        choices[SOME] = {name: kept[name][: int(torch.randint(1, len(kept[name]) + 1, ()))] for name in some}
+        choices[SOME] = {name: _fewer(graph[name], kept[name]) for name in some}
     return choices
+
+
+def _some(group: NodeGroup, ratio: float) -> list[int]:
+    """Random units to keep, as many as a plan may: about ``ratio`` of the group goes, the same number from each run."""
+    length, movable, gone = group.size // group.runs, set(group.movable), set[int]()
+    most = length - max(1, group.least // group.runs)
+    candidates = [
+        [unit for unit in (torch.randperm(length) + run * length).tolist() if unit in movable]
+        for run in range(group.runs)
+    ]
+    goes = min(max(1, round(ratio * length)), most, *(len(units) for units in candidates))
+    for units in candidates:
+        gone |= set(units[:goes])
+    return [unit for unit in range(group.size) if unit not in gone]
+
+
+def _fewer(group: NodeGroup, kept: list[int]) -> list[int]:
+    """Some of ``kept``, where the group may have any number of units."""
+    if group.least > 1 or group.runs > 1 or group.fixed or group.modules:
+        return kept
+    return kept[: int(torch.randint(1, len(kept) + 1, ()))]
 
 
 def _check(
@@ -133,13 +194,18 @@ def _check(
 ) -> Check:
     graph = run.graph
     try:
+        tokens = kept_tokens(graph, kept)
+        if tokens is not None:  # only those that stay can be read, and compared
+            ids = tokens[ids % len(tokens)]
+            dense = _logits(model, ids)[..., tokens]
         with masked(model, graph, kept):
-            expected = _logits(model, ids)
+            expected = _logits(model, ids)[..., tokens if tokens is not None else slice(None)]
         small = sharing_copy(model)
         slice_model(small, graph, kept)
-        difference, effect = _largest(_logits(small, ids) - expected), _largest(expected - dense)
+        difference = _largest(_logits(small, new_ids(tokens, ids)) - expected)
+        effect = _largest(expected - dense)
         # once over for the graph as a whole: replaying every group would take several times as long as the rest
-        replayed = replay(model, run, kept).difference if name in (ALL, SOME) else 0.0
+        replayed = _replayed(model, run, kept) if name in (ALL, SOME) else 0.0
     except (SecateurError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}: {reason}")
@@ -149,9 +215,17 @@ def _check(
         return Check(name, False, worst, effect, f"slicing differs from masking by {difference:.1e}")
     if not replayed <= TOLERANCE * scale:
         return Check(name, False, worst, effect, f"replaying the sliced operators differs from masking by {worst:.1e}")
-    if effect <= 10 * max(worst, 1e-6 * scale):
+    if effect <= 10 * max(worst, 1e-6 * scale) and tokens is None:  # the logits of other tokens are what they were
         return Check(name, False, worst, effect, f"the mask has no visible effect ({effect:.1e})")
     return Check(name, True, worst, effect, "slice = mask")
+
+
+def _replayed(model: Any, run: Trace, kept: Mapping[str, list[int]]) -> float:
+    """How much the replay differs; nothing can be said, and 0 is, when the operators depend on the data."""
+    try:
+        return replay(model, run, {name: units for name, units in kept.items() if name in run.atoms}).difference
+    except NotReplayable:  # a loop over the experts that were hit: the model's own forward has to do
+        return 0.0
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
