@@ -295,8 +295,7 @@ def evaluate(
     if as_json is not None:
         _check_writable(as_json)
     progress.show()
-    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
-    metrics = pipeline.evaluate(settings, names, max_tokens=tokens)
+    metrics = pipeline.evaluate(settings, _names(tasks or ""), max_tokens=tokens)
     _console().print(tables.results(compare(metrics, ["model"])))
     if as_json is not None:
         as_json.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -340,6 +339,49 @@ def verify(
 
 
 @app.command()
+def compare(
+    model: Model,
+    methods: Annotated[str, typer.Option(help="Methods with commas between them; random is always added.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables, plot and page.", metavar="DIR")],
+    ratios: Annotated[str, typer.Option(help="Fractions of all parameters, with commas between them.")] = "0.2,0.5",
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file with settings for all methods.", metavar="FILE")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.KEY=VALUE for all, METHOD.KEY=VALUE for one; may be repeated."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that DIR lacks.")] = False,
+) -> None:
+    """Compare methods under the same budget, text, training steps and evaluation."""
+    from secateur import progress, tables
+    from secateur.compare import compare as run
+    from secateur.compare import split_overrides
+    from secateur.config import load_recipe
+
+    shared, own = split_overrides(overrides or [])
+    flags = {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
+    settings = load_recipe(recipe, shared, {key: value for key, value in flags.items() if value is not None})
+    progress.show()
+    comparison = run(
+        settings,
+        _names(methods),
+        [parse_ratio(ratio) for ratio in _names(ratios)],
+        output,
+        settings=own,
+        tasks=_names(tasks or ""),
+        resume=resume,
+    )
+    _console().print(tables.leaderboard(comparison))
+    _console().print(f"Tables, plot and page are in {output}: report.html, results.csv, results.json, quality.png")
+
+
+@app.command()
 def methods() -> None:
     """List the pruning methods, what they need, and their papers."""
     from secateur.methods import METHODS
@@ -362,6 +404,11 @@ def data() -> None:
         "\nOther text: files (.txt, .jsonl, .parquet) and hub datasets (id:config:split), for instance\n"
         "    --set calibration.text=my.jsonl --set recovery.text=[my.jsonl,wikipedia]"
     )
+
+
+def _names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_ratio(text: str, option: str = "--ratio") -> float:

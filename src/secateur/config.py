@@ -141,7 +141,7 @@ def load_recipe(
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--set {text!r} is not of the form section.key=value, such as --set recovery.steps=0.")
-        _put(tree, key.strip(), _parse(value, f"--set {text!r}"))
+        _put(tree, key.strip(), parse_value(value, f"--set {text!r}"))
     return validate(Recipe, tree)
 
 
@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise InputError(f"Cannot read the recipe {path}: {reason}. Give a YAML file.") from error
-    tree = _parse(text, f"The recipe {path}")
+    tree = parse_value(text, f"The recipe {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -201,7 +201,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {section: value for section, value in tree.items() if value is not None}
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_value(text: str, where: str) -> Any:
+    """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

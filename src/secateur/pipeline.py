@@ -325,6 +325,11 @@ def cut(result: Result) -> None:
 def mend(result: Result, texts: Texts) -> None:
     """Refit what consumes the units that stay, before the others are cut out."""
     recipe = result.recipe
+    if result.biases:
+        raise InputError(
+            f"Both {recipe.method.name} and repair make up for what goes, and together they would do it twice. "
+            "Set recovery.repair=false, or switch it off in the method."
+        )
     dtype = autocast_dtype(recipe.evaluation.precision, result.model.device)
     refits = repair(
         result.model,

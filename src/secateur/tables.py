@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from secateur.compare import Leaderboard, columns_of, shown
 from secateur.export import Comparison, Verification
 from secateur.export.story import show_count, show_number
 from secateur.importance.analysis import Analysis, Deviation
@@ -28,6 +29,17 @@ def results(comparison: Comparison) -> Group:
             table.add_section()
         table.add_row(label, *cells)
     return Group(table, comparison.caption)
+
+
+def leaderboard(found: Leaderboard) -> Table:
+    """The rows of ``secateur compare``, the dense model first."""
+    table = Table(box=SIMPLE_HEAD)
+    columns = columns_of(found)
+    for name in columns:
+        table.add_column(name, justify="left" if name == columns[0] else "right", overflow="fold")
+    for line in shown(found):
+        table.add_row(*line)
+    return table
 
 
 def groups(graph: DependencyGraph) -> Group:

@@ -38,8 +38,7 @@ def evaluate_tasks(
         InputError: the extra is not installed, or a task or folder does not exist.
         DataError: there is no tokenizer, or a task's data cannot be read.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("Tasks need lm-eval, which is not installed. Install it with: pip install 'secateur[tasks]'")
+    _require_harness()
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so it cannot be given tasks. Put its files into the folder.")
     if not names or (limit is not None and limit < 1):
@@ -48,6 +47,45 @@ def evaluate_tasks(
         )
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
+    manager, tasks = _resolve(names)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        # errors of means have a formula; the harness leaves them out when it is told to draw no samples for others
+        found = simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1)
+    except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
+        raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
+    return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def chance_levels(names: Sequence[str]) -> dict[str, float]:
+    """Task → accuracy of guessing: the mean of 1 / choices over its items; tasks without choices are left out.
+
+    Raises as ``evaluate_tasks`` does.
+    """
+    _require_harness()
+    from lm_eval.tasks import get_task_dict
+
+    manager, tasks = _resolve(names)
+    try:
+        found = {name: task for name, task in get_task_dict(tasks, manager).items() if isinstance(name, str)}
+        levels = {}
+        for name, task in found.items():
+            if getattr(task, "OUTPUT_TYPE", "") == "multiple_choice":
+                documents = list(task.eval_docs)
+                levels[name] = sum(1 / len(task.doc_to_choice(item)) for item in documents) / len(documents)
+        return levels
+    except (OSError, ValueError) as error:
+        raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
+
+
+def _require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("Tasks need lm-eval, which is not installed. Install it with: pip install 'secateur[tasks]'")
+
+
+def _resolve(names: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager, and the tasks that ``names`` stand for; InputError for one that does not exist."""
     from lm_eval.tasks import TaskManager
 
     folders = [name for name in names if Path(name).expanduser().is_dir()]
@@ -56,12 +94,7 @@ def evaluate_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(f"There is no task or folder {', '.join(unknown)}. `lm-eval ls tasks` lists the known ones.")
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        found = simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
-    except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
-        raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
-    return {task: _numbers(values) for task, values in found["results"].items()}
+    return manager, tasks
 
 
 def tasks_in(folder: Path) -> list[str]:

@@ -41,6 +41,11 @@ class LoRAPruneSettings(Settings):
     base: BaseWeights = "as-is"
     """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
 
+    @property
+    def training_steps(self) -> int:
+        """Optimiser steps before the cut."""
+        return self.steps
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         if self.warm_up + self.cool_down >= 1:

@@ -41,6 +41,11 @@ class LoRAShearSettings(Settings):
     saliency: dict[str, float] = Field(default={"fisher": 1.0}, min_length=1)
     """Criteria that rank the units anew in every period, with their weights."""
 
+    @property
+    def training_steps(self) -> int:
+        """Optimiser steps before the cut."""
+        return self.warmup_steps + self.periods * self.period_steps
+
     @field_validator("saliency")
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,159 @@
+"""A comparison as a table, a plot and a page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import os
+from pathlib import Path
+
+import jinja2
+
+from secateur.compare.rows import Leaderboard, Row, metric_of
+from secateur.export.story import show_bytes, show_count, show_number
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("secateur.compare", "."),
+    undefined=jinja2.StrictUndefined,
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_report(comparison: Leaderboard, folder: Path) -> None:
+    """Write ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; each is whole or the one before."""
+    _replace(folder / "results.json", comparison.model_dump_json(indent=1).encode() + b"\n")
+    table = flat(comparison)
+    temporary = folder / "results.csv.tmp"
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for line in table for key in line)))
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(temporary, folder / "results.csv")
+    plot(comparison, folder / "quality.png")
+    picture = base64.b64encode((folder / "quality.png").read_bytes()).decode()
+    page = _ENVIRONMENT.get_template("page.html.jinja").render(
+        comparison=comparison, columns=columns_of(comparison), lines=shown(comparison), picture=picture
+    )
+    _replace(folder / "report.html", page.encode())
+
+
+def flat(comparison: Leaderboard) -> list[dict[str, object]]:
+    """One mapping of plain values a row, the dense model first."""
+    table: list[dict[str, object]] = []
+    dense = Row(method="dense", ratio=0.0, reached=0.0, decoder=0.0, parameters=comparison.dense_parameters)
+    dense.pruned, dense.tasks = comparison.dense, comparison.dense_tasks
+    for row in (dense, *comparison.rows):
+        line: dict[str, object] = {
+            "method": row.method,
+            "ratio": row.ratio,
+            "ratio_reached": row.reached,
+            "ratio_of_decoder": row.decoder,
+            "kinds": "+".join(row.kinds),
+            "parameters": row.parameters,
+            "pruning_steps": row.pruning_steps,
+            "recovery_steps": row.recovery_steps,
+            "perplexity_pruned": comparison.mean(row.pruned),
+            "perplexity_recovered": comparison.mean(row.recovered),
+        }
+        line |= {f"pruned, {source}": value for source, value in row.pruned.items()}
+        line |= {f"recovered, {source}": value for source, value in row.recovered.items()}
+        for task, values in row.tasks.items():
+            metric = metric_of(values)
+            if metric is not None:
+                line |= {f"{task}": values[metric], f"{task}_stderr": values.get(f"{metric}_stderr")}
+                line[f"{task}_retention"] = comparison.retention(row, task)
+        line["retention"] = comparison.mean_retention(row)
+        line["scoring_seconds"] = row.scoring_seconds
+        line["scoring_peak_bytes"] = row.scoring_peak_bytes
+        line["scoring_extra_bytes"] = row.scoring_extra_bytes
+        for batch, speed in row.speed.items():
+            line |= {f"{key}, {batch}": value for key, value in speed.items()}
+        line["error"] = row.error
+        table.append(line)
+    return table
+
+
+def columns_of(comparison: Leaderboard) -> list[str]:
+    """Headings of ``shown``."""
+    columns = ["method", "ratio", "parameters", "steps", "perplexity before", "after recovery"]
+    columns += [*comparison.dense_tasks, "retention"] if comparison.dense_tasks else []
+    return [*columns, "scoring", "scoring memory", "prefill", "decode"]
+
+
+def shown(comparison: Leaderboard) -> list[list[str]]:
+    """The cells of the page and of the terminal's table; the dense model first."""
+    dense = Row(method="dense", ratio=0.0, parameters=comparison.dense_parameters, tasks=comparison.dense_tasks)
+    dense.pruned = comparison.dense
+    return [_cells(comparison, row) for row in (dense, *comparison.rows)]
+
+
+def _cells(comparison: Leaderboard, row: Row) -> list[str]:
+    if row.error is not None:
+        return [row.method, f"{row.ratio:.0%}", row.error]
+    cells = [
+        row.method,
+        "" if row.reached is None else f"{row.reached:.1%}",
+        "" if row.parameters is None else show_count(row.parameters),
+        f"{row.pruning_steps} + {row.recovery_steps}" if row.method != "dense" else "",
+        _number(comparison.mean(row.pruned)),
+        _number(comparison.mean(row.recovered)),
+    ]
+    for task in comparison.dense_tasks:
+        values = row.tasks.get(task, {})
+        metric = metric_of(values)
+        error = values.get(f"{metric}_stderr")
+        cells.append("" if metric is None else f"{values[metric]:.3f}" + (f" ± {error:.3f}" if error else ""))
+    if comparison.dense_tasks:
+        retention = comparison.mean_retention(row)
+        cells.append("" if retention is None else f"{retention:.1%}")
+    speed = row.speed.get("batch 1", {})
+    cells.append("" if row.scoring_seconds is None else f"{row.scoring_seconds:.0f} s")
+    cells.append("" if row.scoring_extra_bytes is None else f"+{show_bytes(row.scoring_extra_bytes)}")
+    cells += [_times(speed, "prefill_tokens_per_s"), _times(speed, "decode_tokens_per_s")]
+    return cells
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else show_number(value)
+
+
+def _times(speed: dict[str, float], key: str) -> str:
+    return f"{speed[key] / speed[f'dense_{key}']:.2f} x" if key in speed else ""
+
+
+def plot(comparison: Leaderboard, path: Path) -> None:
+    """Perplexity against the ratio, before and after recovery, a line for each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    dense = comparison.mean(comparison.dense)
+    for ax, state, title in zip(axes, ("pruned", "recovered"), ("before recovery", "after recovery"), strict=True):
+        for index, method in enumerate(dict.fromkeys(row.method for row in comparison.rows)):
+            points = [
+                (row.reached, value)
+                for row in sorted(comparison.rows, key=lambda row: row.ratio)
+                if row.method == method and (value := comparison.mean(getattr(row, state))) is not None
+            ]
+            if points:
+                ratios, values = zip(*points, strict=True)
+                ax.plot([100 * (r or 0) for r in ratios], values, marker="osD^vPX*"[index % 8], label=method)
+        if dense is not None:
+            ax.axhline(dense, color="grey", linewidth=1, linestyle=":", label="dense")
+        ax.set(title=title, xlabel="% of all parameters removed", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("perplexity")
+    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

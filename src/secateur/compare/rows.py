@@ -1,0 +1,98 @@
+"""What a comparison holds: one row for a method and a ratio, and the dense model that all are measured against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+Numbers = Mapping[str, float]
+
+
+class Row(BaseModel):
+    """One method at one ratio. What could not be measured is None or empty."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    ratio: float
+    """Asked for, of all parameters."""
+    settings: dict[str, Any] = {}
+    """The method's own."""
+    kinds: list[str] = []
+    """Kinds of groups that it cut."""
+    reached: float | None = None
+    decoder: float | None = None
+    """Fraction of the decoder layers' parameters that went."""
+    parameters: int | None = None
+    pruning_steps: int = 0
+    """Optimiser steps while pruning."""
+    recovery_steps: int = 0
+    """Optimiser steps after it; the sum is the same for all methods."""
+    pruned: dict[str, float] = {}
+    """Perplexity by source before recovery."""
+    recovered: dict[str, float] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    """Task → metric → value, after recovery; ``<metric>_stderr`` beside it."""
+    scoring_seconds: float | None = None
+    """Wall time of deciding what goes: for a method that trains while it prunes, all of that."""
+    scoring_peak_bytes: int | None = None
+    scoring_extra_bytes: int | None = None
+    """On top of what was there when it began (the model, the program)."""
+    speed: dict[str, dict[str, float]] = {}
+    """Batch → prefill and decode tokens per second of the result, and of the dense model timed in turns with it."""
+    error: str | None = None
+    """Why there is no result."""
+
+
+class Leaderboard(BaseModel):
+    """All rows, and what they share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    seed: int
+    recipe: str
+    """YAML; what a row changes in it is in the row."""
+    window: int
+    tokens: dict[str, int]
+    """Source → tokens that perplexity is measured on."""
+    steps: int
+    """Optimiser steps that every method may train for, while pruning and after."""
+    tokens_per_step: int
+    dense: dict[str, float]
+    dense_parameters: int
+    dense_tasks: dict[str, dict[str, float]] = {}
+    chance: dict[str, float] = {}
+    """Task → accuracy of guessing."""
+    machine: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    rows: list[Row] = []
+
+    def mean(self, perplexity: Numbers) -> float | None:
+        """Perplexity over all sources together: exp of the token-weighted mean loss."""
+        if not self.tokens or not set(self.tokens) <= set(perplexity):
+            return None
+        loss = sum(count * math.log(perplexity[source]) for source, count in self.tokens.items())
+        return math.exp(loss / sum(self.tokens.values()))
+
+    def retention(self, row: Row, task: str) -> float | None:
+        """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing."""
+        values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task)
+        metric = metric_of(dense or {})
+        if values is None or dense is None or chance is None or metric is None or metric not in values:
+            return None
+        above = dense[metric] - chance
+        return (values[metric] - chance) / above if above > 0 else None
+
+    def mean_retention(self, row: Row) -> float | None:
+        """Mean over the tasks that have one."""
+        found = [value for task in self.dense_tasks if (value := self.retention(row, task)) is not None]
+        return sum(found) / len(found) if found else None
+
+
+def metric_of(values: Numbers) -> str | None:
+    """The accuracy that a task is judged by: normalised by length where the harness has that."""
+    return next((name for name in ("acc_norm", "acc") if name in values), None)

@@ -1,0 +1,299 @@
+"""Runs a comparison row by row; each is written when it is finished, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from secateur import pipeline
+from secateur.compare.report import write_report
+from secateur.compare.rows import Leaderboard, Row
+from secateur.config import Recipe, dump, parse_value, revise
+from secateur.data import Texts, load_whole, read_texts
+from secateur.errors import InputError, SecateurError
+from secateur.evaluation import machine
+from secateur.evaluation.memory import PeakMemory
+from secateur.evaluation.tasks import chance_levels, evaluate_tasks
+from secateur.graph import trace
+from secateur.loading import load
+from secateur.methods import METHODS
+from secateur.planning import decoder_ratio, versions
+from secateur.progress import say
+from secateur.surgery import protect_failing
+from secateur.types import DependencyGraph
+from secateur.workspace import Workspace
+
+FLOOR = "random"
+"""The method that is always there: what does not beat it under the same recovery is worth nothing."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all rows have in common."""
+
+    graph: DependencyGraph
+    texts: Texts
+    dense: Mapping[str, Any]
+    """Metrics of the dense model, as ``pipeline.measure`` leaves them."""
+    tasks: Sequence[str]
+    steps: int
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    output: Path,
+    *,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    tasks: Sequence[str] = (),
+    resume: bool = False,
+) -> Leaderboard:
+    """What ``secateur compare`` does: prune the recipe's model by each method at each ratio, recover, and measure.
+
+    Every row starts from the same weights, may cut the same groups, counts its ratio of all parameters, reads the same
+    calibration and recovery text, and trains for the same number of steps: the recipe's ``recovery.steps`` and as many
+    as the longest of the progressive methods prunes for; a method that prunes for fewer recovers for more. Methods that
+    cut another kind of group (whole layers) say so in their row. ``random`` is always there.
+
+    Args:
+        recipe: ``method`` and ``budget.ratio`` in it are not used. Files in ``evaluation.text`` that nothing is trained
+            on are measured whole (their first ``evaluation.tokens`` tokens), sources by their held-out part.
+        output: folder for ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; the rows that are
+            finished are kept in it.
+        settings: method → its own settings, where they are not the defaults.
+        tasks: see ``evaluation.evaluate_tasks``.
+        resume: go on with the rows that ``output`` lacks.
+
+    Raises InputError, before anything is measured, for unknown methods and ratios, and for a folder that holds another
+    comparison. A row whose method fails (a ratio that it cannot reach) carries the message instead of numbers.
+    """
+    names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
+    recipes = schedule_of(recipe, names, ratios, settings or {})
+    rows_folder = _open(output, _identity(recipes, tasks), resume)
+    say("Measuring the dense model")
+    shared, comparison = _measure_dense(recipe, recipes, tasks, rows_folder)
+    for planned in recipes:
+        kept = rows_folder / f"{planned.method.name}-{planned.budget.ratio:g}.json"
+        if kept.exists():
+            row = Row.model_validate_json(kept.read_text())
+        else:
+            row = _run(planned, shared)
+            _write(kept, row.model_dump_json(indent=1))
+        comparison.rows.append(row)
+        write_report(comparison, output)
+    return comparison
+
+
+def schedule_of(
+    recipe: Recipe, methods: Sequence[str], ratios: Sequence[float], settings: Mapping[str, Mapping[str, Any]]
+) -> list[Recipe]:
+    """The recipe of every row, in order; the steps of pruning and recovery add up to the same in all."""
+    unknown = [name for name in [*methods, *settings] if name not in METHODS]
+    if unknown:
+        raise InputError(f"Unknown method {unknown[0]}. Known methods: {', '.join(METHODS)}.")
+    wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
+    if wrong or not ratios:
+        raise InputError(f"Ratios lie strictly between 0 and 1, such as 0.2,0.5; got {wrong or 'none'}.")
+    chosen = {name: _with_method(recipe, name, settings.get(name, {})) for name in methods}
+    longest = max(pruning_steps(planned) for planned in chosen.values())
+    planned = []
+    for ratio in ratios:
+        for row in chosen.values():
+            steps = recipe.recovery.steps + longest - pruning_steps(row)
+            planned.append(revise(row, {"budget.ratio": ratio, "recovery.steps": steps}))
+    return planned
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """``--set`` texts for all rows, and by method those that begin with a method's name (``lorashear.periods=4``)."""
+    shared: list[str] = []
+    own: dict[str, dict[str, Any]] = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        method, _, name = key.strip().partition(".")
+        if method in METHODS and name:
+            own.setdefault(method, {})[name] = parse_value(value, f"--set {text!r}")
+        else:
+            shared.append(text)
+    return shared, own
+
+
+def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Recipe:
+    own: dict[str, Any] = {"method": {"name": name, **settings}, "evaluation.baseline": None}
+    kinds = getattr(METHODS[name], "kinds", None)
+    if kinds is not None:
+        own["budget.kinds"] = list(kinds)
+    return revise(recipe, own)
+
+
+def pruning_steps(recipe: Recipe) -> int:
+    """Optimiser steps that the recipe's method trains for while it prunes."""
+    return int(getattr(recipe.method.settings, "training_steps", 0))
+
+
+def _measure_dense(
+    recipe: Recipe, recipes: Sequence[Recipe], tasks: Sequence[str], folder: Path
+) -> tuple[Shared, Leaderboard]:
+    model, tokenizer = load(**recipe.model.model_dump())
+    graph = protect_failing(model, trace(model))
+    for row in recipes:
+        pipeline.rehearse(model, graph, row)
+    texts = _read_texts(model, tokenizer, recipes)
+    result = pipeline.Result(model, tokenizer, pipeline.rehearse(model, graph, recipes[0]), graph, recipes[0])
+    kept = folder / "dense.json"
+    if kept.exists():
+        result.metrics = json.loads(kept.read_text())
+    else:
+        pipeline.measure(result, texts, "dense")
+        pipeline.look_ahead(result, texts)
+        result.teacher = None
+        if tasks:
+            result.metrics["tasks"] = _evaluate_tasks(result, tasks)
+            result.metrics["chance"] = chance_levels(tasks)
+        _write(kept, json.dumps(result.metrics))
+    steps = recipes[0].recovery.steps + pruning_steps(recipes[0])
+    comparison = Leaderboard(
+        model=recipe.model.name,
+        seed=recipe.seed,
+        recipe=dump(recipe),
+        window=result.metrics.get("window", 0),
+        tokens=result.metrics.get("tokens", {}),
+        steps=steps,
+        tokens_per_step=recipe.training.batch_size * recipe.recovery.window,
+        dense=result.metrics["dense"].get("perplexity", {}),
+        dense_parameters=result.metrics["dense"]["parameters"],
+        dense_tasks=result.metrics.get("tasks", {}),
+        chance=result.metrics.get("chance", {}),
+        machine=machine(),
+        versions=versions(),
+    )
+    return Shared(graph, texts, result.metrics, tasks, steps), comparison
+
+
+def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
+    """The text of all rows, read once. Evaluation files that nothing else reads are taken whole."""
+    if tokenizer is None:
+        raise InputError("The model has no tokenizer, so that nothing can be measured. Put its files into the folder.")
+    wanted: dict[Any, Any] = {}
+    for recipe in recipes:
+        wanted |= recipe.texts
+    elsewhere = {name for purpose, text in wanted.items() if purpose != "evaluation" for name in text.text}
+    evaluation = wanted["evaluation"]
+    if elsewhere & {name for name in evaluation.text if Path(name).suffix}:
+        return read_texts(model, tokenizer, wanted, recipes[0].seed)
+    whole = load_whole(evaluation, tokenizer, recipes[0].seed, evaluation.tokens)
+    others = {purpose: text for purpose, text in wanted.items() if purpose != "evaluation"}
+    found = read_texts(model, tokenizer, others, recipes[0].seed)
+    return Texts(**{**vars(found), "evaluation": whole})
+
+
+def _run(recipe: Recipe, shared: Shared) -> Row:
+    """One row, from the dense model on; an error that is the user's to mend becomes its message."""
+    name, ratio = recipe.method.name, recipe.budget.ratio
+    say(f"{name} at {ratio:.0%}")
+    row = Row(
+        method=name,
+        ratio=ratio,
+        settings=recipe.method.settings.model_dump(mode="json"),
+        kinds=list(recipe.budget.kinds),
+        pruning_steps=pruning_steps(recipe),
+        recovery_steps=recipe.recovery.steps,
+    )
+    try:
+        _measure(row, recipe, shared)
+    except SecateurError as error:
+        say(f"  {error}")
+        row.error = str(error)
+    return row
+
+
+def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
+    model, tokenizer = load(**recipe.model.model_dump())
+    plan = pipeline.rehearse(model, shared.graph, recipe)
+    result = pipeline.Result(model, tokenizer, plan, shared.graph, recipe)
+    result.metrics = {
+        key: shared.dense[key] for key in ("dense", "window", "tokens", "reference") if key in shared.dense
+    }
+    result.metrics["dense"] = dict(result.metrics["dense"])
+    work = Workspace(None)
+    pipeline.look_ahead(result, shared.texts)
+    with PeakMemory(model.device) as memory:
+        started = time.monotonic()
+        pipeline.decide(result, shared.texts, work)
+        row.scoring_seconds = round(time.monotonic() - started, 2)
+    row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
+    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, shared.graph)
+    if recipe.recovery.repair:
+        pipeline.mend(result, shared.texts)
+    pipeline.cut(result)
+    pipeline.measure(result, shared.texts, "pruned")
+    row.pruned, row.parameters = result.metrics["pruned"]["perplexity"], result.metrics["pruned"]["parameters"]
+    if recipe.recovery.steps > 0:
+        pipeline.grow_back(result, shared.texts, work)
+        pipeline.measure(result, shared.texts, "recovered")
+        row.recovered = result.metrics["recovered"]["perplexity"]
+    if shared.tasks:
+        row.tasks = _evaluate_tasks(result, shared.tasks)
+    if recipe.evaluation.speed:
+        pipeline.time_both(result)
+        row.speed = _speed(result.metrics["speed"])
+
+
+def _evaluate_tasks(result: pipeline.Result, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    with torch.no_grad():
+        return evaluate_tasks(result.model, result.tokenizer, tasks, batch_size=result.recipe.evaluation.batch_size)
+
+
+def _speed(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of ``compare_speed``: batch → what the small model does, and what the dense one did beside it."""
+    found = {}
+    for batch, states in measured.items():
+        if batch != "settings":
+            small = next(values for state, values in states.items() if state != "dense")
+            found[batch] = {**small, **{f"dense_{key}": value for key, value in states["dense"].items()}}
+    return found
+
+
+# The folder
+
+
+def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> str:
+    """What decides the numbers of the rows, as text."""
+    first = dump(recipes[0])
+    return json.dumps({"recipe": first, "tasks": list(tasks), "steps": recipes[0].recovery.steps}, indent=1)
+
+
+def _open(output: Path, identity: str, resume: bool) -> Path:
+    """The folder of the finished rows. Rows may be added to a comparison; what they share may not change."""
+    folder = output / "rows"
+    written = folder / "comparison.json"
+    if written.exists() and not resume:
+        raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
+    if written.exists() and written.read_text() != identity:
+        raise InputError(
+            f"{output} holds a comparison with other settings (or another number of training steps, which the longest "
+            "method decides). Repeat its settings, or name another folder."
+        )
+    if not written.exists() and output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty. Name a new folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(written, identity)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

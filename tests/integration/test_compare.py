@@ -1,0 +1,171 @@
+"""``secateur compare`` from end to end on a tiny model: fair rows, resumed rows, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli import app
+from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_overrides
+from secateur.errors import InputError
+from secateur.testing.tiny import build
+from secateur.testing.tokenizer import tiny_tokenizer
+
+TEXT = "A hedge is cut twice a year, in early summer and in autumn; each cut is to leave a few leaves on every shoot. "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("llama-odd").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = "".join(json.dumps({"text": f"{number} {TEXT * 3}"}) + "\n" for number in range(60))
+    (folder / "train.jsonl").write_text(text)
+    (folder / "held-out.txt").write_text("In autumn the hedge is cut for the last time before the frost. " * 8)
+    return folder
+
+
+def settings(model: Path, *more: str) -> list[str]:
+    overrides = [
+        f"{section}.{key}"
+        for section in ("calibration", "recovery")
+        for key in (f"text={model / 'train.jsonl'}", "window=12", "tokens=192")
+    ]
+    overrides += [f"evaluation.text={model / 'held-out.txt'}", "evaluation.window=12", "evaluation.tokens=240"]
+    return [*overrides, "recovery.steps=2", "evaluation.speed=false", *more]
+
+
+def recipe_of(model: Path, *more: str) -> secateur.Recipe:
+    return secateur.load_recipe(None, settings(model, *more), {"model.name": str(model)})
+
+
+def test_every_method_trains_for_the_same_number_of_steps(model: Path) -> None:
+    own: dict[str, Any] = {"loraprune": {"steps": 6, "every": 2}, "lorashear": {"periods": 2, "period_steps": 2}}
+    planned = schedule_of(recipe_of(model), ["random", "loraprune", "lorashear", "wanda"], [0.2, 0.4], own)
+    assert len(planned) == 8
+    assert {run.pruning_steps(row) + row.recovery.steps for row in planned} == {8}
+    assert {row.recovery.steps for row in planned} == {8, 2, 4}
+    assert [row.budget.ratio for row in planned] == [0.2] * 4 + [0.4] * 4
+    shared = [row.model_dump(exclude={"method": True, "budget": {"ratio"}, "recovery": {"steps"}}) for row in planned]
+    assert all(row == shared[0] for row in shared)
+
+
+def test_whole_layers_are_another_kind(model: Path) -> None:
+    [row] = schedule_of(recipe_of(model), ["shortgpt"], [0.3], {})
+    assert row.budget.kinds == ("layer",)
+
+
+def test_settings_of_one_method_are_told_from_those_of_all() -> None:
+    shared, own = split_overrides(["lorashear.periods=3", "budget.floor=0.5", "flap.compensate=false", "seed=2"])
+    assert shared == ["budget.floor=0.5", "seed=2"]
+    assert own == {"lorashear": {"periods": 3}, "flap": {"compensate": False}}
+
+
+def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
+    arguments = ["compare", str(model), "--methods", "magnitude,loraprune", "--ratios", "0.2,0.3"]
+    arguments += ["-o", str(tmp_path / "out"), "--set", "loraprune.steps=2", "--set", "loraprune.every=1"]
+    for override in settings(model):
+        arguments += ["--set", override]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert "magnitude" in found.stdout
+    board = Leaderboard.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert [(row.method, row.ratio) for row in board.rows] == [
+        (method, ratio) for ratio in (0.2, 0.3) for method in ("random", "magnitude", "loraprune")
+    ]
+    for row in board.rows:
+        assert row.error is None
+        assert row.parameters is not None
+        assert row.reached == pytest.approx(1 - row.parameters / board.dense_parameters)
+        assert row.pruning_steps + row.recovery_steps == board.steps == 4
+        assert board.mean(row.pruned) != board.mean(row.recovered)
+        assert row.scoring_seconds is not None
+        assert row.scoring_peak_bytes is not None
+        assert row.scoring_extra_bytes is not None
+        assert row.scoring_peak_bytes >= row.scoring_extra_bytes >= 0
+    with (tmp_path / "out" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["dense", *(row.method for row in board.rows)]
+    assert float(lines[1]["perplexity_recovered"]) == pytest.approx(board.mean(board.rows[0].recovered))
+    assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<tr>") == 8
+    assert "data:image/png;base64," in page
+
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 1
+    assert "--resume" in again.output
+
+
+def test_it_goes_on_with_what_is_missing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    original = run._run
+
+    def watched(recipe: Any, shared: Any) -> Row:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(recipe.method.name)
+        return original(recipe, shared)
+
+    monkeypatch.setattr(run, "_run", watched)
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe_of(model, "recovery.steps=0"), ["magnitude", "wanda"], [0.2], tmp_path / "out")
+    assert len(Leaderboard.model_validate_json((tmp_path / "out" / "results.json").read_text()).rows) == 2
+    done.clear()
+    board = compare(recipe_of(model, "recovery.steps=0"), ["magnitude", "wanda"], [0.2], tmp_path / "out", resume=True)
+    assert done == ["wanda"]
+    assert [row.method for row in board.rows] == ["random", "magnitude", "wanda"]
+    with pytest.raises(InputError, match="other settings"):
+        compare(recipe_of(model, "seed=1"), ["magnitude"], [0.2], tmp_path / "out", resume=True)
+
+
+def test_a_row_that_fails_says_why(model: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(model, "recovery.steps=0", "budget.runs_on=vllm", "budget.ratio=0.1", "budget.kinds=ffn")
+    board = compare(recipe, ["flap"], [0.1], tmp_path / "out")
+    [floor, flap] = board.rows
+    assert floor.error is None
+    assert flap.error is not None
+    assert "compensate" in flap.error
+    assert "compensate" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("methods", "ratios", "message"),
+    [(["no-such"], [0.2], "Known methods"), (["wanda"], [1.2], "between 0 and 1"), (["wanda"], [], "between 0 and 1")],
+)
+def test_mistakes_are_found_before_anything_is_read(
+    methods: list[str], ratios: list[float], message: str, tmp_path: Path
+) -> None:
+    recipe = secateur.load_recipe(flags={"model.name": str(tmp_path / "missing")})
+    with pytest.raises(InputError, match=message):
+        compare(recipe, methods, ratios, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_retention_is_corrected_for_chance() -> None:
+    board = Leaderboard(
+        model="m",
+        seed=0,
+        recipe="",
+        window=1,
+        tokens={"a": 3, "b": 1},
+        steps=0,
+        tokens_per_step=1,
+        dense={"a": 2.0, "b": 4.0},
+        dense_parameters=1,
+        dense_tasks={"four": {"acc": 0.65, "acc_norm": 0.75}, "two": {"acc": 0.8}, "odd": {"exact_match": 1.0}},
+        chance={"four": 0.25, "two": 0.5},
+    )
+    row = Row(method="x", ratio=0.2, tasks={"four": {"acc": 0.3, "acc_norm": 0.5}, "two": {"acc": 0.5}})
+    assert board.retention(row, "four") == pytest.approx(0.5)
+    assert board.retention(row, "two") == pytest.approx(0.0)
+    assert board.retention(row, "odd") is None
+    assert board.mean_retention(row) == pytest.approx(0.25)
+    assert board.mean(board.dense) == pytest.approx((2.0**3 * 4.0) ** 0.25)
+    assert board.mean({"a": 2.0}) is None
