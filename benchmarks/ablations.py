@@ -1,0 +1,206 @@
+"""What each part of LoRAShear is worth: one setting changed at a time, several ratios and seeds, equal training tokens.
+
+    python benchmarks/ablations.py run --analysis ANALYSIS/analysis.json --text wiki.test.raw --json ablations.jsonl
+    python benchmarks/ablations.py table --json ablations.jsonl --write docs/methods/lorashear.md
+
+``run`` appends a line for every finished run and leaves out what the file has already (the same recipe to the last key
+and the same text), so that it can be stopped at any time and called again. Every variant has the steps of the
+default in all: warm-up, periods and recovery together. ``--text`` is a file that nothing here trains on; ``--dry-run``
+says what would be run. ``table`` prints Markdown: per ratio the geometric mean of perplexity over the held-out sources,
+or perplexity of ``--text``, mean over seeds with the standard error of the paired difference from the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur import progress
+from secateur.config import Recipe, dump, load_recipe, revise
+from secateur.data import read_ids
+from secateur.evaluation import text_loss
+from secateur.precision import autocast_dtype
+
+WINDOW, TOKENS = 512, 40_960
+DEFAULT = "default"
+BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
+Overrides = Mapping[str, Any]
+
+
+def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
+    """Name → what differs from the default; only what really differs is listed."""
+    own = default.method.settings.model_dump()
+    steps = own["warmup_steps"] + own["periods"] * own["period_steps"]
+    criterion = max(own["saliency"], key=lambda name: own["saliency"][name])
+    half = max(1, own["periods"] * own["period_steps"] // 2)
+    whole = steps + default.recovery.steps
+    rank = default.lora.rank
+    every: dict[str, Overrides] = {
+        DEFAULT: {},
+        "one shot, all steps in recovery": {"method": criterion, "recovery.steps": whole},
+        "decay": {"method.projection": "decay"},
+        "half-space": {"method.projection": "half-space"},
+        "half-space, epsilon 0.5": {"method.projection": "half-space", "method.epsilon": 0.5},
+        "two periods": {"method.periods": 2, "method.period_steps": half},
+        "dynamic shares": {"recovery.round_steps": max(1, default.recovery.steps // 4)},
+        "constant shares": {"recovery.round_steps": 0},
+        "two stages": {"recovery.instructions": ["self"]},
+        "teacher": {"recovery.teacher": 0.5},
+        "rank / 2": {"lora.rank": max(1, rank // 2), "lora.alpha": max(1, default.lora.alpha // 2)},
+        "rank x 2": {"lora.rank": 2 * rank, "lora.alpha": 2 * default.lora.alpha},
+        "rank x 4": {"lora.rank": 4 * rank, "lora.alpha": 4 * default.lora.alpha},
+        "one shot with repair": {"method": criterion, "recovery.steps": whole, "recovery.repair": True},
+    }
+    if analysis is not None:
+        for share in (0.05, 0.1, 0.2):
+            protect = {"budget.protect_from": str(analysis), "budget.protect_share": share}
+            every[f"analysis, {share:.0%} protected"] = protect
+    plain = dump(default)
+    return {name: more for name, more in every.items() if name == DEFAULT or dump(revise(default, more)) != plain}
+
+
+def key(recipe: Recipe, text: Path | None) -> str:
+    """What a finished run is known by."""
+    return hashlib.sha256(f"{dump(recipe)}{text and text.name}".encode()).hexdigest()[:16]
+
+
+def one_run(recipe: Recipe, text: Path | None) -> dict[str, Any]:
+    """Prune, recover and measure."""
+    started = time.monotonic()
+    model, tokenizer = secateur.load(**recipe.model.model_dump())
+    dtype, ids = autocast_dtype("auto", model.device), None
+    if text is not None:
+        ids = read_ids(text, tokenizer, WINDOW, TOKENS)
+    result = secateur.prune(model, tokenizer, recipe=recipe)
+    states = [state for state in ("dense", "pruned", "recovered") if state in result.metrics]
+    row: dict[str, Any] = {
+        "reached": result.plan.ratio_reached,
+        "perplexity": {state: result.metrics[state]["perplexity"] for state in states},
+        "rounds": result.metrics.get("recovery", {}).get("rounds", []),
+    }
+    if ids is not None:
+        row["text"] = text_loss(model, ids, autocast=dtype).perplexity
+    return row | {"seconds": round(time.monotonic() - started)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    finished = {row["key"] for row in read(arguments.json)}
+    quiet = {"evaluation.speed": False, "evaluation.baseline": None}
+    default = revise(load_recipe(None, arguments.overrides, {"model.name": arguments.model}), quiet)
+    known = variants(default, arguments.analysis)
+    chosen = [name.strip() for name in arguments.variants.split(";")] if arguments.variants else list(known)
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise SystemExit(f"There is no variant {', '.join(unknown)}; there are: {'; '.join(known)}")
+    wanted = [
+        (seed, ratio, name)
+        for seed in map(int, arguments.seeds.split(","))  # seeds outermost: a stopped run has whole rows of the table
+        for ratio in map(float, arguments.ratios.split(","))
+        for name in chosen
+    ]
+    for number, (seed, ratio, name) in enumerate(wanted, start=1):
+        recipe = revise(default, {"seed": seed, "budget.ratio": ratio, **known[name]})
+        mark = key(recipe, arguments.text)
+        print(f"{number}/{len(wanted)} {name}, ratio {ratio}, seed {seed}: ", end="", flush=True)
+        if mark in finished or arguments.dry_run:
+            print("there already" if mark in finished else f"to do, {dict(known[name])}")
+            continue
+        row = {"key": mark, "variant": name, "ratio": ratio, "seed": seed, "changes": dict(known[name])}
+        row |= one_run(recipe, arguments.text)
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{number_of(row):.2f} in {row['seconds']} s", flush=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The finished runs; a line that a kill cut short is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def number_of(row: Mapping[str, Any]) -> float:
+    """The one number of a run: perplexity of the text, or the geometric mean over the held-out sources."""
+    if "text" in row:
+        return float(row["text"])
+    states = row["perplexity"]
+    return statistics.geometric_mean(states.get("recovered", states["pruned"]).values())
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each variant, two columns for each ratio."""
+    ratios = sorted({row["ratio"] for row in rows})
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    latest = {(row["variant"], row["ratio"], row["seed"]): number_of(row) for row in rows}
+    head = "".join(f" {ratio:.0%} | against the default |" for ratio in ratios)
+    lines = [f"| variant |{head}", f"| --- |{' ---: | ---: |' * len(ratios)}"]
+    for name in names:
+        cells = []
+        for ratio in ratios:
+            own = {seed: value for (variant, at, seed), value in latest.items() if (variant, at) == (name, ratio)}
+            pairs = [(value, latest.get((DEFAULT, ratio, seed))) for seed, value in own.items()]
+            ratios_to_default = [math.log(value / base) for value, base in pairs if base]
+            cells += [_mean(list(own.values())), "" if name == DEFAULT else _change(ratios_to_default)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seeds = sorted({row["seed"] for row in rows})
+    where = "the text that nothing trained on" if all("text" in row for row in rows) else "the held-out sources"
+    return "\n".join([*lines, "", f"Perplexity of {where}; seeds {', '.join(map(str, seeds))}."]) + "\n"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f}" if values else ""
+
+
+def _change(logs: Sequence[float]) -> str:
+    """Mean paired change, with its standard error when there are several seeds."""
+    if not logs:
+        return ""
+    error = f" ± {100 * statistics.stdev(logs) / math.sqrt(len(logs)):.1f}" if len(logs) > 1 else ""
+    return f"{100 * math.expm1(statistics.fmean(logs)):+.1f}{error} %"
+
+
+def write(text: str, page: Path) -> None:
+    """Put the table between the marks of a page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page} has no place for the table: add the lines {BEGIN} and {END}.")
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("--json", type=Path, required=True)
+    runs.add_argument("--model", default="smollm2-135m")
+    runs.add_argument("--variants", help="names with semicolons between them; all when left out")
+    runs.add_argument("--ratios", default="0.2,0.5")
+    runs.add_argument("--seeds", default="0,1,2")
+    runs.add_argument("--analysis", type=Path, help="analysis.json of the model, from `secateur analyze`")
+    runs.add_argument("--text", type=Path, help="text that nothing trains on, such as WikiText-2's wiki.test.raw")
+    runs.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    runs.add_argument("--dry-run", action="store_true")
+    shown = commands.add_parser("table")
+    shown.add_argument("--json", type=Path, required=True)
+    shown.add_argument("--write", type=Path, help="page to put the table into")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        progress.show()
+        run(arguments)
+        return
+    text = table(read(arguments.json))
+    print(text)
+    if arguments.write is not None:
+        write(text, arguments.write)
+
+
+if __name__ == "__main__":
+    main()
