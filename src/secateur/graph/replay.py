@@ -150,6 +150,8 @@ class _Run:
     """The recorded operators on real values, as they were recorded."""
 
     handlers: ClassVar[Mapping[str, Handler]] = {}
+    as_recorded: ClassVar[bool] = True
+    """Whether all tensors have the shapes that they had when they were recorded."""
 
     def __init__(self, trace: Trace, values: Mapping[str, torch.Tensor], cut: Cut, tokens: torch.Tensor) -> None:
         self.trace, self.table, self.cut = trace, trace.table, cut
@@ -169,6 +171,10 @@ class _Run:
             results = tree_leaves(handler(self, call))
             for recorded, result in zip(tree_leaves(call.out), results, strict=True):
                 if isinstance(recorded, torch.Tensor):
+                    if self.as_recorded and result.shape != recorded.shape:
+                        raise NotReplayable(
+                            f"The recorded run cannot be replayed: what {call.name} returned depends on the data."
+                        )
                     self._values[id(recorded)] = result
         return self[self.trace.logits]
 
@@ -335,6 +341,8 @@ def _group_norm_sizes(run: _Run, call: Call, select: bool) -> dict[str, Any]:
 
 class _Sliced(_Run):
     """The operators on sliced parameters; sizes and positions in their arguments follow from the axes."""
+
+    as_recorded = False
 
     def tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         domain = self.table[self.trace.token_ids].domain

@@ -24,7 +24,7 @@ from secateur.errors import ModelError
 from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
-Meaning = Literal["proportional", "kv_heads", "queries_per_kv"]
+Meaning = Literal["proportional", "kv_heads", "queries_per_kv", "units"]
 
 
 GROUPED_MULTIPLE = 8
@@ -40,7 +40,8 @@ class Pattern:
     meaning: Meaning = "proportional"
     """``proportional``: grows with the units (query heads, widths, experts). ``kv_heads``: as well, unless there is
     one KV head that all units share. ``queries_per_kv``: unchanged when a unit is a KV head with its query heads,
-    proportional when the units are the query heads of a single KV head."""
+    proportional when the units are the query heads of a single KV head. ``units``: the number of units where it is
+    that number, else unchanged."""
     classes: str = ""
     """Regular expression for the start of the module's class name, where the attribute means this only there."""
     in_config: bool = False
@@ -62,15 +63,20 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("attention", "split_size"),
     Pattern("attention", "embed_dim", classes="GPTBigCode|XGLM|Mvp|TrOCR|Blip"),
     Pattern("attention", "hidden_size", classes="Dbrx|JetMoeMoA"),
-    Pattern("attention", "n_groups", classes="DeepseekV4GroupedLinear"),
-    Pattern("attention", "o_groups", classes="DeepseekV4Attention", in_config=True),
+    Pattern("attention", "n_groups", "units", classes="DeepseekV4GroupedLinear"),
+    Pattern("attention", "o_groups", "units", classes="DeepseekV4Attention", in_config=True),
     Pattern("attention", "num_attention_heads", classes="Phi3|Phi4", in_config=True),
     Pattern("ffn", "intermediate_size"),
     Pattern("ffn", "intermediate_dim"),
     Pattern("ffn", "ffn_hidden_size"),
     Pattern("ffn", "ffn_hidden_size", classes="DbrxExperts", encloses=True),
-    Pattern("expert", "num_experts"),
+    Pattern("expert", "num_experts", classes="(?!ParamWrapper)"),
     Pattern("expert", "n_routed_experts"),
+    Pattern("hidden", "hidden_size", "units"),
+    Pattern("hidden", "hidden_dim", "units"),
+    Pattern("hidden", "embed_dim", "units"),
+    Pattern("hidden", "d_model", "units"),
+    Pattern("vocab", "vocab_size", "units"),
 )
 
 
@@ -98,7 +104,7 @@ def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[st
     modules = dict(model.named_modules(remove_duplicate=False))
     changes = []
     for group, removed in cut_groups(graph, kept):
-        for module, encloses in _home(modules, group):
+        for module, encloses in _home(modules, group) if group.members else ():
             for pattern in PATTERNS:
                 holder = getattr(module, "config", None) if pattern.in_config else module
                 if (
@@ -129,8 +135,12 @@ def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.M
 
 def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, units: int) -> int:
     dense = int(getattr(holder, pattern.name))
+    if pattern.meaning == "units":
+        return units if dense == group.size else dense
     if pattern.meaning == "kv_heads" and dense == 1:
         return 1
+    if pattern.meaning == "units":
+        return units if dense == group.size else dense
     if pattern.meaning == "queries_per_kv" and _unit_has_its_kv_head(dense, module, group):
         return dense
     if dense * units % group.size:
@@ -151,7 +161,7 @@ def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGro
     head_dim = int(own.get("v_head_dim", own.get("head_dim", 0)))  # what the values add up to is consumed
     width = max(member.width for member in group.members if member.role == "in")
     consumed = max(member.rows_per_unit for member in group.members if member.role == "in")
-    if width == queries_per_kv * head_dim:
+    if head_dim and width % (queries_per_kv * head_dim) == 0:
         return True
     if width == head_dim or consumed * group.size == queries_per_kv * head_dim:
         return False

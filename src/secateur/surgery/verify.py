@@ -156,7 +156,8 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
     """Name of a check → units to keep."""
     kept = {}
     for group in graph.prunable:
-        units = _some(group, ratio)
+        goes = min(max(1, round(ratio * group.size)), group.size - 1)
+        units = legal_units(group, group.size - goes)
         if len(units) < group.size:
             kept[group.name] = units
     choices = {name: {name: units} for name, units in kept.items()}
@@ -164,29 +165,23 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
         choices[ALL] = kept
         some = [name for name in kept if torch.rand(()) < 0.5] or [next(iter(kept))]
         # every group its own number of units, as in a globally ranked plan
-        choices[SOME] = {name: _fewer(graph[name], kept[name]) for name in some}
+        stay = {name: int(torch.randint(1, len(kept[name]) + 1, ())) for name in some}
+        choices[SOME] = {name: legal_units(graph[name], count) for name, count in stay.items()}
     return choices
 
 
-def _some(group: NodeGroup, ratio: float) -> list[int]:
-    """Random units to keep, as many as a plan may: about ``ratio`` of the group goes, the same number from each run."""
-    length, movable, gone = group.size // group.runs, set(group.movable), set[int]()
-    most = length - max(1, group.least // group.runs)
-    candidates = [
-        [unit for unit in (torch.randperm(length) + run * length).tolist() if unit in movable]
-        for run in range(group.runs)
-    ]
-    goes = min(max(1, round(ratio * length)), most, *(len(units) for units in candidates))
-    for units in candidates:
-        gone |= set(units[:goes])
-    return [unit for unit in range(group.size) if unit not in gone]
-
-
-def _fewer(group: NodeGroup, kept: list[int]) -> list[int]:
-    """Some of ``kept``, where the group may have any number of units."""
-    if group.least > 1 or group.runs > 1 or group.fixed or group.modules:
-        return kept
-    return kept[: int(torch.randint(1, len(kept) + 1, ()))]
+def legal_units(group: NodeGroup, stay: int) -> list[int]:
+    """Random units of ``group`` that a plan may keep: ``stay`` of them, or the next larger number that is legal."""
+    length = group.size // group.runs
+    in_each = -(-max(stay, group.least) // group.runs)
+    fixed = {unit for unit, _ in group.fixed}
+    units: list[int] = []
+    for run in range(group.runs):
+        must = [unit for unit in range(run * length, (run + 1) * length) if unit in fixed]
+        rest = [unit for unit in range(run * length, (run + 1) * length) if unit not in fixed]
+        order = torch.randperm(len(rest)).tolist()
+        units += must + [rest[place] for place in order[: max(0, in_each - len(must))]]
+    return sorted(units)
 
 
 def _check(

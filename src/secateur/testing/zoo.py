@@ -159,7 +159,7 @@ def _mamba(shape: Shape, **more: Any) -> dict[str, Any]:
 _EXCEPTIONS: Mapping[str, Callable[[Shape], dict[str, Any]]] = {
     "bamba": lambda shape: _mamba(shape, attn_layer_indices=[1]),
     "blt": lambda shape: {"encoder_hash_byte_group_vocab": 60, **_blt(shape)},
-    "codegen": lambda shape: {"n_head": 4, "n_embd": 4 * shape.head_dim, "rotary_dim": 8},
+    "codegen": lambda shape: {"n_head": 8, "n_embd": 8 * shape.head_dim, "rotary_dim": 8},
     "cohere_compass_text": lambda shape: {"rope_parameters": {"full_attention": dict(_ROPE)}},
     "dbrx": lambda shape: {
         "attn_config": {"kv_n_heads": shape.kv_heads, "rope_theta": 10000.0, "clip_qkv": 8.0},
