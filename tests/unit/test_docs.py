@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.config import load_recipe
+from secateur.methods import METHODS
 from secateur.testing.tiny import build
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,10 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_the_pages_exist(page: Path) -> None:
     for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", page.read_text()):
-        if not override.startswith("section.key"):
+        method, _, rest = override.partition(".")  # compare gives single methods their own settings
+        if method in METHODS:
+            load_recipe(None, [f"method.{rest}"], {"method": method})
+        elif not override.startswith("section.key"):
             load_recipe(None, [override])
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, unscorable
+from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, recomputed, unscorable
 from secateur.importance.weights import base_members, dequantised, is_adapter, lora_layer, sum_rows
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 
@@ -170,10 +170,13 @@ class Adapters:
 
     The gradient of a frozen weight is never allocated: backward runs with gradients for A and B alone. At LoRA's
     initialisation (B = 0) the estimate is a rank-r random projection of the true gradient: better after some training.
+    Memory beside the model is that of one window's activations, which are recomputed layer by layer in the backward
+    pass (``recompute``), for about a third more time.
     """
 
     options: Options = DEFAULT
-    batch_size: int = 4
+    batch_size: int = 1
+    recompute: bool = True
     name: str = "lora"
     needs: Needs = "adapters"
 
@@ -186,6 +189,6 @@ class Adapters:
         if not adapters:
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
         check_scorable(model, graph, self.options)
-        with borrowed(model, adapters):
+        with borrowed(model, adapters), recomputed(model, self.recompute):
             mean_loss_backward(model, blocks, self.batch_size)
             return scores_from_adapter_gradients(model, graph, self.options)

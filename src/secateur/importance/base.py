@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from secateur.errors import DataError, ModelError
 from secateur.types import DependencyGraph, NodeGroup, Scores
@@ -95,6 +98,26 @@ def borrowed(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[s
             parameter.grad = grad
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """While it lasts, backward passes compute the activations of each decoder layer anew instead of keeping them.
+
+    Also in eval mode, where the model's own switch does nothing. Memory: the hidden states between layers, and one
+    layer's activations. Time: one more forward pass. The gradients are the same.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if on else []
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def input_device(model: nn.Module) -> torch.device:

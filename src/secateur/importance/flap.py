@@ -65,7 +65,7 @@ def standardise(scores: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fluctuation:
-    """FLAP's criterion: z-scored fluctuation of the input channels of ``o_proj`` and ``down_proj``, its mean over a unit.
+    """FLAP's criterion: z-scored fluctuation of the inputs of ``o_proj`` and ``down_proj``, its mean over a unit.
 
     All groups are measured on the dense model, as FLAP does. Scores of different groups are comparable as they are.
     """

@@ -15,7 +15,7 @@ from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
 from secateur.importance.adapters import Options, estimate_gradient, scores_from_adapter_gradients
-from secateur.importance.base import mean_loss_backward
+from secateur.importance.base import mean_loss_backward, recomputed
 from secateur.importance.weights import lora_layer
 from secateur.testing.tiny import TINY
 
@@ -202,3 +202,32 @@ def test_models_without_usable_adapters_are_refused() -> None:
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         Adapters().score(merged, graph, blocks(), seed=0)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_recomputed_activations_and_single_windows_give_the_same_scores(family: str) -> None:
+    model = adapted(family, anything, rank=4)
+    graph = trace(model)
+    frugal = Adapters().score(model, graph, blocks(), seed=0)
+    plain = Adapters(batch_size=6, recompute=False).score(model, graph, blocks(), seed=0)
+    for name in plain:
+        torch.testing.assert_close(frugal[name], plain[name], rtol=1e-3, atol=1e-6)
+    assert not any("forward" in vars(module) for module in model.modules() if "Layer" in type(module).__name__)
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    """Bytes that autograd saves: with recomputation the hidden states between layers, and not what is inside."""
+    model = adapted("llama-gqa", anything, rank=4)
+
+    def saved(on: bool) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with recomputed(model, on), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=blocks().ids).logits.sum()
+        return sum(sizes)
+
+    assert saved(True) < 0.5 * saved(False)

@@ -1,0 +1,76 @@
+"""The estimate against the true gradient: what theory says, and what training does to it, on a tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.graph import trace
+from secateur.importance.adapters import Options
+from secateur.importance.estimate import compare_with_true_gradient, spearman
+from secateur.testing.method_contract import noise
+from secateur.testing.tiny import build
+from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
+
+
+def adapted(rank: int, family: str = "llama-gqa") -> Any:
+    return attach_lora(build(family), LoraSettings(rank=rank, alpha=2 * rank), seed=0)
+
+
+def mean(found: Any, side: str, kind: str = "ffn") -> float:
+    values = [item.correlation for item in found if item.side == side and item.kind == kind]
+    return sum(values) / len(values)
+
+
+def test_ranks() -> None:
+    a = torch.tensor([0.1, 5.0, 2.0, 3.0])
+    assert spearman(a, a.exp()) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert abs(spearman(torch.randn(4000), torch.randn(4000))) < 0.06
+
+
+def test_at_the_start_producers_are_estimated_well_and_consumers_hardly() -> None:
+    """With B = 0 the estimate is G AᵀA: rows keep their size, columns are mixed by A."""
+    found = compare_with_true_gradient(model := adapted(rank=8), trace(model), noise(8, 1))
+    assert mean(found, "out") > 0.8
+    assert mean(found, "in") < mean(found, "out") - 0.2
+
+
+def test_a_whole_basis_gives_the_true_ranking() -> None:
+    model = adapted(rank=48)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.orthogonal_(parameter)
+    found = [item for item in compare_with_true_gradient(model, trace(model), noise(4, 1)) if item.side == "in"]
+    # down_proj takes in 40 channels and o_proj 48, so that 48 rows of A span both
+    assert found
+    assert all(item.correlation > 0.99 for item in found if item.kind == "ffn")
+    assert all(item.overlap == 1.0 for item in found if item.kind == "ffn")
+
+
+def test_training_teaches_the_consumers_side() -> None:
+    """Once B has grown, B Bᵀ G adds what A alone cannot see."""
+    model = adapted(rank=8)
+    graph = trace(model)
+    before = mean(compare_with_true_gradient(model, graph, noise(8, 1)), "in")
+    train(
+        model,
+        noise(16, 2).ids,
+        TrainingSettings(batch_size=8, precision="fp32", learning_rate=3e-2, schedule="constant"),
+        steps=20,
+        seed=0,
+        description="",
+    )
+    assert mean(compare_with_true_gradient(model, graph, noise(8, 1)), "in") > before
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = adapted(rank=4)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    compare_with_true_gradient(model, trace(model), noise(4, 1), Options("squared", normalise=False))
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0])
+        assert value.requires_grad == before[name][1]
+        assert value.grad is None
