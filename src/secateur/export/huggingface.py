@@ -24,6 +24,7 @@ from secateur.export.uneven import added_biases, uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
 from secateur.loading import quiet_transformers
 from secateur.progress import say
+from secateur.surgery.blocks import without_layers
 from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
 from secateur.types import DependencyGraph, Settings
 
@@ -100,6 +101,7 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
         raise ModelError(
             "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
         )
+    graph, kept = without_layers(graph, kept)
     family, shapes = family_of(model), shapes_of(model)
     if describes_itself(model):
         return StandardForm(type(model), model.config, _UNEVEN if is_uneven(model.config) else _EVEN)

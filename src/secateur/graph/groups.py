@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -103,6 +103,7 @@ def find_groups(
     ]
     groups = with_legal_choices(groups, [candidate.atom for candidate in chosen], table, calls)
     atoms = {group.name: candidate.atom for candidate, group in zip(chosen, groups, strict=True) if group.runs == 1}
+    groups = [replace(group, fixed=_special_tokens(model)) if group.kind == "vocab" else group for group in groups]
     layers = find_blocks(model, table, places, calls, spans)
     if layers is not None:
         groups.append(layers)
@@ -275,6 +276,18 @@ def _name(candidate: Candidate, kind: Kind) -> str:
     if kind == "ffn" and severed:  # not known to be a feed-forward layer: the module says where it is
         return ".".join(("layers", str(layer), *home))
     return ".".join(("layers", str(layer), what, *(home[1:] if kind == "ffn" else ())))
+
+
+def _special_tokens(model: nn.Module) -> tuple[tuple[int, str], ...]:
+    """Ids of tokens that the config, or the generation config, has a use for, each with that use."""
+    found: dict[int, str] = {}
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        for name, value in vars(config).items() if config is not None else ():
+            if name.endswith("_token_id") and value is not None:
+                for token in value if isinstance(value, list | tuple) else (value,):
+                    found.setdefault(int(token), f"it is the {name} of the config")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0) or 0
+    return tuple(sorted((token, use) for token, use in found.items() if 0 <= token < vocabulary))
 
 
 def _norms(model: nn.Module, places: Places) -> set[tuple[str, ...]]:

@@ -2,8 +2,9 @@
 
 A unit is removed by zeroing what consumes it (the ``in`` members: columns of the output projection, and of its LoRA
 A), which is exact for every axis that is consumed by contraction. Where a norm runs over the axis (OLMo2 normalises
-queries over all heads) its statistics are taken over the survivors. Routers would need -inf instead of zero: such
-groups are refused.
+queries over all heads; every norm does over the hidden width) its statistics are taken over the survivors. What is
+chosen from instead of summed over gets -inf: experts (``unrouted``) and tokens (``tokens``); layers are skipped
+(``blocks``).
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
+from secateur.surgery.blocks import skipped
 from secateur.surgery.rows import Rows, cut_groups, removed_rows
+from secateur.surgery.tokens import silenced
+from secateur.surgery.unrouted import unrouted
 from secateur.types import DependencyGraph, NodeGroup
 
 MASKABLE = ("ffn", "attention")
-"""Kinds of groups whose units are removed exactly by zeroing what consumes them."""
+"""Kinds of groups whose units can be zeroed for good, one by one, while a model trains."""
+_ZEROED = (*MASKABLE, "hidden", "state")
+"""Kinds of groups whose units are removed exactly by zeroing what consumes them, with norms over the survivors."""
 
 
 @contextmanager
@@ -33,8 +39,24 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
 
     Weights are changed in place and restored bit for bit, also after an exception; changes that are made meanwhile
     to rows of removed units (by an optimiser) are lost. Raises PlanError for an illegal ``kept``, and ModelError for
-    groups where zeroing is not removing.
+    groups that nothing consumes.
+
+    Where the vocabulary is cut, logits keep their places, with -inf for tokens that are gone.
     """
+    graph.check_kept(kept)
+    zeroed = {group.name: kept[group.name] for group, _ in cut_groups(graph, kept) if group.kind in _ZEROED}
+    with (
+        _zeroed(model, graph, zeroed),
+        unrouted(model, graph, kept),
+        skipped(model, graph, kept),
+        silenced(model, graph, kept),
+    ):
+        yield
+
+
+@contextmanager
+def _zeroed(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """The part of ``masked`` that zeroes what consumes the units."""
     consumers, norms = _prepare(model, graph, kept)
     saved = [rows.tensor.detach().index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in consumers]
     try:
@@ -56,8 +78,10 @@ def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequ
     """Set what consumes the units that do not stay to zero, for good: a step of a progressive method.
 
     Removing these units afterwards changes nothing, except where a norm runs over the axis: its statistics will then
-    be those of the survivors.
+    be those of the survivors. Raises ModelError for groups where zeroing is not removing.
     """
+    for group, _ in cut_groups(graph, kept):
+        require_maskable(group)
     for rows in _prepare(model, graph, kept)[0]:
         _zero(rows)
 
@@ -68,7 +92,7 @@ def _prepare(
     """What to zero, and the norms over a cut axis with the surviving rows of each of their parameters."""
     graph.check_kept(kept)
     for group, _ in cut_groups(graph, kept):
-        require_maskable(group)
+        _require_consumers(group)
     consumers = removed_rows(model, graph, kept, role="in")
     norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
     modules = dict(model.named_modules())
@@ -83,8 +107,13 @@ def require_maskable(group: NodeGroup) -> None:
     if group.kind not in MASKABLE:
         raise ModelError(
             f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as removing "
-            f"them. Only groups of kind {' and '.join(MASKABLE)} can be masked; slice this one instead."
+            f"them. Only groups of kind {' and '.join(MASKABLE)} can be zeroed while a model trains; cut this one with "
+            "a one-shot method (magnitude, random, taylor)."
         )
+    _require_consumers(group)
+
+
+def _require_consumers(group: NodeGroup) -> None:
     if not any(member.role == "in" for member in group.members):
         raise ModelError(f"Nothing in the model consumes {group.name}, so it cannot be masked. Leave it whole.")
 

@@ -21,7 +21,9 @@ from secateur.surgery.attributes import (
     require_known,
     use_kernels_for_any_width,
 )
-from secateur.surgery.rows import Rows, removed_rows
+from secateur.surgery.blocks import remove_layers
+from secateur.surgery.configs import changed_configs, renumber_special_tokens
+from secateur.surgery.rows import Rows, cut_groups, removed_rows
 from secateur.types import DependencyGraph
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,7 +34,9 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
 
     Parameters and buffers are replaced by smaller ones of the same dtype, device and ``requires_grad``, without
     gradients; tied ones stay tied. Attributes that follow the axes are set. Works on meta tensors. Everything is
-    checked before the first change. Raises PlanError when ``kept`` or ``graph`` does not fit the model.
+    checked before the first change. Where whole layers, hidden dimensions or tokens go, the model gets a config that
+    says so, since its code looks there; otherwise its config stays as it was. Raises PlanError when ``kept`` or
+    ``graph`` does not fit the model, and ModelError when such a config would build what stays in another way.
     """
     graph.check_kept(kept)
     cuts: dict[int, list[Rows]] = {}
@@ -41,6 +45,7 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
     owners = _owners(model, cuts)
     wrappers = _adapted(model, cuts)
     changes = attribute_changes(model, graph, kept)
+    configs = changed_configs(model, graph, kept)
 
     for key in list(cuts):
         small = _smaller(cuts.pop(key))  # drops the last reference here, so that the large one is freed now
@@ -54,6 +59,13 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
         use_kernels_for_any_width(module, name)
     for change in changes:
         change.apply()
+    for group, _ in cut_groups(graph, kept):
+        if group.modules:
+            remove_layers(model, group, kept[group.name])
+        if group.kind == "vocab" and getattr(model, "generation_config", None) is not None:
+            renumber_special_tokens(model.generation_config, kept[group.name])
+    for module, config in configs.items():
+        module.config = config  # type: ignore[assignment]
 
 
 def sharing_copy(model: M) -> M:
@@ -81,7 +93,9 @@ def _adapted(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> list[LoraLayer
             continue
         if not isinstance(module, LoraLayer):
             raise ModelError(f"{path} carries a {type(module).__name__} adapter; only LoRA is cut. Merge it first.")
-        axes = len(cuts[id(adapted_weight(module))])
+        weight = cuts[id(adapted_weight(module))]
+        # an axis of the weight is one of A or of B; experts are among the rows of A as well as the columns of B
+        axes = len(weight) + sum(rows.tensor.dim() == 3 and rows.axis == 0 for rows in weight)
         for adapter, pair in adapters_of(module).items():
             if sum(len(cuts.get(id(tensor), ())) for tensor in pair) != axes:
                 raise ModelError(

@@ -1,0 +1,181 @@
+"""What a model's config has to say when layers, the hidden width or the vocabulary are cut.
+
+Sizes that lie inside of one layer are described by ``export`` once the cut is made. These three are read by the
+model's code while it runs (which mask a layer takes, by what embeddings are scaled), so the config changes with them,
+and it is checked that it still builds the layers that stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.errors import ModelError
+from secateur.surgery.blocks import OWN_INDEX
+from secateur.surgery.rows import cut_groups
+from secateur.types import DependencyGraph, NodeGroup
+
+_INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "full_attention_layers")
+"""Names of lists of layers' indices."""
+_FROM_THE_BEGINNING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
+"""Names that hold how many layers from the beginning are of one kind."""
+_FROM_THE_END = ("num_kv_shared_layers",)
+"""Names that hold how many layers at the end are of one kind."""
+SPECIAL_TOKENS = tuple(
+    f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start")
+)
+"""Names that hold ids of tokens."""
+
+Configs = Mapping[nn.Module, PreTrainedConfig]
+
+
+def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Configs:
+    """Module → the config that it gets when ``kept`` is cut out of ``model``; empty when no config changes.
+
+    Raises ModelError when the new config would build what stays with other settings than it has: families that compute
+    from a layer's index what the layer is, or from the hidden width by what they scale.
+    """
+    cuts = [group for group, _ in cut_groups(graph, kept) if group.kind in ("layer", "hidden", "vocab")]
+    memo: dict[int, Any] = {}
+    own = {m: config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)}
+    if not cuts or not own:
+        return {}
+    configs = {module: copy.deepcopy(config, memo) for module, config in own.items()}
+    every: dict[int, PreTrainedConfig] = {}
+    for config in configs.values():
+        text = config.get_text_config(decoder=True)
+        every |= {id(config): config, id(text): text}
+    for config in every.values():
+        for group in cuts:
+            _CHANGES[group.kind](config, list(kept[group.name]), group.size)
+    base = next(module for module in configs if isinstance(module, PreTrainedModel))
+    if any(group.kind != "vocab" for group in cuts):
+        try:
+            with torch.device("meta"):
+                built = type(base)(copy.deepcopy(configs[base]))
+        except Exception as error:
+            raise ModelError(f"No {type(base).__name__} can be built without what goes: {error}") from error
+        for group in cuts:
+            if group.modules:
+                _check_layers(model, group, kept[group.name], built, base)
+            elif group.kind == "hidden" and not any(other.modules for other in cuts):
+                _check_scales(base, built)
+    return configs
+
+
+def _shorten(config: PreTrainedConfig, kept: list[int], size: int) -> None:
+    """Describe the layers ``kept`` of ``size``."""
+    if getattr(config, "num_hidden_layers", None) != size:
+        return
+    numbers = {old: new for new, old in enumerate(kept)}
+    sizes = config.to_dict().get("per_layer_config")
+    if sizes is not None:
+        config.per_layer_config = None
+    values: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+    for name, value in vars(config).items():
+        counts = isinstance(value, int) and not isinstance(value, bool)
+        if name in _INDEX_LISTS and isinstance(value, list):
+            values[name] = [numbers[old] for old in value if old in numbers]
+        elif isinstance(value, list | tuple) and len(value) == size and _is_per_layer(name, value):
+            values[name] = type(value)(value[old] for old in kept)
+        elif counts and name in _FROM_THE_BEGINNING:
+            values[name] = sum(old < value for old in kept) if value < size else value
+        elif counts and name in _FROM_THE_END:
+            values[name] = sum(old >= size - value for old in kept)
+    vars(config).update(values)  # all at once: validators compare them with each other
+    if sizes is not None:
+        config.per_layer_config = {numbers[int(old)]: own for old, own in sizes.items() if int(old) in numbers}
+
+
+def _is_per_layer(name: str, value: Sequence[Any]) -> bool:
+    """Whether a list as long as there are layers has an entry for each: by its name, or because they are words."""
+    if name.endswith(("token_id", "token_ids")) or name == "architectures":
+        return False
+    return "layer" in name or all(isinstance(item, str | bool) for item in value)
+
+
+def _narrow(config: PreTrainedConfig, kept: list[int], size: int) -> None:
+    """Describe a residual stream of ``len(kept)`` instead of ``size``; heads stay as wide as they are."""
+    if getattr(config, "hidden_size", None) != size:
+        return
+    heads = getattr(config, "num_attention_heads", None)
+    computed = isinstance(getattr(type(config), "head_dim", None), property)
+    if not computed and getattr(config, "head_dim", None) is None and isinstance(heads, int) and heads:
+        config.head_dim = size // heads
+    vars(config)[config.attribute_map.get("hidden_size", "hidden_size")] = len(kept)
+
+
+def _renumber(config: PreTrainedConfig, kept: list[int], size: int) -> None:
+    """Describe a vocabulary of the tokens ``kept``, in which every token has a new id."""
+    if getattr(config, "vocab_size", None) == size:
+        vars(config)[config.attribute_map.get("vocab_size", "vocab_size")] = len(kept)
+    renumber_special_tokens(config, kept)
+
+
+_CHANGES = {"layer": _shorten, "hidden": _narrow, "vocab": _renumber}
+
+
+def renumber_special_tokens(config: Any, kept: Sequence[int]) -> None:
+    """Give the ids of special tokens in a config, or a generation config, their new numbers."""
+    numbers = {old: new for new, old in enumerate(kept)}
+    for name in SPECIAL_TOKENS:
+        value = vars(config).get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            vars(config)[name] = numbers.get(value)
+        elif isinstance(value, list | tuple):
+            vars(config)[name] = [numbers[old] for old in value if old in numbers]
+
+
+# --- does it still build what is there? -----------------------------------------------------------------------------
+
+
+def _check_layers(
+    model: nn.Module, group: NodeGroup, kept: Sequence[int], built: PreTrainedModel, base: PreTrainedModel
+) -> None:
+    """Raise ModelError unless the layers of ``built`` have the settings of those of ``model`` that stay."""
+    prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is base)
+    for new, old in enumerate(kept):
+        path = group.modules[old]
+        there = built.get_submodule(f"{path.removeprefix(prefix).rpartition('.')[0]}.{new}")
+        here = _settings(model.get_submodule(path))
+        for name, value in _settings(there).items():
+            known = here.get(name, None if name.endswith(":") else value)
+            if known != value:
+                raise ModelError(
+                    f"Without the layers that go, the config of this {base.config.model_type} model would build layer "
+                    f"{old} in another way ({name.strip('.:') or 'it'} is {value!r} instead of {known!r}), since it "
+                    "computes from a layer's index what the layer is. Remove layers in whole periods of that pattern, "
+                    "or none."
+                )
+
+
+def _check_scales(base: PreTrainedModel, built: PreTrainedModel) -> None:
+    """Raise ModelError unless ``built`` has the scales of ``base``: plain attributes that are fractions."""
+    here = _settings(base)
+    for name, value in _settings(built).items():
+        if isinstance(value, float) and here.get(name, value) != value:
+            raise ModelError(
+                f"{name} of this {base.config.model_type} model follows the hidden width: it is {here[name]:.6g} and "
+                f"would be {value:.6g} in a narrower model, which would compute something else."
+            )
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    """Class and plain attributes of a module and of every module in it, save for what tells a layer's index."""
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        path = ".".join(part for part in name.split(".") if part != "base_layer")
+        found[f"{path}:"] = type(module).__name__
+        for attribute, value in vars(module).items():
+            plain = isinstance(value, bool | int | float | str) and not attribute.startswith("_")
+            if plain and attribute not in (*OWN_INDEX, "training"):
+                found[f"{path}.{attribute}"] = value
+    return found

@@ -1,0 +1,50 @@
+"""Vocabulary entries that go: their logits become -inf, and the ids of those that stay are counted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError
+from secateur.surgery.rows import cut_groups
+from secateur.types import DependencyGraph
+
+
+def kept_tokens(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> torch.Tensor | None:
+    """The old id of every new one, shape ``[tokens left]``; None when the vocabulary stays whole."""
+    for group, _ in cut_groups(graph, kept):
+        if group.kind == "vocab":
+            return torch.as_tensor(list(kept[group.name]), dtype=torch.long)
+    return None
+
+
+def new_ids(tokens: torch.Tensor | None, old: torch.Tensor) -> torch.Tensor:
+    """Token ids of the smaller model for ids of the whole one that are all in ``tokens``, of the same shape."""
+    return old if tokens is None else torch.searchsorted(tokens.to(old.device), old)
+
+
+@contextmanager
+def silenced(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """While it lasts, tokens that do not stay are never predicted: softmax runs over the others."""
+    tokens = kept_tokens(graph, kept)
+    if tokens is None:
+        yield
+        return
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output embeddings, so its vocabulary cannot be masked.")
+
+    def hook(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        gone = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        gone[tokens.to(logits.device)] = False
+        return logits.masked_fill(gone, -torch.inf)
+
+    handle = head.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
