@@ -23,6 +23,7 @@ class ReadingOrder:
         for row, name in enumerate(sources):
             self._rows.setdefault(name, []).append(row)
         self._sources, self._seed = sources, seed
+        self._shuffled: dict[str, tuple[int, list[int]]] = {}
         self._credit = dict.fromkeys(self._rows, 0.0)
         self._read: list[int] = []
         self._times = dict.fromkeys(self._rows, 0)
@@ -59,9 +60,11 @@ class ReadingOrder:
         self._credit[name] -= 1.0
         round_, place = divmod(self._times[name], len(self._rows[name]))
         self._times[name] += 1
-        rows = list(self._rows[name])
-        Random(f"{self._seed}/{name}/{round_}").shuffle(rows)
-        return rows[place]
+        if self._shuffled.get(name, (-1, []))[0] != round_:
+            rows = list(self._rows[name])
+            Random(f"{self._seed}/{name}/{round_}").shuffle(rows)
+            self._shuffled[name] = round_, rows
+        return self._shuffled[name][1][place]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What was read, and what each source has earned and weighs; for a checkpoint."""
