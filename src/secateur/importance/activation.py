@@ -74,13 +74,21 @@ class Activation:
 
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        blocks = calibration(blocks, self.name)
+        text = calibration(blocks, self.name)
+
+        def passes() -> None:
+            steps = -(-len(text) // self.batch_size)
+            for ids in track(text.batches(self.batch_size), "activations", steps):
+                model(input_ids=ids.to(input_device(model)), use_cache=False)
+
+        return self.score_during(model, graph, passes)
+
+    def score_during(self, model: nn.Module, graph: DependencyGraph, passes: Callable[[], object]) -> Scores:
+        """Scores from whatever ``passes`` runs through the model, or through the part of it that ``graph`` is in."""
         consumers = {group.name: self._consumers(model, group) for group in graph.prunable}
         members = [member for found in consumers.values() for member in found]
-        steps = -(-len(blocks) // self.batch_size)
         with borrowed(model):
-            batches = track(blocks.batches(self.batch_size), "activations", steps)
-            squares = collect_inputs(model, members, batches)
+            squares = collect_inputs(model, members, passes)
         return Scores({name: _score(model, graph[name], found, squares) for name, found in consumers.items()})
 
     def _consumers(self, model: nn.Module, group: NodeGroup) -> list[Member]:
@@ -114,9 +122,9 @@ def _score(
 
 
 def collect_inputs(
-    model: nn.Module, members: Iterable[Member], batches: Iterable[torch.Tensor]
+    model: nn.Module, members: Iterable[Member], passes: Callable[[], object]
 ) -> dict[str, InputSquares]:
-    """Run the model over batches of token ids and collect what the ``in`` members are multiplied with, by parameter.
+    """Call ``passes`` without gradients and collect what the ``in`` members are multiplied with, by parameter.
 
     Nothing stays on the model afterwards, also after an exception.
     """
@@ -138,8 +146,7 @@ def collect_inputs(
             stack.enter_context(_experts_one_by_one(model))
             stack.enter_context(_WatchMatrices([(weight, found[name]) for name, weight in stacked.items()]))
         stack.enter_context(torch.no_grad())
-        for ids in batches:
-            model(input_ids=ids.to(input_device(model)), use_cache=False)
+        passes()
     return found
 
 

@@ -9,13 +9,15 @@ import torch
 
 from secateur.errors import InputError, ModelError
 from secateur.graph import trace
+from secateur.importance import Activation
 from secateur.importance.block_influence import BlockInfluence
 from secateur.importance.flap import Fluctuation, compensation
 from secateur.importance.llm_pruner import LLMPruner as Criterion
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner, LLMPrunerSettings
 from secateur.methods.shortgpt import ShortGPT
-from secateur.surgery import slice_model
+from secateur.methods.wanda import Wanda, WandaSettings
+from secateur.surgery import masked, slice_model
 from secateur.surgery.bias import add_biases
 from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
@@ -33,6 +35,29 @@ class TestLLMPrunerInRounds(MethodContract):
 
 class TestFLAP(MethodContract):
     method = FLAP
+
+
+class TestWandaLayerByLayer(MethodContract):
+    method = Wanda
+    settings = WandaSettings(inputs="pruned", batch_size=4)
+    # its one allocation, on the dense model, says how many go and not which
+    test_every_choice_on_the_way_only_shrinks = None  # type: ignore[assignment]
+
+    @pytest.mark.parametrize("ranking", ["global", "layer"])
+    def test_a_layer_sees_the_pruned_ones_before_it(self, ranking: str) -> None:
+        task = self.task(0.3, ranking=ranking)
+        dense, pruned = Wanda().run(task), self.decide(task)
+        assert dense.scores is not None
+        assert pruned.scores is not None
+        assert {n: len(u) for n, u in dense.removed.items()} == {n: len(u) for n, u in pruned.removed.items()}
+        first, last = "layers.0.mlp", "layers.1.mlp"
+        torch.testing.assert_close(pruned.scores[first], dense.scores[first], rtol=1e-4, atol=1e-6)
+        # by hand: cut what is before the last layer's MLP, and score what is left
+        before = {name: units for name, units in pruned.removed.items() if name.startswith("layers.0.")}
+        with masked(task.model, task.graph, removed_to_kept(task.graph, before)):
+            expected = Activation().score(task.model, task.graph, task.calibration, seed=0)[last]
+        assert not torch.allclose(expected, dense.scores[last], rtol=1e-3)
+        torch.testing.assert_close(pruned.scores[last], expected, rtol=1e-4, atol=1e-6)
 
 
 def plain_gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
