@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.config import Recipe, load_recipe
     from secateur.errors import SecateurError
-    from secateur.graph import trace
     from secateur.loading import load
     from secateur.pipeline import Result, apply_plan, prune, save
     from secateur.planning import Budget
+    from secateur.surgery import trace
     from secateur.types import DependencyGraph, PruningPlan
 
     __version__: str
@@ -31,7 +31,7 @@ _HOMES = {
     "load_recipe": "config",
     "prune": "pipeline",
     "save": "pipeline",
-    "trace": "graph",
+    "trace": "surgery",
 }
 
 __all__ = [

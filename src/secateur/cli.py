@@ -179,14 +179,13 @@ def inspect(
 ) -> None:
     """Show what can be cut out of a model, and why the rest cannot."""
     from secateur import progress, tables
-    from secateur.graph import trace
     from secateur.loading import load, outline
-    from secateur.surgery import protect_failing
+    from secateur.surgery import trace
     from secateur.surgery import verify as verify_cuts
 
     progress.show()
     network = outline(model, trust_remote_code=trust_remote_code)
-    graph = protect_failing(network, trace(network))
+    graph = trace(network)
     if as_json:
         typer.echo(json.dumps(graph.to_json(), indent=1))
     else:

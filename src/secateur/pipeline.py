@@ -24,6 +24,7 @@ from secateur.export import (
     Story,
     Verification,
     adopt_config,
+    check_describable,
     check_describes_itself,
     check_output,
     licence_of,
@@ -34,7 +35,6 @@ from secateur.export import (
     written_dtype,
 )
 from secateur.export import save as save_folder
-from secateur.graph import trace
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.knowledge import cuts, measure_cuts
@@ -44,7 +44,7 @@ from secateur.planning import allocate, describe, make_plan, restrict, versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
-from secateur.surgery import add_biases, masked, protect_failing, slice_model
+from secateur.surgery import add_biases, masked, slice_model, trace
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
 
@@ -138,7 +138,7 @@ def analyze(
     if output is not None:
         output = check_output(output)
         Workspace.place(output, started_as, resume)
-    graph = protect_failing(model, trace(model))
+    graph = trace(model)
     blocks = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed).calibration
     work = Workspace.open(output, started_as, resume)
     dtype = autocast_dtype(recipe.evaluation.precision, model.device)
@@ -203,11 +203,17 @@ def prune(
     """
     recipe = _complete(recipe, ratio, method, model, tokenizer)
     _refuse_what_cannot_work(model)
+    if tokenizer is not None and "vocab" in recipe.budget.kinds:
+        raise InputError(
+            "Cutting the vocabulary numbers the tokens anew, which a tokenizer cannot follow. Leave vocab out of "
+            "budget.kinds, or prune without a tokenizer: secateur.prune(model, None, ...) with a method that needs no "
+            "text; the folder's secateur/tokens.json then says which token each new id was."
+        )
     check_describes_itself(model)
     if output is not None:
         output = check_output(output)
         Workspace.place(output, identity(recipe), resume)
-    graph = protect_failing(model, trace(model))
+    graph = trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     result = Result(model, tokenizer, rehearse(model, graph, recipe), graph, recipe)
     if dry_run:
@@ -281,6 +287,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
     if recipe.recovery.repair:
         check_repairable(model, graph, plan.kept)
+    if any(graph[name].on_request for name in plan.kept):
+        check_describable(model, graph, plan.kept)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     return plan
@@ -314,10 +322,11 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
 
 def cut(result: Result) -> None:
     """Apply the plan: from here on the shapes, and the model's own config, are the small ones."""
+    result.dense = Architecture(type(result.model), result.model.config)
     slice_model(result.model, result.graph, result.plan.kept)
     add_biases(result.model, result.biases)
     try:
-        result.dense = adopt_config(result.model, result.graph, result.plan.kept)
+        adopt_config(result.model, result.graph, result.plan.kept)
     except ModelError as error:  # it computes all the same; only a folder needs a config
         result.metrics["cannot_be_saved"] = str(error)
 

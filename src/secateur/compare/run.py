@@ -22,12 +22,11 @@ from secateur.errors import InputError, SecateurError
 from secateur.evaluation import machine
 from secateur.evaluation.memory import PeakMemory
 from secateur.evaluation.tasks import chance_levels, evaluate_tasks
-from secateur.graph import trace
 from secateur.loading import load
 from secateur.methods import METHODS
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
-from secateur.surgery import protect_failing
+from secateur.surgery import trace
 from secateur.types import DependencyGraph
 from secateur.workspace import Workspace
 
@@ -144,7 +143,7 @@ def _measure_dense(
     recipe: Recipe, recipes: Sequence[Recipe], tasks: Sequence[str], folder: Path
 ) -> tuple[Shared, Leaderboard]:
     model, tokenizer = load(**recipe.model.model_dump())
-    graph = protect_failing(model, trace(model))
+    graph = trace(model)
     for row in recipes:
         pipeline.rehearse(model, graph, row)
     texts = _read_texts(model, tokenizer, recipes)

@@ -4,7 +4,7 @@ from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, zero_units
 from secateur.surgery.slice import sharing_copy, slice_model
-from secateur.surgery.verify import Check, protect_failing, verify
+from secateur.surgery.verify import Check, protect_failing, trace, verify
 
 __all__ = [
     "Check",
@@ -14,6 +14,7 @@ __all__ = [
     "protect_failing",
     "sharing_copy",
     "slice_model",
+    "trace",
     "verify",
     "zero_units",
 ]

@@ -101,6 +101,10 @@ def _narrower(config: PretrainedConfig) -> PretrainedConfig:
         divisor *= 2
     for name in names:
         setattr(text, name, _size(text, name) // divisor)
+    if _size(text, "head_dim"):  # then the hidden size is free to go on alone, as long as validators see it divide
+        hidden, heads = (next((name for name in group if _size(text, name)), "") for group in _TOGETHER[:2])
+        while hidden and heads and _size(text, hidden) > 512 and _size(text, hidden) % (2 * _size(text, heads)) == 0:
+            setattr(text, hidden, _size(text, hidden) // 2)
     for name, most in _AT_MOST.items():
         if _size(text, name):
             setattr(text, name, min(_size(text, name), most))
@@ -144,17 +148,22 @@ def layers_needed(graph: DependencyGraph) -> int:
 
 
 def _fewer_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    whole = config.num_hidden_layers
-    sizes = config.to_dict().get("per_layer_config")
-    config.per_layer_config = None
-    for name, value in vars(config).items():
+    """``config``, changed in place; raises ModelError for one that does not count its layers."""
+    text = config.get_text_config()
+    whole = getattr(text, "num_hidden_layers", None)
+    if not isinstance(whole, int):
+        raise ModelError(f"The config of this {config.model_type} model does not count its layers.")
+    sizes = text.to_dict().get("per_layer_config")
+    text.per_layer_config = None
+    for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == whole:  # such as layer_types
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = min(whole, layers)
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = min(whole, layers)
     if sizes is not None:
-        config.per_layer_config = {layer: own for layer, own in sizes.items() if int(layer) < layers}
-    config.vocab_size = min(config.vocab_size, VOCABULARY)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, 0)
+        text.per_layer_config = {layer: own for layer, own in sizes.items() if int(layer) < layers}
+    if text is config:  # ids of images and sounds lie beyond a small vocabulary
+        config.vocab_size = min(config.vocab_size, VOCABULARY)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, 0)
     return config

@@ -8,7 +8,7 @@ compared with a masked replay: this sees the same mistakes of the graph, whateve
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from secateur.errors import ModelError, SecateurError
+from secateur.errors import ModelError
 from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
 from secateur.progress import track
@@ -24,7 +24,7 @@ from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.stand_in import signature, stand_in
 from secateur.surgery.tokens import kept_tokens, new_ids
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import DependencyGraph, Kind, NodeGroup
 
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32, relative to the largest logit (at least 1)."""
@@ -65,6 +65,17 @@ def verify(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 
         small = stand_in(model, record(model).graph)
         note = f" on random weights and {small.config.num_hidden_layers} layers"
         return [replace(check, message=check.message + note) for check in checks(small, ratio)]
+
+
+def trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> DependencyGraph:
+    """``graph.trace``, with every group protected whose like cannot be cut exactly: what users and runs start from.
+
+    Groups of ``kinds`` that are protected for their kind alone (experts, layers, hidden, vocabulary, states) are tried
+    too, and may be cut when they pass.
+
+    Raises ModelError as ``graph.trace`` and ``protect_failing`` do.
+    """
+    return protect_failing(model, record(model).graph.opened(kinds))
 
 
 def protect_failing(
@@ -201,7 +212,7 @@ def _check(
         effect = _largest(expected - dense)
         # once over for the graph as a whole: replaying every group would take several times as long as the rest
         replayed = _replayed(model, run, kept) if name in (ALL, SOME) else 0.0
-    except (SecateurError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except Exception as error:  # whatever the code of a family raises when sizes do not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}: {reason}")
     scale = max(1.0, _largest(dense))

@@ -62,6 +62,8 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
         graph = protect_failing(model, run.graph, seed=seed)
     except SecateurError as error:
         return {**facts, "refused": _line(error), "seconds": time.process_time() - started}, references
+    except Exception as error:
+        return {**facts, "crashed": _line(error), "seconds": time.process_time() - started}, references
     facts["kinds"], facts["protected"] = _kinds(graph), _reasons(graph)
     facts["on_request"] = {kind: on_request(model, run, kind, seed) for kind in _requestable(graph)}
     run = replace(run, graph=graph)
@@ -253,6 +255,8 @@ def sweep(model_types: Sequence[str], out: Path, seed: int = 0, batch: int = 16,
                         facts, references = examine(model_type, seed, Path(folder))
                 except TooSlow as error:
                     facts, references = {"type": model_type, "seed": seed, "built": True, "refused": str(error)}, []
+                except Exception as error:
+                    facts, references = {"type": model_type, "seed": seed, "built": True, "crashed": _line(error)}, []
                 found.append(facts)
                 waiting += [(facts, name, reference) for name, reference in references]
                 print(model_type, facts.get("kinds") or facts.get("why") or facts.get("refused"), flush=True)
