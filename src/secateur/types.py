@@ -183,6 +183,13 @@ class DependencyGraph:
             return [name for name, (owner, _) in self._unit_of.items() if owner == group.name]
         return list(dict.fromkeys(member.parameter for member in group.members if member.parameter in self.shapes))
 
+    def parameters_by_unit(self, group: NodeGroup) -> list[list[str]]:
+        """The parameters in each unit of a group whose units are modules, in model order."""
+        units: list[list[str]] = [[] for _ in group.modules]
+        for name in self.parameters_of(group):
+            units[self._unit_of[name][1]].append(name)
+        return units
+
     def check_kept(self, kept: Mapping[str, Sequence[int]]) -> None:
         """Raise PlanError unless every entry names a group that may be cut and legal units of it."""
         for name, units in kept.items():

@@ -1,6 +1,6 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
-from secateur.export.adopt import Architecture, adopt_config, check_describes_itself
+from secateur.export.adopt import Architecture, adopt_config, check_describable, check_describes_itself
 from secateur.export.analysis import write_analysis
 from secateur.export.artefacts import write_artefacts
 from secateur.export.card import licence_of
@@ -26,6 +26,7 @@ __all__ = [
     "Story",
     "Verification",
     "adopt_config",
+    "check_describable",
     "check_describes_itself",
     "check_output",
     "compare",

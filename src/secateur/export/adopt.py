@@ -9,7 +9,8 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.export.huggingface import describes_itself, empty_model, standard_form
+from secateur.export.huggingface import describes_itself, empty_model, on_meta, standard_form
+from secateur.surgery import slice_model
 from secateur.types import DependencyGraph
 
 
@@ -49,6 +50,13 @@ def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[s
             model.get_submodule(path).config = built.config
     model.__class__ = form.model_class
     return before
+
+
+def check_describable(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    """Raise ModelError when no config describes ``model`` without what goes; tried on one without weights."""
+    outline = on_meta(type(model), model.config)
+    slice_model(outline, graph, kept)
+    standard_form(outline, graph, kept)
 
 
 def check_describes_itself(model: PreTrainedModel) -> None:

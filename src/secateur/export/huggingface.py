@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from secateur.loading import quiet_transformers
 from secateur.progress import say
 from secateur.surgery.blocks import without_layers
 from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
+from secateur.surgery.tokens import kept_tokens
 from secateur.types import DependencyGraph, Settings
 
 ARTEFACTS = "secateur"
@@ -110,7 +112,7 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
         return StandardForm(family, even, _EVEN)
     before_class = pruned_class(family) if is_uneven(model.config) else family
-    before = _on_meta(before_class, model.config)
+    before = on_meta(before_class, model.config)
     config = uneven_config(family, sizes, before)
     built = _shapes(pruned_class(family), config)
     if biases := added_biases(config, shapes.keys() - built.keys()):
@@ -135,7 +137,7 @@ def empty_model(form: StandardForm, like: PreTrainedModel) -> PreTrainedModel:
     """A model in standard form without weights, that reads experts with the kernels that ``like`` needs."""
     config = copy.deepcopy(form.config)
     config._experts_implementation = None  # so that it has what a reader would get
-    standard = _on_meta(form.model_class, config)
+    standard = on_meta(form.model_class, config)
     if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, like.modules())):
         standard.config.experts_implementation = "eager"
     return standard
@@ -157,14 +159,15 @@ def save(
         model: sliced in place, adapters merged; it is not changed.
         folder: see ``check_output``. Until the proof succeeds the files are in ``.NAME.saving`` beside it.
         graph: the graph from before the cut.
-        kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing.
+        kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing. Where tokens went,
+            ``secateur/tokens.json`` holds the old id of each new one.
         complete: adds files of its own to the folder (under its temporary name) once it is verified.
 
     Returns:
         What was verified, as also written to ``secateur/verification.json`` in the folder.
 
     Raises:
-        InputError: the folder is not empty or cannot be written.
+        InputError: the folder is not empty or cannot be written; or there is a tokenizer and tokens were cut.
         ModelError: the model cannot be described by a config.
         VerificationError: the folder does not open, or computes something else.
     """
@@ -179,6 +182,9 @@ def save(
         verification = verify_folder(reference)
         (scratch / ARTEFACTS).mkdir()
         verification.save(scratch / ARTEFACTS / "verification.json")
+        tokens = kept_tokens(graph, kept)
+        if tokens is not None:
+            (scratch / ARTEFACTS / "tokens.json").write_text(json.dumps(tokens.tolist()) + "\n")
         if complete is not None:
             complete(scratch, verification)
         if target.is_dir():
@@ -204,6 +210,11 @@ def write(
 ) -> Reference:
     """The part of ``save`` that writes, without proof; returns what the proof needs."""
     settings = settings or ExportSettings()
+    if tokenizer is not None and kept_tokens(graph, kept) is not None:
+        raise InputError(
+            "Tokens were cut from the vocabulary, so that every id means another token than to this tokenizer. Save "
+            "without a tokenizer: secateur/tokens.json in the folder says which token each id was."
+        )
     form = standard_form(model, graph, kept)
     weights = _weights(model, written_dtype(model, settings))
     standard = empty_model(form, like=model)
@@ -286,7 +297,7 @@ def _open_permissions(folder: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model without weights, from a copy of ``config``."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
@@ -307,4 +318,4 @@ def _is_valid(config: PreTrainedConfig) -> bool:
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    return shapes_of(_on_meta(model_class, config))
+    return shapes_of(on_meta(model_class, config))

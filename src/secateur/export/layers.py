@@ -86,9 +86,8 @@ class LayerSizes:
         return plain if hasattr(self.whole, plain) else name
 
     def _cut_everywhere(self, group: NodeGroup, lost: int) -> None:
-        if group.kind in ("hidden", "vocab"):  # slicing has changed the config already, since the code reads it
-            if getattr(self.whole, f"{group.kind}_size", None) == group.size - lost:
-                return
+        if getattr(self.whole, f"{group.kind}_size", None) == group.size - lost:
+            return  # slicing has changed the config already, since the code reads hidden and vocabulary size there
         name = size_name(self.whole, group)
         if getattr(self.whole, name, None) != group.size:
             raise ModelError(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
@@ -79,6 +80,11 @@ def _writable(config: PreTrainedConfig, name: str) -> str:
     except AmbiguousGlobalPerLayerAttributeError:
         setattr(config, OWN_NAME + name, getattr(config, name))
         return OWN_NAME + name
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error)
+        raise ModelError(
+            f"The config of {config.model_type} models refuses the sizes that are left: {reason}"
+        ) from error
     return name
 
 

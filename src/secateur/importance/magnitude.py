@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, unscorable
-from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows, sum_units
+from secateur.importance.base import Needs
+from secateur.importance.weights import base_members, base_parameters, effective_weight, other_axes, sum_rows, sum_units
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Magnitude:
 
     ``consumers`` is magnitude-sp as FLAP (arXiv 2312.11983) compares with it: the norm of each column of the consuming
     matrices (``o_proj``, ``down_proj``: role ``in``), summed over the columns of a unit. ``all`` is the norm of the
-    unit as a whole, over every member: LLM-Pruner's (arXiv 2305.11627) "L2" baseline.
+    unit as a whole, over every member: LLM-Pruner's (arXiv 2305.11627) "L2" baseline. It is also taken for units that
+    no matrix consumes: experts, tokens, whole layers.
     """
 
     over: Literal["consumers", "all"] = "consumers"
@@ -36,8 +37,20 @@ class Magnitude:
 
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        one = self._consumers if self.over == "consumers" else self._all
-        return Scores({group.name: one(model, group).cpu() for group in graph.prunable})
+        return Scores({group.name: self._score(model, graph, group).cpu() for group in graph.prunable})
+
+    def _score(self, model: nn.Module, graph: DependencyGraph, group: NodeGroup) -> torch.Tensor:
+        if group.modules:
+            return self._modules(model, base_parameters(graph, group))
+        consumed = any(member.role == "in" for member in base_members(group))
+        return self._consumers(model, group) if consumed and self.over == "consumers" else self._all(model, group)
+
+    def _modules(self, model: nn.Module, units: list[list[str]]) -> torch.Tensor:
+        squares = [
+            sum(float(effective_weight(model, name).float().square().sum()) for name in parameters)
+            for parameters in units
+        ]
+        return torch.tensor(squares).sqrt()
 
     def _consumers(self, model: nn.Module, group: NodeGroup) -> torch.Tensor:
         scores = [
@@ -45,8 +58,6 @@ class Magnitude:
             for member in base_members(group)
             if member.role == "in"
         ]
-        if not scores:
-            raise unscorable(group, self.name, "no weight consumes its units")
         return torch.stack([score.cpu() for score in scores]).sum(0)
 
     def _all(self, model: nn.Module, group: NodeGroup) -> torch.Tensor:

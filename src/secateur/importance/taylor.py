@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, unscorable
-from secateur.importance.weights import base_members, effective_weight, sum_units
+from secateur.importance.weights import base_members, base_parameters, effective_weight, sum_units
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -46,14 +46,32 @@ class Taylor:
             return Scores({})
         parameters = dict(model.named_parameters())
         wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
+        wanted |= {name for group in graph.prunable for unit in base_parameters(graph, group) for name in unit}
         for name in wanted:
             if not parameters[name].is_floating_point():
-                group = graph.of_parameter(name)[0][0]
+                group = next(group for group in graph.prunable if name in graph.parameters_of(group))
                 raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
         with borrowed(model, wanted) as trained:
             mean_loss_backward(model, blocks, self.batch_size)
-            values = {group.name: self._unit_scores(model, group, trained) for group in graph.prunable}
+            values = {
+                group.name: self._unit_scores(model, group, trained)
+                if group.members
+                else self._module_scores(model, base_parameters(graph, group), trained)
+                for group in graph.prunable
+            }
             return Scores(values, of_loss=True)
+
+    def _module_scores(
+        self, model: nn.Module, units: list[list[str]], trained: dict[str, nn.Parameter]
+    ) -> torch.Tensor:
+        """As ``_unit_scores``, over all parameters of each unit."""
+        scores = torch.zeros(len(units))
+        for unit, names in enumerate(units):
+            for name in names:
+                gradient = trained[name].grad
+                if gradient is not None:
+                    scores[unit] += float(first_order(effective_weight(model, name), gradient, self.form).sum())
+        return scores.abs()
 
     def _unit_scores(self, model: nn.Module, group: NodeGroup, trained: dict[str, nn.Parameter]) -> torch.Tensor:
         total = torch.zeros(group.size)

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from secateur.types import Member, NodeGroup
+from secateur.types import DependencyGraph, Member, NodeGroup
 
 
 def is_adapter(parameter: str) -> bool:
@@ -94,6 +94,11 @@ def base_members(group: NodeGroup, trained: dict[str, nn.Parameter] | None = Non
     for member in group.members:
         if not is_adapter(member.parameter) and (trained is None or member.parameter in trained):
             yield member
+
+
+def base_parameters(graph: DependencyGraph, group: NodeGroup) -> list[list[str]]:
+    """The parameters in each unit of a group whose units are modules, without those of adapters."""
+    return [[name for name in names if not is_adapter(name)] for names in graph.parameters_by_unit(group)]
 
 
 def other_axes(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:

@@ -79,6 +79,9 @@ def legal_counts(
     """
     size, multiple = group.size, round_to.get(group.kind, 1)
     multiple = math.lcm(multiple, group.runs)
+    if group.kind == "hidden" and graph.model_type in HEADS_DIVIDE_HIDDEN:
+        heads = max((other.size * _queries_per_unit(other) for other in graph if other.kind == "attention"), default=1)
+        multiple = math.lcm(multiple, heads)
     length = size // group.runs
     most_fixed = max(Counter(unit // length for unit, _ in group.fixed).values(), default=0)
     least = max(group.least, most_fixed * group.runs, 1)

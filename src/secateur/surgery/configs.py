@@ -41,11 +41,24 @@ def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str,
     Raises ModelError when the new config would build what stays with other settings than it has: families that compute
     from a layer's index what the layer is, or from the hidden width by what they scale.
     """
-    cuts = [group for group, _ in cut_groups(graph, kept) if group.kind in ("layer", "hidden", "vocab")]
-    memo: dict[int, Any] = {}
+    cuts = [group for group, _ in cut_groups(graph, kept) if group.kind in _CHANGES]
     own = {m: config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)}
     if not cuts or not own:
         return {}
+    base = next(module for module in own if isinstance(module, PreTrainedModel))
+    for group in cuts:
+        if group.kind != "vocab":  # each alone, so that what one changes is not held against the other
+            built = _built(base, _changed(own, [group], kept)[base])
+            if group.modules:
+                _check_layers(model, group, kept[group.name], built, base)
+            else:
+                _check_scales(base, built)
+    return _changed(own, cuts, kept)
+
+
+def _changed(own: Configs, cuts: Sequence[NodeGroup], kept: Mapping[str, Sequence[int]]) -> Configs:
+    """Copies of the configs, shared as they were, that describe the model without what goes of ``cuts``."""
+    memo: dict[int, Any] = {}
     configs = {module: copy.deepcopy(config, memo) for module, config in own.items()}
     every: dict[int, PreTrainedConfig] = {}
     for config in configs.values():
@@ -54,19 +67,16 @@ def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str,
     for config in every.values():
         for group in cuts:
             _CHANGES[group.kind](config, list(kept[group.name]), group.size)
-    base = next(module for module in configs if isinstance(module, PreTrainedModel))
-    if any(group.kind != "vocab" for group in cuts):
-        try:
-            with torch.device("meta"):
-                built = type(base)(copy.deepcopy(configs[base]))
-        except Exception as error:
-            raise ModelError(f"No {type(base).__name__} can be built without what goes: {error}") from error
-        for group in cuts:
-            if group.modules:
-                _check_layers(model, group, kept[group.name], built, base)
-            elif group.kind == "hidden" and not any(other.modules for other in cuts):
-                _check_scales(base, built)
     return configs
+
+
+def _built(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the class of ``base``, without weights."""
+    try:
+        with torch.device("meta"):
+            return type(base)(copy.deepcopy(config))
+    except Exception as error:  # whatever a family's validators and constructors raise
+        raise ModelError(f"No {type(base).__name__} can be built without what goes: {error}") from error
 
 
 def _shorten(config: PreTrainedConfig, kept: list[int], size: int) -> None:
