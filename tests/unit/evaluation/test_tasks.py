@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import DataError, InputError
-from secateur.evaluation.tasks import evaluate_tasks, tasks_in
+from secateur.evaluation.tasks import chance_levels, evaluate_tasks, tasks_in
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -65,6 +65,14 @@ def test_local_tasks_run_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert scores["parity"] == scores["parity_again"]
     assert scores["parity"]["acc"] * 6 == pytest.approx(round(scores["parity"]["acc"] * 6))
     assert 0 <= scores["parity"]["acc"] <= 1
+    accuracy = scores["parity"]["acc"]
+    assert scores["parity"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 5) ** 0.5)
+
+
+@needs_harness
+def test_guessing_is_one_over_the_number_of_choices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    assert chance_levels([str(folder)]) == {"parity": 0.5, "parity_again": 0.5}
 
 
 @needs_harness
