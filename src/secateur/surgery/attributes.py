@@ -24,7 +24,7 @@ from secateur.errors import ModelError
 from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
-Meaning = Literal["proportional", "kv_heads", "queries_per_kv", "units"]
+Meaning = Literal["proportional", "kv_heads", "queries_per_kv", "units", "rows"]
 
 
 GROUPED_MULTIPLE = 8
@@ -41,7 +41,8 @@ class Pattern:
     """``proportional``: grows with the units (query heads, widths, experts). ``kv_heads``: as well, unless there is
     one KV head that all units share. ``queries_per_kv``: unchanged when a unit is a KV head with its query heads,
     proportional when the units are the query heads of a single KV head. ``units``: the number of units where it is
-    that number, else unchanged."""
+    that number, else unchanged. ``rows``: the size of a member that the module holds, where it is that size, else
+    unchanged."""
     classes: str = ""
     """Regular expression for the start of the module's class name, where the attribute means this only there."""
     in_config: bool = False
@@ -72,6 +73,11 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("ffn", "ffn_hidden_size", classes="DbrxExperts", encloses=True),
     Pattern("expert", "num_experts", classes="(?!ParamWrapper)"),
     Pattern("expert", "n_routed_experts"),
+    *(Pattern("state", name) for name in ("num_heads", "num_v_heads", "num_k_heads", "key_dim", "value_dim")),
+    Pattern("state", "intermediate_size"),
+    Pattern("state", "n_groups", "kv_heads"),
+    Pattern("state", "conv_dim", "rows"),
+    Pattern("state", "group_size", "rows"),
     Pattern("hidden", "hidden_size", "units"),
     Pattern("hidden", "hidden_dim", "units"),
     Pattern("hidden", "embed_dim", "units"),
@@ -135,12 +141,12 @@ def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.M
 
 def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, units: int) -> int:
     dense = int(getattr(holder, pattern.name))
-    if pattern.meaning == "units":
-        return units if dense == group.size else dense
     if pattern.meaning == "kv_heads" and dense == 1:
         return 1
     if pattern.meaning == "units":
         return units if dense == group.size else dense
+    if pattern.meaning == "rows":
+        return dense - (group.size - units) * _rows_per_unit(module, dense, group)
     if pattern.meaning == "queries_per_kv" and _unit_has_its_kv_head(dense, module, group):
         return dense
     if dense * units % group.size:
@@ -169,6 +175,20 @@ def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGro
         f"{group.name} consumes {consumed} columns a unit, which is neither one query head of {head_dim} nor "
         f"the {queries_per_kv} of a KV head. Protect {group.name}."
     )
+
+
+def _rows_per_unit(module: nn.Module, size: int, group: NodeGroup) -> int:
+    """Rows that a unit has in a weight of ``module``, or of a layer in it, whose axis is ``size`` long; else 0."""
+    names = {name for name, tensor in module.named_parameters() if tensor.shape[:1] == (size,)}
+    found = {
+        (member.parameter, member.axis): 0
+        for member in group.members
+        if member.axis == 0 and any(f".{member.parameter}".endswith(f".{name}") for name in names)
+    }
+    for member in group.members:
+        if (member.parameter, member.axis) in found:
+            found[member.parameter, member.axis] += member.rows_per_unit
+    return next(iter(found.values()), 0)
 
 
 def _kv_heads(module: nn.Module, queries_per_kv: int) -> int | None:

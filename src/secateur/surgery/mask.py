@@ -144,6 +144,8 @@ def over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Calla
         small._parameters = weights
         if isinstance(small, (nn.LayerNorm, nn.RMSNorm)):
             small.normalized_shape = (len(index),)
+        if vars(small).get("group_size") == width:  # one group over all units (Mamba2's gated norm)
+            vars(small)["group_size"] = len(index)
         inputs = [narrow(value) for value in (states, *others)]
         normed = type(module).forward(small, *inputs, **{name: narrow(value) for name, value in named.items()})
         return torch.zeros_like(states, dtype=normed.dtype).index_copy(-1, index, normed)

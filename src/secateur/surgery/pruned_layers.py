@@ -66,5 +66,7 @@ class PrunedLayers:
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, Conv1D):
             module.nx, module.nf = module.weight.shape
+        elif isinstance(module, nn.Conv1d):
+            module.in_channels = module.out_channels = module.groups = module.weight.shape[0]
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.normalized_shape = tuple(module.weight.shape)
