@@ -21,7 +21,6 @@ from secateur.importance.base import borrowed, calibration, input_device
 from secateur.importance.stack import LayerStack
 from secateur.progress import Bar, say
 from secateur.surgery import masked
-from secateur.surgery.mask import MASKABLE
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
@@ -55,23 +54,23 @@ class Cut:
 
 
 def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[Cut]:
-    """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group of two or more units.
+    """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group inside a layer.
 
-    Raises InputError for ratios that are not strictly between 0 and 1, or when there is nothing to try.
+    Groups without a unit to spare have none. Raises InputError for ratios that are not strictly between 0 and 1, or when there is nothing to try.
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise InputError(f"Ratios of an analysis lie strictly between 0 and 1, such as 0.25,0.5; got {list(ratios)}.")
-    groups = [group for group in graph.prunable if group.size > 1 and group.kind in MASKABLE]
+    groups = [group for group in graph.prunable if group.size > group.least and group.layer is not None]
     if not groups:
         raise InputError(
-            f"There is nothing to analyse: no prunable group of kind {' or '.join(MASKABLE)} with two units or more. "
+            "There is nothing to analyse: no layer has a group that can be cut and has a unit to spare. "
             "`secateur inspect` shows the groups, and why the others are protected."
         )
     found = []
     for group in groups:
         order = scores[group.name].argsort(stable=True).tolist()
         for ratio in ratios:
-            goes = min(max(1, round(ratio * group.size)), group.size - 1)
+            goes = min(max(1, round(ratio * group.size)), group.size - group.least)
             found.append(Cut(group, ratio, tuple(sorted(order[goes:]))))
     return found
 

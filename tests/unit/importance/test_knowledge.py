@@ -19,6 +19,7 @@ from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.stack import LayerStack
 from secateur.surgery import slice_model
 from secateur.testing.tiny import TINY
+from secateur.types import Scores
 
 FAMILIES = ["llama-odd", "gpt2", "bloom", "gemma2", "phi3", "olmo2", "qwen3-moe", "opt"]
 
@@ -182,6 +183,18 @@ def test_deviations_are_summed_and_ranked() -> None:
     assert by_perplexity["layers.0.mlp"] == pytest.approx(math.exp(2) + math.exp(2.5) - 2 * math.e)
     assert analysis.sensitive(0.34, "kl") == ["layers.1.mlp"]
     assert analysis.sensitive(0.0, "kl") == []
+
+
+def test_experts_are_analysed_when_they_may_be_cut_and_keep_what_a_router_needs() -> None:
+    model = TINY["qwen3-moe"]()
+    graph, blocks = trace(model).opened(["expert"]), _blocks()
+    [experts] = [group for group in graph.prunable if group.kind == "expert"]
+    scores = Scores({group.name: torch.arange(float(group.size)) for group in graph.prunable})
+    chosen = [cut for cut in knowledge.cuts(graph, scores, (0.3, 0.99)) if cut.group is experts]
+    assert [len(cut.kept) for cut in chosen] == [experts.size - 2, experts.least]
+    _, trials = knowledge.measure_cuts(model, graph, blocks, chosen)
+    for cut, trial in zip(chosen, trials, strict=True):
+        assert (trial.loss, trial.kl) == pytest.approx(_naive(model, graph, blocks, cut), abs=2e-5)
 
 
 def test_an_analysis_survives_its_file(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""What the units that go knew is carried over to those that stay: benchmarks/knowledge_transfer.py, small."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+
+from secateur.surgery import slice_model
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "knowledge_transfer.py"
+
+
+def test_lhspg_carries_knowledge_over_before_the_cut_and_training_before_a_cut_in_one_shot_does_not() -> None:
+    spec = importlib.util.spec_from_file_location("knowledge_transfer", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark
+    spec.loader.exec_module(benchmark)
+    world = benchmark.build(0, modulus=13, layers=2, hidden=24, steps=400)
+    assert benchmark.knows(world.model, world.ids)["accuracy"] == 1.0
+    masked = copy.deepcopy(world.model)
+    slice_model(masked, world.graph, world.kept)
+    gone = benchmark.knows(masked, world.ids)
+    one_shot = benchmark.train_then_cut(world, 40, 0)
+    progressive = benchmark.lhspg(world, 40, 0, "decay")
+    # when the units are gone, and no step was made without them; LHSPG has read half as much by then
+    carried_over = progressive["accuracy, end of the period"]
+    assert carried_over > one_shot["accuracy"] + 0.15
+    assert carried_over > gone["accuracy"] + 0.15
+    assert progressive["loss, end of the period"] < 0.6 * one_shot["loss"]
+    assert progressive["accuracy"] > 0.95  # at equal tokens
