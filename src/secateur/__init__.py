@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from secateur.config import Recipe, load_recipe
     from secateur.errors import SecateurError
     from secateur.loading import load
-    from secateur.pipeline import Result, apply_plan, prune, save
+    from secateur.pipeline import apply_plan, prune
     from secateur.planning import Budget
+    from secateur.stages import Result, save
     from secateur.surgery import trace
     from secateur.types import DependencyGraph, PruningPlan
 
@@ -24,13 +25,13 @@ _HOMES = {
     "DependencyGraph": "types",
     "PruningPlan": "types",
     "Recipe": "config",
-    "Result": "pipeline",
+    "Result": "stages",
     "SecateurError": "errors",
     "apply_plan": "pipeline",
     "load": "loading",
     "load_recipe": "config",
     "prune": "pipeline",
-    "save": "pipeline",
+    "save": "stages",
     "trace": "surgery",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import sys
@@ -224,7 +225,7 @@ def analyze(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis for DIR.")] = False,
 ) -> None:
     """Find where a model's knowledge sits: cut each group alone, and measure how far its predictions move."""
-    from secateur import pipeline, progress, tables
+    from secateur import inspection, progress, tables
     from secateur.config import load_recipe
     from secateur.loading import load
 
@@ -240,7 +241,7 @@ def analyze(
     fractions = [parse_ratio(part, "--ratios") for part in ratios.split(",")]
     progress.show()
     try:
-        found = pipeline.analyze(
+        found = inspection.analyze(
             *load(**recipe.model.model_dump()),
             ratios=fractions,
             criterion=criterion,
@@ -278,7 +279,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model: perplexity on text (built-in when none is named), tasks, parameters, bytes and speed."""
-    from secateur import pipeline, progress, tables
+    from secateur import inspection, progress, tables
     from secateur.config import load_recipe
     from secateur.export import compare
 
@@ -294,7 +295,7 @@ def evaluate(
     if as_json is not None:
         _check_writable(as_json)
     progress.show()
-    metrics = pipeline.evaluate(settings, _names(tasks or ""), max_tokens=tokens)
+    metrics = inspection.evaluate(settings, _names(tasks or ""), max_tokens=tokens)
     _console().print(tables.results(compare(metrics, ["model"])))
     if as_json is not None:
         as_json.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -328,12 +329,12 @@ def verify(
     trust_remote_code: Trust = False,
 ) -> None:
     """Open a saved folder in a fresh process, compare its logits, and say which programs will take it."""
-    from secateur import pipeline, progress, tables
+    from secateur import inspection, progress, tables
     from secateur.config import load_recipe
 
     flags = {"model.name": folder, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
     progress.show()
-    found = pipeline.verify(load_recipe(flags={key: value for key, value in flags.items() if value is not None}))
+    found = inspection.verify(load_recipe(flags={key: value for key, value in flags.items() if value is not None}))
     _console().print(tables.verdicts(found))
 
 
@@ -478,5 +479,6 @@ def _quieten() -> None:
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
     ):
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import what it cannot speed up
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

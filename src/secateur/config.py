@@ -108,7 +108,10 @@ class Recipe(Settings):
         if method.needs == "training" or self.recovery.steps > 0:
             used["recovery"] = self.recovery
         if self.recovery.steps > 0:
-            more = {"instructions": self.recovery.instruction_text, "validation": self.recovery.validation_text}
+            more: dict[Purpose, TextSettings | None] = {
+                "instructions": self.recovery.instruction_text,
+                "validation": self.recovery.validation_text,
+            }
             used |= {purpose: text for purpose, text in more.items() if text is not None}
         return used
 

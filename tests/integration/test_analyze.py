@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import secateur
-from secateur import pipeline
+from secateur import inspection
 from secateur.cli import app
 from secateur.config import load_recipe
 from secateur.errors import InputError, PlanError
@@ -62,9 +62,9 @@ def test_interrupted_and_resumed_it_measures_the_same_once(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, recipe = TINY["llama-odd"](), _recipe(text)
-    whole = pipeline.analyze(model, tiny_tokenizer(), recipe=recipe)
+    whole = inspection.analyze(model, tiny_tokenizer(), recipe=recipe)
     measured: list[int] = []
-    try_out = pipeline.measure_cuts.__globals__["_Run"].try_out
+    try_out = inspection.measure_cuts.__globals__["_Run"].try_out
 
     def interrupted(self: Any, chosen: Any, layer: int) -> Any:
         if len(measured) == 2:
@@ -74,14 +74,14 @@ def test_interrupted_and_resumed_it_measures_the_same_once(
 
     monkeypatch.setattr("secateur.importance.knowledge._Run.try_out", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
+        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
     assert measured == [0, 1]
     with pytest.raises(InputError, match="--resume"):
-        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
+        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
     with pytest.raises(InputError, match="another recipe"):
-        pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, ratios=[0.3], output=tmp_path / "out", resume=True)
+        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, ratios=[0.3], output=tmp_path / "out", resume=True)
     measured.clear()
-    again = pipeline.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", resume=True)
+    again = inspection.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", resume=True)
     assert measured == [2]
     assert [(t.group, t.ratio) for t in again.trials] == [(t.group, t.ratio) for t in whole.trials]
     assert [t.kl for t in again.trials] == pytest.approx([t.kl for t in whole.trials], abs=1e-6)
@@ -91,16 +91,18 @@ def test_interrupted_and_resumed_it_measures_the_same_once(
 def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) -> None:
     model = TINY["llama-gqa"]()
     with pytest.raises(InputError, match=r"Unknown criterion 'lora'.*taylor"):
-        pipeline.analyze(model, tiny_tokenizer(), recipe=_recipe(text), criterion="lora")
+        inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), criterion="lora")
     with pytest.raises(InputError, match="strictly between 0 and 1"):
-        pipeline.analyze(model, tiny_tokenizer(), recipe=_recipe(text), ratios=[1.0])
+        inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), ratios=[1.0])
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--ratios", "0.2,2"])
     assert result.exit_code == 1
     assert "--ratios 2" in result.stderr
 
 
 def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:
-    pipeline.analyze(TINY["llama-gqa"](), tiny_tokenizer(), recipe=_recipe(text), output=tmp_path / "out", ratios=[0.5])
+    inspection.analyze(
+        TINY["llama-gqa"](), tiny_tokenizer(), recipe=_recipe(text), output=tmp_path / "out", ratios=[0.5]
+    )
     budget = Budget(protect_from=tmp_path / "out" / "analysis.json", protect_share=0.5)
     graph = restrict(secateur.trace(TINY["llama-gqa"]()), budget)
     reasons = [group.protected for group in graph if group.protected and "most sensitive 50%" in group.protected]

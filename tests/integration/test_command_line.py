@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from secateur import pipeline
+from secateur import inspection
 from secateur.cli import app
 from secateur.config import dump, load_recipe
 from secateur.data import read_ids
 from secateur.evaluation import perplexity
+from secateur.inspection import evaluate
 from secateur.loading import load
-from secateur.pipeline import evaluate
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.types import PruningPlan
@@ -148,7 +148,7 @@ def test_what_would_fail_in_the_end_is_found_before_the_tasks(
     place: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(pipeline, "evaluate_tasks", lambda *a, **o: pytest.fail("tasks ran"))
+    monkeypatch.setattr(inspection, "evaluate_tasks", lambda *a, **o: pytest.fail("tasks ran"))
     result = call("evaluate", "tiny", "--tasks", "some-task", *options)
     assert result.exit_code == 1
     assert message in result.stderr

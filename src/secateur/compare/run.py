@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from secateur import pipeline
+from secateur import stages
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
 from secateur.config import Recipe, dump, parse_value, revise
@@ -41,7 +41,7 @@ class Shared:
     graph: DependencyGraph
     texts: Texts
     dense: Mapping[str, Any]
-    """Metrics of the dense model, as ``pipeline.measure`` leaves them."""
+    """Metrics of the dense model, as ``stages.measure`` leaves them."""
     tasks: Sequence[str]
     steps: int
 
@@ -145,15 +145,15 @@ def _measure_dense(
     model, tokenizer = load(**recipe.model.model_dump())
     graph = trace(model)
     for row in recipes:
-        pipeline.rehearse(model, graph, row)
+        stages.rehearse(model, graph, row)
     texts = _read_texts(model, tokenizer, recipes)
-    result = pipeline.Result(model, tokenizer, pipeline.rehearse(model, graph, recipes[0]), graph, recipes[0])
+    result = stages.Result(model, tokenizer, stages.rehearse(model, graph, recipes[0]), graph, recipes[0])
     kept = folder / "dense.json"
     if kept.exists():
         result.metrics = json.loads(kept.read_text())
     else:
-        pipeline.measure(result, texts, "dense")
-        pipeline.look_ahead(result, texts)
+        stages.measure(result, texts, "dense")
+        stages.look_ahead(result, texts)
         result.teacher = None
         if tasks:
             result.metrics["tasks"] = _evaluate_tasks(result, tasks)
@@ -217,37 +217,37 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
 
 def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     model, tokenizer = load(**recipe.model.model_dump())
-    plan = pipeline.rehearse(model, shared.graph, recipe)
-    result = pipeline.Result(model, tokenizer, plan, shared.graph, recipe)
+    plan = stages.rehearse(model, shared.graph, recipe)
+    result = stages.Result(model, tokenizer, plan, shared.graph, recipe)
     result.metrics = {
         key: shared.dense[key] for key in ("dense", "window", "tokens", "reference") if key in shared.dense
     }
     result.metrics["dense"] = dict(result.metrics["dense"])
     work = Workspace(None)
-    pipeline.look_ahead(result, shared.texts)
+    stages.look_ahead(result, shared.texts)
     with PeakMemory(model.device) as memory:
         started = time.monotonic()
-        pipeline.decide(result, shared.texts, work)
+        stages.decide(result, shared.texts, work)
         row.scoring_seconds = round(time.monotonic() - started, 2)
     row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
     row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, shared.graph)
     if recipe.recovery.repair:
-        pipeline.mend(result, shared.texts)
-    pipeline.cut(result)
-    pipeline.measure(result, shared.texts, "pruned")
+        stages.mend(result, shared.texts)
+    stages.cut(result)
+    stages.measure(result, shared.texts, "pruned")
     row.pruned, row.parameters = result.metrics["pruned"]["perplexity"], result.metrics["pruned"]["parameters"]
     if recipe.recovery.steps > 0:
-        pipeline.grow_back(result, shared.texts, work)
-        pipeline.measure(result, shared.texts, "recovered")
+        stages.grow_back(result, shared.texts, work)
+        stages.measure(result, shared.texts, "recovered")
         row.recovered = result.metrics["recovered"]["perplexity"]
     if shared.tasks:
         row.tasks = _evaluate_tasks(result, shared.tasks)
     if recipe.evaluation.speed:
-        pipeline.time_both(result)
+        stages.time_both(result)
         row.speed = _speed(result.metrics["speed"])
 
 
-def _evaluate_tasks(result: pipeline.Result, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+def _evaluate_tasks(result: stages.Result, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
     with torch.no_grad():
         return evaluate_tasks(result.model, result.tokenizer, tasks, batch_size=result.recipe.evaluation.batch_size)
 

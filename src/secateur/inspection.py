@@ -1,0 +1,147 @@
+"""Looking at a model without changing it: how good it is, where its knowledge sits, whether its folder opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.config import Recipe, dump, revise
+from secateur.data import check_sources, check_window, load_whole, read_texts
+from secateur.errors import InputError
+from secateur.evaluation import as_written, compare_speed, machine
+from secateur.evaluation.tasks import evaluate_tasks
+from secateur.export import Verification, check_output, needs_trust, verify_saved, write_analysis, written_dtype
+from secateur.importance import CRITERIA, Criterion
+from secateur.importance.analysis import Analysis, Trial
+from secateur.importance.knowledge import cuts, measure_cuts
+from secateur.loading import load
+from secateur.planning import versions
+from secateur.precision import autocast, autocast_dtype
+from secateur.stages import losses, refuse_what_cannot_work, size
+from secateur.surgery import trace
+from secateur.workspace import Workspace
+
+
+def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
+    """What ``secateur evaluate`` does: scores on ``tasks`` (names or folders, see ``evaluation.tasks``), perplexity by
+    source, parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
+
+    Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
+    """
+    check_sources(recipe.evaluation)
+    model, tokenizer = load(**recipe.model.model_dump())
+    check_window(recipe.evaluation, model, "evaluation")
+    blocks = load_whole(recipe.evaluation, tokenizer, recipe.seed, max_tokens)
+    numbers: dict[str, Any] = {}
+    if tasks:  # after the text, whose lack would lose hours of tasks; before what a misspelt task should not cost
+        numbers["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
+    measured = losses(model, recipe, blocks)
+    numbers |= size(model, recipe)
+    numbers["perplexity"] = {source: loss.perplexity for source, loss in measured.items()}
+    if recipe.evaluation.speed:
+        small = as_written(model, written_dtype(model, recipe.export), model.device)
+        numbers |= compare_speed({"model": small}, batch_sizes=(1,))["batch 1"]["model"]
+    return {
+        "model": numbers,
+        "window": blocks.window,
+        "tokens": {source: loss.tokens for source, loss in measured.items()},
+        "machine": machine(),
+    }
+
+
+def analyze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    ratios: Sequence[float] = (0.25, 0.5),
+    criterion: str = "taylor",
+    recipe: Recipe | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+) -> Analysis:
+    """What ``secateur analyze`` does: cut every node group alone, at each ratio, and measure how far predictions move.
+
+    LoRAShear's knowledge distribution analysis (Algorithm 3). The model is given back bit by bit as it was.
+
+    Args:
+        ratios: fractions of a group's units to take away, each strictly between 0 and 1.
+        criterion: what chooses them within the group; a name from ``importance.CRITERIA``.
+        recipe: its sections ``calibration`` (the text), ``evaluation`` (batch size and precision) and ``seed`` are
+            used, ``budget.kinds`` for which groups, and ``budget.protect_by`` and ``protect_share`` for what the
+            picture marks.
+        output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
+            ``heatmap.png``. Until it is finished, what was measured is kept beside it.
+        resume: go on with what an interrupted call measured for ``output``.
+    """
+    recipe = revise(recipe or Recipe(), {"model.name": model.config._name_or_path or ""})
+    chooser = _one_shot_criterion(criterion)
+    refuse_what_cannot_work(model)
+    settings = recipe.calibration
+    started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {list(ratios)}\n"
+    if output is not None:
+        output = check_output(output)
+        Workspace.place(output, started_as, resume)
+    graph = trace(model).opened(recipe.budget.kinds)
+    blocks = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed).calibration
+    work = Workspace.open(output, started_as, resume)
+    dtype = autocast_dtype(recipe.evaluation.precision, model.device)
+    with autocast(recipe.evaluation.precision, model.device):
+        chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
+    done = [Trial.model_validate(trial) for trial in work.read_json("trials.json")] if work.has("trials.json") else []
+    dense_loss, trials = measure_cuts(
+        model,
+        graph,
+        blocks,
+        chosen,
+        batch_size=recipe.evaluation.batch_size,
+        autocast=dtype,
+        done=done,
+        keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
+    )
+    assert blocks is not None
+    analysis = Analysis(
+        base_model=recipe.model.name,
+        revision=recipe.model.revision,
+        fingerprint=graph.fingerprint,
+        criterion=criterion,
+        text=settings.text,
+        tokens=blocks.ids.numel(),
+        window=blocks.window,
+        seed=recipe.seed,
+        dense_loss=dense_loss,
+        trials=trials,
+        versions=versions(),
+    )
+    if output is not None:
+        write_analysis(analysis, output, by=recipe.budget.protect_by, share=recipe.budget.protect_share)
+        work.remove()
+    return analysis
+
+
+def _one_shot_criterion(name: str) -> Criterion:
+    """The criterion ``name``, which must not need adapters: there are none."""
+    known = [key for key, criterion in CRITERIA.items() if criterion.needs != "adapters"]
+    if name not in known:
+        raise InputError(f"Unknown criterion {name!r} for an analysis. Known: {', '.join(known)}.")
+    return CRITERIA[name]
+
+
+def verify(recipe: Recipe) -> Verification:
+    """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
+
+    Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
+    that is no folder, or for one with code of its own that the recipe does not trust.
+    """
+    folder = Path(recipe.model.name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{recipe.model.name} is not a folder. Give one that a model was saved to.")
+    model, _ = load(**recipe.model.model_dump())
+    if needs_trust(folder) and not recipe.model.trust_remote_code:
+        raise InputError(
+            f"{folder} brings modelling code, which the fresh process would run. Add --trust-remote-code if you trust "
+            "it."
+        )
+    return verify_saved(model, folder)

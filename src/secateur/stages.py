@@ -1,0 +1,303 @@
+"""The stages of a run, each callable alone: what ``pipeline.prune`` puts one after the other."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.config import Recipe, dump
+from secateur.data import Texts, TokenBlocks
+from secateur.errors import InputError, ModelError
+from secateur.evaluation import TextLoss, as_written, compare_speed, losses_by_source, machine, parameter_count
+from secateur.export import (
+    Architecture,
+    Story,
+    Verification,
+    adopt_config,
+    check_describable,
+    licence_of,
+    write_artefacts,
+    written_dtype,
+)
+from secateur.export import save as save_folder
+from secateur.importance import CRITERIA
+from secateur.methods import METHODS, PruningTask
+from secateur.planning import allocate, describe, make_plan, restrict
+from secateur.precision import autocast_dtype
+from secateur.progress import say
+from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
+from secateur.surgery import add_biases, masked, slice_model
+from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
+from secateur.workspace import Workspace
+
+
+@dataclass
+class Result:
+    """What a run ends with; ``secateur.save`` writes it to a folder."""
+
+    model: PreTrainedModel
+    """The smaller model: the one that was given, changed in place."""
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: PruningPlan
+    graph: DependencyGraph
+    """Of the model before the cut."""
+    recipe: Recipe
+    dense: Architecture | None = None
+    """Class and config from before the cut; the model itself has those of the small one now."""
+    scores: Scores | None = None
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the method adds to the biases of linears when the units are cut."""
+    teacher: PreTrainedModel | None = None
+    """The dense model while recovery still needs it (``recovery.teacher``)."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """JSON-able numbers: ``dense``, ``baseline``, ``pruned``, ``recovered``, ``speed``, ``seconds`` …"""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What happened when, as in ``run.jsonl``."""
+
+
+def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
+    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment."""
+    scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
+    plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
+    if recipe.recovery.repair:
+        check_repairable(model, graph, plan.kept)
+    if any(graph[name].on_request for name in plan.kept):
+        check_describable(model, graph, plan.kept)
+    before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
+    say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
+    return plan
+
+
+def measure(result: Result, texts: Texts, state: str) -> None:
+    """Perplexity by source, parameters and bytes of the model as it is now, under ``metrics[state]``."""
+    if state in result.metrics:
+        return
+    numbers: dict[str, Any] = size(result.model, result.recipe)
+    if texts.evaluation is not None:
+        measured = losses(result.model, result.recipe, texts.evaluation)
+        numbers["perplexity"] = {source: loss.perplexity for source, loss in measured.items()}
+        result.metrics["window"] = texts.evaluation.window
+        result.metrics["tokens"] = {source: loss.tokens for source, loss in measured.items()}
+    result.metrics[state] = numbers
+
+
+def look_ahead(result: Result, texts: Texts) -> None:
+    """What recovery needs of the dense model: its loss on the text that is watched, and itself as the teacher."""
+    settings = result.recipe.recovery
+    if texts.validation is not None and "reference" not in result.metrics:
+        result.metrics["reference"] = source_losses(result.model, texts.validation, result.recipe.training)
+    if settings.teacher > 0 and settings.steps > 0:
+        result.teacher = copy.deepcopy(result.model)
+
+
+def measure_baseline(result: Result, texts: Texts) -> None:
+    """What one shot without any training would have cost at the same ratio: masks on the dense model, then off."""
+    name = result.recipe.baseline
+    if "baseline" in result.metrics:
+        return
+    assert name is not None
+    assert texts.evaluation is not None
+    decision = METHODS[name]().run(_task(result, texts, Workspace(None)))
+    with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
+        measured = losses(result.model, result.recipe, texts.evaluation)
+    perplexity = {source: loss.perplexity for source, loss in measured.items()}
+    result.metrics["baseline"] = {"name": f"{name} without LoRA", "perplexity": perplexity}
+
+
+def decide(result: Result, texts: Texts, work: Workspace) -> None:
+    """Let the method choose the units that go, and write the plan. Methods that train change weights, never shapes."""
+    recipe = result.recipe
+    method = METHODS[recipe.method.name](recipe.method.settings)
+    if work.has("plan.json"):
+        result.plan = PruningPlan.model_validate(work.read_json("plan.json"))
+        result.plan.check(result.graph)
+        result.scores = Scores(work.read_tensors("scores.safetensors")) if work.has("scores.safetensors") else None
+        result.biases = work.read_tensors("biases.safetensors") if work.has("biases.safetensors") else {}
+        if method.needs == "training":
+            work.read_weights("decided.safetensors", result.model)
+        return
+    decision = method.run(_task(result, texts, work))
+    result.plan = _plan(result.graph, recipe, decision.removed)
+    result.scores, result.biases = decision.scores, decision.biases
+    result.metrics["method"] = decision.metrics
+    if result.scores is not None:
+        work.write_tensors("scores.safetensors", dict(result.scores.values))
+    if result.biases:
+        work.write_tensors("biases.safetensors", result.biases)
+    if method.needs == "training":
+        work.write_weights("decided.safetensors", result.model)
+    work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
+    say(describe(result.plan, result.graph))
+
+
+def mend(result: Result, texts: Texts) -> None:
+    """Refit what consumes the units that stay, before the others are cut out."""
+    recipe = result.recipe
+    if result.biases:
+        raise InputError(
+            f"Both {recipe.method.name} and repair make up for what goes, and together they would do it twice. "
+            "Set recovery.repair=false, or switch it off in the method."
+        )
+    dtype = autocast_dtype(recipe.evaluation.precision, result.model.device)
+    refits = repair(
+        result.model,
+        result.graph,
+        result.plan.kept,
+        texts.calibration,
+        ridge=recipe.recovery.repair_ridge,
+        batch_size=recipe.evaluation.batch_size,
+        autocast=dtype,
+    )
+    result.metrics["repair"] = {name: {"before": refit.before, "after": refit.after} for name, refit in refits.items()}
+
+
+def cut(result: Result) -> None:
+    """Apply the plan: from here on the shapes, and the model's own config, are the small ones."""
+    result.dense = Architecture(type(result.model), result.model.config)
+    slice_model(result.model, result.graph, result.plan.kept)
+    add_biases(result.model, result.biases)
+    try:
+        adopt_config(result.model, result.graph, result.plan.kept)
+    except ModelError as error:  # it computes all the same; only a folder needs a config
+        result.metrics["cannot_be_saved"] = str(error)
+
+
+def refuse_unsavable(result: Result) -> None:
+    """Raise the ModelError that ``cut`` noted when no config describes the model."""
+    if "cannot_be_saved" in result.metrics:
+        raise ModelError(result.metrics["cannot_be_saved"])
+
+
+def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
+    """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
+    recipe = result.recipe
+    assert texts.recovery is not None
+    if work.has("recovered.safetensors"):
+        work.read_weights("recovered.safetensors", result.model)
+        return
+    task = RecoveryTask(
+        text=texts.recovery,
+        instructions=texts.instructions,
+        validation=texts.validation,
+        reference=result.metrics.get("reference", {}),
+        teacher=result.teacher,
+        checkpoints=work.path("recovery"),
+    )
+    done = recover(result.model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    result.metrics["recovery"] = {"log": done.log, "rounds": done.rounds}
+    result.teacher = None
+    work.write_weights("recovered.safetensors", result.model)
+
+
+def time_both(result: Result) -> None:
+    """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns.
+
+    Both are timed in the type that is written, as copies, so that the model in memory stays as it is.
+    """
+    if "speed" in result.metrics:
+        return
+    dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
+    dense = result.dense or Architecture(type(result.model), result.model.config)
+    twin = as_written(dense.build(), dtype, device)
+    small = as_written(copy.deepcopy(result.model), dtype, device)
+    result.metrics["speed"] = compare_speed({"dense": twin, _last(result): small})
+    for state, speed in result.metrics["speed"]["batch 1"].items():
+        result.metrics[state] |= speed
+
+
+def save(result: Result, folder: str | Path) -> None:
+    """Write the model and everything that explains it to ``folder``, proved in a fresh process.
+
+    The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
+    does, and InputError when it exists and is not empty.
+    """
+    save_folder(
+        result.model,
+        result.tokenizer,
+        folder,
+        graph=result.graph,
+        kept=result.plan.kept,
+        settings=result.recipe.export,
+        complete=partial(_complete_folder, result),
+    )
+
+
+def _complete_folder(result: Result, folder: Path, verification: Verification) -> None:
+    """Everything beside the model."""
+    result.metrics["machine"] = machine()
+    story = Story(
+        plan=result.plan,
+        graph=result.graph,
+        verification=verification,
+        recipe=dump(result.recipe),
+        metrics=result.metrics,
+        licence=licence_of(result.plan.base_model),
+    )
+    write_artefacts(folder, story, result.scores, result.events)
+
+
+def refuse_what_cannot_work(model: PreTrainedModel) -> None:
+    """Raise InputError for adapters, several processes, and a GPU that the Trainer would not use."""
+    if isinstance(model, PeftModel):
+        raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Pruning runs in one process so far. Start it without torchrun or accelerate launch.")
+    if model.device.type == "cuda" and model.device.index:
+        raise InputError(
+            f"Training happens on the first visible GPU, and the model is on {model.device}. "
+            f"Set CUDA_VISIBLE_DEVICES={model.device.index} and use --device cuda."
+        )
+
+
+def _last(result: Result) -> str:
+    return "recovered" if "recovered" in result.metrics else "pruned"
+
+
+def size(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
+    """Parameters, and bytes in the type that is written."""
+    count = parameter_count(model)
+    return {"parameters": count, "bytes": count * written_dtype(model, recipe.export).itemsize}
+
+
+def losses(model: PreTrainedModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, TextLoss]:
+    """Loss by source, as the recipe measures it."""
+    settings = recipe.evaluation
+    dtype = autocast_dtype(settings.precision, model.device)
+    return losses_by_source(model, blocks, batch_size=settings.batch_size, autocast=dtype)
+
+
+def _plan(graph: DependencyGraph, recipe: Recipe, removed: dict[str, list[int]]) -> PruningPlan:
+    return make_plan(
+        graph,
+        removed,
+        recipe.budget,
+        method=recipe.method.name,
+        seed=recipe.seed,
+        base_model=recipe.model.name,
+        revision=recipe.model.revision,
+    )
+
+
+def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
+    recipe = result.recipe
+    return PruningTask(
+        model=result.model,
+        tokenizer=result.tokenizer,
+        graph=result.graph,
+        budget=recipe.budget,
+        calibration=texts.calibration,
+        training_blocks=texts.recovery,
+        lora=recipe.lora,
+        training=recipe.training,
+        seed=recipe.seed,
+        work=work.path("method"),
+        log=work.log,
+    )
