@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help install quickstart test check format docs constraints clean
+.PHONY: help install quickstart test check sweep format docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,10 @@ check: install  ## what CI runs: format, lint, types, documentation, tests
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict
 	$(PYTEST)
+
+# Stopped, it goes on where it was; remove out/sweep to begin anew.
+sweep: install  ## every causal LM that transformers knows, tiny: cut, checked, saved, opened; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m secateur.testing.sweep --out out/sweep --docs docs/architectures.md
 
 format: install  ## format the code and mend what the linter can mend, rewrite docs/keys.md
 	$(BIN)/ruff format .

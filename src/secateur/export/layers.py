@@ -37,7 +37,12 @@ class LayerSizes:
                 f"The layers of this {config.model_type} model differ in size by design (per_layer_config), and a cut "
                 "on top of that cannot be described yet."
             )
-        layer_configs = list(config.per_layer_config)
+        if kept and not isinstance(getattr(config, "num_hidden_layers", None), int):
+            raise ModelError(
+                f"The config of this {config.model_type} model does not count its layers (it may be made of several "
+                "parts), so that what was cut cannot be described in it."
+            )
+        layer_configs = list(config.per_layer_config) if kept else []
         for group in graph:
             lost = group.size - len(kept.get(group.name, range(group.size)))
             if lost and group.layer is None:

@@ -134,8 +134,8 @@ class SymbolTable:
             symbol.origins = (Origin(name, tuple(range(tensor.dim()))),)
             self.used[name] = symbol
             return symbol
-        buffer = self.other_buffers.get(id(tensor))
-        symbol.constant = buffer is None and not tensor.is_meta
+        buffer = self.other_buffers.get(id(tensor), "").removeprefix("base_model.model.")  # as without adapters
+        symbol.constant = not buffer and not tensor.is_meta
         reason = f"its size is that of the buffer {buffer}" if buffer else "its size is that of a constant in the code"
         for axis in symbol.axes:
             refuse(axis, reason)

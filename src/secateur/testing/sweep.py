@@ -29,6 +29,7 @@ from secateur.graph import Trace, record
 from secateur.loading import quiet_transformers
 from secateur.surgery import protect_failing, sharing_copy, slice_model
 from secateur.surgery.verify import checks, legal_units
+from secateur.testing.architectures import summary, table
 from secateur.testing.contracts import with_adapters
 from secateur.testing.zoo import MODEL_TYPES, UNBUILDABLE, build_any
 from secateur.types import DependencyGraph, Kind
@@ -56,9 +57,6 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
     try:
         run = record(model)
         facts["found"] = _found(run.graph)
-        facts["operators"] = sorted({call.name for call in run.calls})
-        raw = checks(model, 0.5, run)
-        facts["raw_failures"] = {check.group: check.message for check in raw if not check.ok}
         graph = protect_failing(model, run.graph, seed=seed)
     except SecateurError as error:
         return {**facts, "refused": _line(error), "seconds": time.process_time() - started}, references
@@ -76,7 +74,7 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
     facts["difference"] = max((check.max_difference for check in verified), default=0.0)
     same, differing = halves(graph), halves(graph, seed + 1, differing=True)
     facts["generate"] = generates_alike(model, graph, differing)
-    facts["lora"] = adapts(model, graph, seed)
+    facts["lora"] = adapts(model, run, seed)
     for name, kept in (("same", same), ("differing", differing)):
         if kept:
             try:
@@ -188,21 +186,23 @@ def _cache_difference(model: Any) -> float:
     return float((one - two).abs().max() / max(1.0, float(two.abs().max())))
 
 
-def adapts(model: PreTrainedModel, graph: DependencyGraph, seed: int) -> str:
-    """Whether the model with LoRA on all linears has the same groups, and is cut as exactly, merged and unmerged."""
+def adapts(model: PreTrainedModel, plain: Trace, seed: int) -> str:
+    """Whether the model with LoRA on all linears has the same groups, and is cut as exactly."""
     try:
         adapted = with_adapters(sharing_copy(model))
     except Exception as error:
         return f"peft: {_line(error)}"
     try:
         run = record(adapted)
-        plain = record(model).graph
-        if _found(run.graph) != _found(plain) or run.graph.fingerprint != plain.fingerprint:
+        allowed = {group.name for group in plain.graph.prunable}
+        if (
+            not allowed <= {group.name for group in run.graph.prunable}
+            or run.graph.fingerprint != plain.graph.fingerprint
+        ):
             return "FAILED: other groups than without adapters"
-        allowed = {group.name for group in graph.prunable}
         groups = (g if g.name in allowed or g.protected else replace(g, protected="not checked") for g in run.graph)
         run = replace(run, graph=replace(run.graph, groups=tuple(groups)))
-        failures = [check for check in _seeded(seed, partial(checks, adapted, 0.5, run)) if not check.ok]
+        failures = [check for check in _seeded(seed, partial(checks, adapted, 0.5, run, alone=False)) if not check.ok]
     except Exception as error:
         return f"FAILED: {_line(error)}"
     return f"FAILED: {failures[0].group}: {failures[0].message}" if failures else "same"
@@ -270,14 +270,19 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("types", nargs="*", default=MODEL_TYPES)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; what is there is not repeated")
+    parser.add_argument("--seed", type=int, default=0, help="draws sizes, weights and units")
+    parser.add_argument("--docs", type=Path, help="write the table of all results here")
+    parser.add_argument("types", nargs="*", default=MODEL_TYPES, metavar="TYPE", help="model types (default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with quiet_transformers():
         sweep(options.types, options.out, options.seed)
+    results = read(options.out / "results.jsonl")
+    print(summary(results))
+    if options.docs is not None:
+        options.docs.write_text(table(results))
 
 
 if __name__ == "__main__":
