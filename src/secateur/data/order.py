@@ -39,8 +39,14 @@ class ReadingOrder:
         """How often the text of each source has been read."""
         return {name: self._times[name] / len(rows) for name, rows in self._rows.items()}
 
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Change the shares from the next position on. Sources that are not named get none; some must be positive."""
+    def set_weights(self, weights: Mapping[str, float], position: int = 0) -> None:
+        """Change the shares from ``position`` on, or from the next one that is not decided yet, if that is later.
+
+        Sources that are not named get none; some must be positive. Processes that read different positions of one
+        order agree on it when they change it at the same position, one that none of them has asked for.
+        """
+        if position > 0:
+            self(position - 1)
         total = sum(weights.get(name, 0.0) for name in self._rows)
         if total <= 0 or any(weight < 0 for weight in weights.values()):
             raise ValueError(f"weights must not be negative, and one of {', '.join(self._rows)} must be positive")

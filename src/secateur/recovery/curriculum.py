@@ -51,6 +51,15 @@ def floored(weights: Losses, floor: float) -> dict[str, float]:
     return {name: floor + (1 - floor * len(weights)) * weight / total for name, weight in weights.items()}
 
 
+def _agreed(losses: Losses, device: torch.device) -> dict[str, float]:
+    """The same losses in every process that takes part: their mean."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(losses)
+    values = torch.tensor(list(losses.values()), device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(losses, (values / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training that is about some of the sources."""
@@ -90,12 +99,14 @@ class Curriculum(StatefulCallback):
     def __post_init__(self) -> None:
         self._stage, self._began, self._idle = 0, 0, 0
         self._last = math.inf
+        self._batch = 0
         self._weights = self._beginning()
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Called by the Trainer; a run that is resumed has its rounds already."""
+        self._batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if state.global_step == 0:
             self._round(0, model)
 
@@ -128,11 +139,13 @@ class Curriculum(StatefulCallback):
     def _round(self, step: int, model: Any) -> bool:
         """Measure, set the weights; whether the stage no longer helps."""
         stage = self.stages[self._stage]
-        losses = dict(self.measure(model)) if self.measure is not None and self.round_steps > 0 else {}
-        if losses:
+        losses: dict[str, float] = {}
+        if self.measure is not None and self.round_steps > 0:
+            losses = _agreed(self.measure(model), next(model.parameters()).device)
             self._weights = reweigh(self._weights, losses, self.reference)
         shares = self._shares()
-        self.order.set_weights(shares)
+        # the batch of the next step may have been asked for already, in part and not by all processes alike
+        self.order.set_weights(shares, (step + 1) * self._batch if step > 0 else 0)
         self.rounds.append({"step": step, "stage": stage.name, "weights": shares, "losses": losses})
         return self._no_longer_helps([losses[name] for name in stage.sources if name in losses])
 

@@ -27,7 +27,6 @@ from secateur.precision import Precision, autocast_dtype
 from secateur.training.checkpoints import SaveStates, last_checkpoint
 from secateur.types import Settings
 
-
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -187,7 +186,7 @@ def train(
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=_Blocks(ids, order, steps * settings.batch_size),
+            train_dataset=_Blocks(ids, order, steps * settings.batch_size * arguments.world_size),
             compute_loss_func=None if loss is None else _loss(loss, settings.batch_size // micro),
             callbacks=[*callbacks, *clip, states, _Progress(bar)],
         )

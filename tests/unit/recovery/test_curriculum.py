@@ -86,6 +86,12 @@ def test_shares_of_reading_follow_the_weights_and_nothing_is_repeated_early() ->
     order.set_weights({"a": 1.0, "b": 1.0})
     resumed.set_weights({"a": 1.0, "b": 1.0})
     assert [order(p) for p in range(60)] == [resumed(p) for p in range(60)]
+    ahead, behind = (ReadingOrder(sources, {"a": 1.0, "b": 1.0}, seed=0) for _ in range(2))
+    ahead(11)  # two processes, one of which has asked for more
+    behind(8)
+    for other in (ahead, behind):
+        other.set_weights({"b": 1.0}, position=12)
+    assert [ahead(p) for p in range(40)] == [behind(p) for p in range(40)]
     with pytest.raises(ValueError, match="positive"):
         order.set_weights({"unknown": 1.0})
 
