@@ -184,9 +184,9 @@ class DependencyGraph:
         return list(dict.fromkeys(member.parameter for member in group.members if member.parameter in self.shapes))
 
     def parameters_by_unit(self, group: NodeGroup) -> list[list[str]]:
-        """The parameters in each unit of a group whose units are modules, in model order."""
+        """The parameters in each unit of a group whose units are modules, in model order; empty for any other group."""
         units: list[list[str]] = [[] for _ in group.modules]
-        for name in self.parameters_of(group):
+        for name in self.parameters_of(group) if group.modules else ():
             units[self._unit_of[name][1]].append(name)
         return units
 
