@@ -111,6 +111,8 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     even = sizes.even()
     if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
         return StandardForm(family, even, _EVEN)
+    if not sizes.names:  # nothing that was cut lies in a layer, so that sizes of layers would not help
+        _check_built(model.config.model_type, shapes, _shapes(type(model), model.config))
     before_class = pruned_class(family) if is_uneven(model.config) else family
     before = on_meta(before_class, model.config)
     config = uneven_config(family, sizes, before)
@@ -118,14 +120,19 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     if biases := added_biases(config, shapes.keys() - built.keys()):
         config.pruned_layers["biases"] = biases
         built = _shapes(pruned_class(family), config)
+    _check_built(config.model_type, shapes, built)
+    return StandardForm(pruned_class(family), config, _UNEVEN)
+
+
+def _check_built(model_type: str, shapes: Mapping[str, tuple[int, ...]], built: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelError when a config gives other shapes than those of the model."""
     wrong = sorted(name for name in shapes.keys() | built.keys() if shapes.get(name) != built.get(name))
     if wrong:
         raise ModelError(
-            f"The cut {config.model_type} model cannot be described by a config: {wrong[0]} has shape "
+            f"The cut {model_type} model cannot be described by a config: {wrong[0]} has shape "
             f"{shapes.get(wrong[0])} and would be built as {built.get(wrong[0])} ({len(wrong)} such). Was the model "
             "sliced with this graph and these units, and its adapters merged?"
         )
-    return StandardForm(pruned_class(family), config, _UNEVEN)
 
 
 def describes_itself(model: PreTrainedModel) -> bool:
@@ -318,4 +325,8 @@ def _is_valid(config: PreTrainedConfig) -> bool:
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    return shapes_of(on_meta(model_class, config))
+    """What a model of ``config`` would hold; nothing, when the family does not build one with such sizes."""
+    try:
+        return shapes_of(on_meta(model_class, config))
+    except (AssertionError, AttributeError, RuntimeError, StrictDataclassError, TypeError, ValueError):
+        return {}

@@ -91,7 +91,7 @@ def find_blocks(
     index = {path: number for number, path in enumerate(paths)}
     passes = [span for span in spans if span.path in index]
     reason = _not_a_chain(passes, paths)
-    fixed = {} if reason else _needed(table, calls, passes, index)
+    fixed = {} if reason else _needed(table, calls, passes, index) | _only_attention(model)
     return NodeGroup(
         name="layers",
         kind="layer",
@@ -150,6 +150,16 @@ def _needed(
         for number in inside if len(where_used) > 1 else ():
             fixed.setdefault(number, f"it shares {name} with another part of the model")
     return fixed
+
+
+def _only_attention(model: nn.Module) -> dict[int, str]:
+    """In a stack of attention and other layers one of attention: there generation sees how long its cache is."""
+    config = getattr(model, "config", None)
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) if config is not None else None
+    attends = [str(kind).endswith("attention") and not str(kind).startswith("linear") for kind in types or ()]
+    if any(attends) and not all(attends):
+        return {attends.index(True): "generation needs a layer of attention, and this is the first"}
+    return {}
 
 
 def _outside(position: int, passes: Sequence[Span]) -> str:

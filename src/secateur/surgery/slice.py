@@ -47,6 +47,8 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
     changes = attribute_changes(model, graph, kept)
     configs = changed_configs(model, graph, kept)
 
+    for module, config in configs.items():  # first: some modules will get a config of their own
+        module.config = config  # type: ignore[assignment]
     for key in list(cuts):
         small = _smaller(cuts.pop(key))  # drops the last reference here, so that the large one is freed now
         for module, name in owners[key]:
@@ -64,8 +66,6 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
             remove_layers(model, group, kept[group.name])
         if group.kind == "vocab" and getattr(model, "generation_config", None) is not None:
             renumber_special_tokens(model.generation_config, kept[group.name])
-    for module, config in configs.items():
-        module.config = config  # type: ignore[assignment]
 
 
 def sharing_copy(model: M) -> M:
