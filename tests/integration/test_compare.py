@@ -123,6 +123,9 @@ def test_it_goes_on_with_what_is_missing(model: Path, tmp_path: Path, monkeypatc
     assert [row.method for row in board.rows] == ["random", "magnitude", "wanda"]
     with pytest.raises(InputError, match="other settings"):
         compare(recipe_of(model, "seed=1"), ["magnitude"], [0.2], tmp_path / "out", resume=True)
+    own, recipe = {"magnitude": {"over": "all"}}, recipe_of(model, "recovery.steps=0")
+    with pytest.raises(InputError, match="other settings of magnitude"):
+        compare(recipe, ["magnitude"], [0.2], tmp_path / "out", settings=own, resume=True)
 
 
 def test_a_row_that_fails_says_why(model: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def compare(
     for planned in recipes:
         kept = rows_folder / f"{planned.method.name}-{planned.budget.ratio:g}.json"
         if kept.exists():
-            row = Row.model_validate_json(kept.read_text())
+            row = _kept(kept, planned)
         else:
             row = _run(planned, shared)
             _write(kept, row.model_dump_json(indent=1))
@@ -266,8 +266,8 @@ def _speed(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> str:
-    """What decides the numbers of the rows, as text."""
-    first = dump(recipes[0])
+    """What decides the numbers of all rows, as text; ratios and methods are those of single rows."""
+    first = dump(revise(recipes[0], {"budget.ratio": 0.5}))
     return json.dumps({"recipe": first, "tasks": list(tasks), "steps": recipes[0].recovery.steps}, indent=1)
 
 
@@ -290,6 +290,17 @@ def _open(output: Path, identity: str, resume: bool) -> Path:
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
     return folder
+
+
+def _kept(path: Path, recipe: Recipe) -> Row:
+    """A finished row; InputError when its method had other settings than ``recipe`` gives it."""
+    row = Row.model_validate_json(path.read_text())
+    if row.settings != recipe.method.settings.model_dump(mode="json"):
+        raise InputError(
+            f"{path} was made with other settings of {row.method}. Repeat those, delete that file, or name another "
+            "folder."
+        )
+    return row
 
 
 def _write(path: Path, text: str) -> None:

@@ -53,7 +53,9 @@ class GuidedPruning(StatefulCallback):
         self.removed: Removed = {}
         """Group name → units that are masked now, ascending."""
         self.average: dict[str, torch.Tensor] = {}
-        """Ḡ: group name → moving average of the scores."""
+        """Ḡ: group name → moving average of the scores, from zero on."""
+        self.observed = 0
+        """Steps that it is made of."""
         self.skipped = 0
         """Steps whose gradients were not finite, so that they were not looked at."""
         self._done = False
@@ -61,8 +63,12 @@ class GuidedPruning(StatefulCallback):
 
     @property
     def scores(self) -> Scores:
-        """The moving averages as they are now."""
-        return Scores(dict(self.average))
+        """The moving averages as they are now, without the weight that is still on the zero that they began from.
+
+        Beginning from the first scores instead would give those, which see least (B = 0), the most weight for long.
+        """
+        share = 1 - self.moving_average**self.observed
+        return Scores({name: value / share for name, value in self.average.items()})
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -87,12 +93,10 @@ class GuidedPruning(StatefulCallback):
             self.skipped += 1  # such as an overflow under a loss scale: the optimiser will skip this step as well
             return
         now = scores_from_adapter_gradients(model, self.graph, self.options)
+        self.observed += 1
         for name in now:
-            before = self.average.get(name)
-            if before is None:
-                self.average[name] = now[name]
-            else:
-                self.average[name] = before.lerp(now[name], 1 - self.moving_average)
+            before = self.average.get(name, torch.zeros_like(now[name]))
+            self.average[name] = before.lerp(now[name], 1 - self.moving_average)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the next units away, when it is time."""
@@ -125,11 +129,11 @@ class GuidedPruning(StatefulCallback):
             mask = torch.ones(self.graph[name].size, dtype=torch.uint8)
             mask[units] = 0
             tensors[f"mask/{name}"] = mask
-        return tensors | {"counts": torch.tensor([self.skipped, int(self._done)])}
+        return tensors | {"counts": torch.tensor([self.observed, self.skipped, int(self._done)])}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """The opposite of ``state_tensors``."""
-        self.skipped, done = tensors["counts"].tolist()
+        self.observed, self.skipped, done = tensors["counts"].tolist()
         self._done = bool(done)
         self.average = _below("average/", tensors)
         self.removed = {

@@ -14,7 +14,7 @@ from secateur.importance.adapters import Form, Options, Sides
 from secateur.methods.base import Decision, MethodNeeds, PruningTask
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
-from secateur.training import attach_lora, merge_lora, train
+from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.training.quantised import BaseWeights, quantised_base
 from secateur.types import DependencyGraph, Settings
 
@@ -32,6 +32,8 @@ class LoRAPruneSettings(Settings):
     """Fraction of the steps at the end in which everything is gone."""
     moving_average: float = Field(default=0.9, ge=0, lt=1)
     """λ: weight of the past in the moving average of the scores."""
+    schedule: Schedule = "constant"
+    """Learning-rate schedule while pruning; recovery, which ends the training, has ``training.schedule``."""
     form: Form = "absolute"
     """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
     normalise: bool = True
@@ -82,7 +84,7 @@ class LoRAPrune:
             log = train(
                 adapted,
                 task.training_blocks.ids,
-                task.training,
+                task.training.model_copy(update={"schedule": settings.schedule}),
                 steps=settings.steps,
                 seed=task.seed,
                 description="pruning",

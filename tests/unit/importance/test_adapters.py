@@ -16,8 +16,10 @@ from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
 from secateur.importance.adapters import Options, estimate_gradient, scores_from_adapter_gradients
 from secateur.importance.base import mean_loss_backward, recomputed
-from secateur.importance.weights import lora_layer
+from secateur.importance.weights import dequantised, lora_layer
 from secateur.testing.tiny import TINY
+from secateur.training import LoraSettings, attach_lora
+from secateur.training.quantised import quantised_base
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -231,3 +233,26 @@ def test_less_is_kept_for_the_backward_pass() -> None:
         return sum(sizes)
 
     assert saved(True) < 0.5 * saved(False)
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_quantised_weights_are_read_as_they_compute(weights: Any) -> None:
+    """Before and after the first forward pass, which hands the scales of 8 bits over to the module."""
+    pytest.importorskip("bitsandbytes")
+    model = attach_lora(TINY["llama-bias"](), LoraSettings(rank=4), seed=0)
+    layer: Any = model.base_model.model.model.layers[0].mlp.down_proj
+    whole = layer.base_layer
+    before = whole.weight.detach().clone()
+    with quantised_base(model, weights):
+        small = layer.base_layer
+        assert small is not whole
+        assert not small.weight.is_floating_point()
+        for _ in range(2):
+            values = dequantised(small)
+            error = float((values - before).abs().max() / before.abs().max())
+            assert 0 < error < (0.01 if weights == "int8" else 0.2)
+            unit = torch.eye(values.shape[1])
+            columns = small(unit) - small(torch.zeros(1, values.shape[1]))
+            torch.testing.assert_close(values, columns.T, rtol=1e-3, atol=1e-4)
+    assert layer.base_layer is whole
+    assert torch.equal(whole.weight, before)

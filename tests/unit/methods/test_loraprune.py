@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_whole_batch_unclipped(settings: dict[str, An
     for name, value in watch.gradients[0].items():
         torch.testing.assert_close(value, gradients[name], rtol=1e-3, atol=1e-7)
     for name in expected:
-        torch.testing.assert_close(pruning.average[name], expected[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(pruning.scores[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
 def test_clipping_happens_after_reading() -> None:
@@ -167,11 +167,10 @@ def test_the_moving_average_is_what_it_says() -> None:
             seen.append(dict(scores_from_adapter_gradients(model, pruning.graph).values))
 
     run(model, pruning, steps=3, watch=Read())
-    for name, value in pruning.average.items():
-        expected = seen[0][name]
-        for later in seen[1:]:
-            expected = 0.75 * expected + 0.25 * later[name]
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
+    for name in pruning.scores:
+        weights = [0.25 * 0.75**2, 0.25 * 0.75, 0.25]
+        expected = sum(weight * now[name] for weight, now in zip(weights, seen, strict=True)) / sum(weights)
+        torch.testing.assert_close(pruning.scores[name], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_steps_without_finite_gradients_are_skipped() -> None:
