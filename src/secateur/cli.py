@@ -183,6 +183,7 @@ def inspect(
     from secateur.loading import load, outline
     from secateur.surgery import trace
     from secateur.surgery import verify as verify_cuts
+    from secateur.surgery.verify import WHOLE_UP_TO
 
     progress.show()
     network = outline(model, trust_remote_code=trust_remote_code)
@@ -192,8 +193,9 @@ def inspect(
     else:
         _console().print(tables.groups(graph))
     if verify:
-        whole, _ = load(model, device="cpu", trust_remote_code=trust_remote_code)
-        found = verify_cuts(whole)
+        if graph.parameter_count() <= WHOLE_UP_TO:  # a larger one is represented by a small one, without its weights
+            network, _ = load(model, device="cpu", trust_remote_code=trust_remote_code)
+        found = verify_cuts(network)
         if not as_json:
             _console().print(tables.checks(found))
         wrong = [check.group for check in found if not check.ok]

@@ -17,14 +17,11 @@ Facts = dict[str, Any]
 EXPECTED: dict[str, tuple[int, int, str]] = {
     "bloom": (2, 0, "its units have fixed values (arange)"),  # ALiBi
     "codegen": (2, 0, "slicing differs from masking"),  # rows in four parts, the number written down
-    "dbrx": (2, 2, ""),  # experts stored as one matrix, whose width a module around them knows
-    "deepseek_v4": (6, 3, "indexed by computed values"),  # grouped output projection, routing by a hash of the token
+    "dbrx": (2, 2, "arithmetic on an index"),  # experts in one matrix, whose width a module around them knows
     "diffllama": (2, 2, ""),  # two attention maps subtracted
     "gemma3n_text": (7, 0, "a mean runs over its units outside of a norm"),  # sparse activations, shared KV caches
-    "gpt_bigcode": (2, 2, ""),  # one KV head, fused with the queries
     "jetmoe": (2, 2, "its values steer the code (.tolist())"),  # experts of attention heads
     "longcat_flash": (6, 4, ""),  # two attentions and three feed-forwards a layer, experts that do nothing
-    "qwen3_next": (4, 1, ""),  # linear attention, gated attention, shared experts
     "trocr": (2, 0, "RuntimeError"),  # the hidden size stands for that of the heads
 }
 

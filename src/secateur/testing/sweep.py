@@ -190,6 +190,8 @@ def adapts(model: PreTrainedModel, plain: Trace, seed: int) -> str:
     """Whether the model with LoRA on all linears has the same groups, and is cut as exactly."""
     try:
         adapted = with_adapters(sharing_copy(model))
+        with torch.no_grad():
+            adapted(input_ids=torch.arange(14).reshape(2, 7))
     except Exception as error:
         return f"peft: {_line(error)}"
     try:
