@@ -277,6 +277,18 @@ def reorder(table: SymbolTable, call: Call) -> None:
     table.put(call.out, axes)
 
 
+def windows(table: SymbolTable, call: Call) -> None:
+    """``unfold``: a dimension, mostly that of positions, is read in windows that overlap, so it must stay whole."""
+    x = call["self"]
+    dim, axes = _wrap(call["dimension"], x.dim()), list(table[x].axes)
+    new = [leaf(call.out.shape[dim]), leaf(call.out.shape[-1])]
+    for axis in (axes[dim], *new):
+        sever(axis, f"units are read in windows ({call.name})")
+    table.index_arithmetic(call, (x,))
+    axes[dim] = new[0]
+    table.put(call.out, (*axes, new[1]))
+
+
 RULES: dict[str, Rule] = {
     "aten.transpose": transpose,
     "aten.t": t,
@@ -304,4 +316,5 @@ RULES: dict[str, Rule] = {
     "aten.triu": triangle,
     "aten.flip": reorder,
     "aten.roll": reorder,
+    "aten.unfold": windows,
 }

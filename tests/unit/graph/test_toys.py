@@ -221,6 +221,8 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "Bessel": (lambda: Twist(lambda x: torch.special.bessel_j0(x)), 0),
     "channels by number": (lambda: Twist(lambda x: x.relu() * (torch.arange(x.shape[-1]) % 3)), 0),
     "transposed grid": (lambda: Twist(lambda x: x.relu().unflatten(-1, (4, 9)).transpose(-1, -2).flatten(-2)), None),
+    "windows of positions": (lambda: Twist(lambda x: F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).sum(-1).relu()), 1),
+    "windows of channels": (lambda: Twist(lambda x: x.relu().unfold(-1, 3, 3).flatten(-2)), 0),
     "pooled neighbours": (lambda: Twist(lambda x: F.avg_pool1d(x.relu(), 3), WIDTH, WIDTH // 3), None),
     "distances": (
         lambda: Twist(
