@@ -10,11 +10,12 @@ sums:
 * ``train, then cut``: all steps on the whole model, then the cut. What the kept units know then they knew before.
 * ``one shot``: the cut, then all steps.
 * ``one shot, restarted``: the same with LoRA and optimiser starting anew half-way, as LHSPG's do.
+* ``decay, all steps``: one period of LHSPG. No step is made without the units, as in the first arm.
 * ``decay``, ``half-space``: LHSPG for the first half of the steps (one period), then the rest. Beside the accuracy in
   the end stands that at the end of the period, when the units are exactly zero and no step was made without them.
 
-If ``decay`` were no better at the end of its period than ``train, then cut``, nothing would have been carried over; if
-it were no better in the end than ``one shot``, carrying over would not be worth the steps.
+If ``decay, all steps`` were no better than ``train, then cut``, nothing would be carried over; if ``decay`` is no
+better in the end than ``one shot``, what was carried over could have been learned again with the same steps.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def one_shot(world: World, steps: int, seed: int, restarts: int = 0) -> dict[str
     return knows(model, world.ids)
 
 
-def lhspg(world: World, steps: int, seed: int, mode: Projection) -> dict[str, float]:
-    model, period = copy.deepcopy(world.model), steps // 2
+def lhspg(world: World, steps: int, seed: int, mode: Projection, share: float = 0.5) -> dict[str, float]:
+    """One period of ``share`` of the steps, the cut, and the rest of the steps."""
+    model, period = copy.deepcopy(world.model), round(share * steps)
 
     def project(adapted: Any) -> LHSPGCallback:
         return LHSPGCallback(trace(adapted), world.removed, {}, steps=period, mode=mode, epsilon=0.0)
@@ -130,7 +132,8 @@ def lhspg(world: World, steps: int, seed: int, mode: Projection) -> dict[str, fl
     zero_units(model, world.graph, world.kept)
     slice_model(model, world.graph, world.kept)
     carried = knows(model, world.ids)
-    learn(world, model, steps - period, seed + 1)
+    if steps > period:
+        learn(world, model, steps - period, seed + 1)
     return knows(model, world.ids) | {f"{name}, end of the period": value for name, value in carried.items()}
 
 
@@ -138,6 +141,7 @@ ARMS: dict[str, Callable[[World, int, int], dict[str, float]]] = {
     "train, then cut": train_then_cut,
     "one shot": one_shot,
     "one shot, restarted": lambda world, steps, seed: one_shot(world, steps, seed, restarts=1),
+    "decay, all steps": lambda world, steps, seed: lhspg(world, steps, seed, "decay", share=1.0),
     "decay": lambda world, steps, seed: lhspg(world, steps, seed, "decay"),
     "half-space": lambda world, steps, seed: lhspg(world, steps, seed, "half-space"),
 }
@@ -164,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", default="60,100,300")
     parser.add_argument("--share", type=float, default=0.8, help="of the FFN units that go")
+    parser.add_argument("--arms", help="names with semicolons between them; all when left out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -175,8 +180,8 @@ def main() -> None:
         slice_model(cut, world.graph, world.kept)
         print(f"seed {seed}: trained {knows(world.model, world.ids)}, cut {knows(cut, world.ids)}", flush=True)
         for steps in map(int, arguments.steps.split(",")):
-            for arm, run in ARMS.items():
-                row = {"seed": seed, "steps": steps, "arm": arm, **run(world, steps, seed)}
+            for arm in arguments.arms.split(";") if arguments.arms else ARMS:
+                row = {"seed": seed, "steps": steps, "arm": arm, **ARMS[arm](world, steps, seed)}
                 rows.append(row)
                 print(json.dumps(row), f"{time.monotonic() - started:.0f} s", flush=True)
                 if arguments.json is not None:
