@@ -2,9 +2,9 @@
 
     python benchmarks/lora_estimate.py --model smollm2-135m -o docs/methods
 
-At LoRA's initialisation, after a warm-up, and after training, all on the same calibration text; output side (q k v,
-gate up), input side (o, down), and both as the criterion adds them up. Writes ``loraprune-estimate.json`` and
-``loraprune-estimate.png`` and prints the means.
+At LoRA's initialisation, after a warm-up, and after training, all on the same calibration text: for the output side
+(q k v, gate up), the input side (o, down), both as the criterion adds them up, and for the output side's estimate as a
+guess at both. Writes ``loraprune-estimate.json`` and ``loraprune-estimate.png`` and prints the means.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secateur.importance.estimate import Agreement, compare_with_true_gradient
 from secateur.planning import restrict
 from secateur.training import attach_lora, train
 
-SIDES = ("out", "in", "both")
+SIDES = ("out", "in", "both", "out for both")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for index, side in enumerate(SIDES):
             for place, found in enumerate(result["moments"].values()):
                 values = [i["correlation"] for i in found if i["kind"] == kind and i["side"] == side]
-                x = place + 0.26 * (index - 1)
+                x = place + 0.2 * (index - 1.5)
                 ax.scatter([x] * len(values), values, s=6, alpha=0.4, color=f"C{index}")
                 mean = means(found, kind, side)[0]
-                ax.hlines(mean, x - 0.1, x + 0.1, color=f"C{index}", linewidth=3, label=side if place == 0 else None)
+                ax.hlines(mean, x - 0.08, x + 0.08, color=f"C{index}", linewidth=3, label=side if place == 0 else None)
         ax.set(title=kind, xticks=range(len(result["moments"])), xticklabels=list(result["moments"]), ylim=(-0.6, 1.05))
         ax.axhline(0, color="grey", linewidth=0.8)
         ax.grid(axis="y", alpha=0.3)

@@ -95,14 +95,20 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps of LoRA training, plain or (``arguments.what == "steps"``) in turns with steps under the callback."""
     import torch
 
+    from secateur.importance.adapters import Options
     from secateur.methods.guided import GuidedPruning
+    from secateur.methods.loraprune import LoRAPruneSettings
     from secateur.planning import Budget
 
     before = resident()
     model, graph, ids = prepare(arguments, adapters=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)
-    pruning = GuidedPruning(graph, Budget(ratio=0.2), lambda step: min(0.9, step / 1000), every=10)
+    own = LoRAPruneSettings()
+    options = Options(own.form, own.normalise, own.sides)
+    pruning = GuidedPruning(
+        graph, Budget(ratio=0.2), lambda step: min(0.9, step / 1000), every=own.every, options=options
+    )
     pruning.on_train_begin(_NoClip(), _State(0), None, model=model)  # type: ignore[arg-type]
 
     def step(number: int, guided: bool) -> float:

@@ -28,7 +28,8 @@ class Agreement:
     group: str
     kind: str
     side: str
-    """``out``, ``in``, or ``both`` added up as the criterion does."""
+    """``out``, ``in``, or ``both`` added up as the criterion does; ``out for both``: the estimate of the output side
+    alone against the truth of both, which says whether leaving the input side out makes a better criterion."""
     correlation: float
     overlap: float
     """Of the fifth of the units that the true gradient puts lowest, the fraction that the estimate puts there too."""
@@ -84,9 +85,12 @@ def _compare_group(
             for index, score in enumerate((guess.cpu(), truth.cpu())):
                 norm = float(score.norm())
                 pair[index] += score / norm if options.normalise and norm > 0 else score
+    pairs = {side: (guess, truth) for side, (guess, truth) in sums.items()}
+    if "out" in pairs:
+        pairs["out for both"] = (pairs["out"][0], pairs["both"][1])
     return [
         Agreement(group.name, group.kind, side, spearman(guess, truth), _overlap(guess, truth))
-        for side, (guess, truth) in sums.items()
+        for side, (guess, truth) in pairs.items()
     ]
 
 

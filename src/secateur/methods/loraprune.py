@@ -38,8 +38,9 @@ class LoRAPruneSettings(Settings):
     """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
     normalise: bool = True
     """Make the modules of a unit comparable: divide the scores of each by their norm before they are added."""
-    sides: Sides = "both"
-    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both``."""
+    sides: Sides = "out"
+    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both`` (the paper); the
+    estimate for the consuming ones is mostly noise until B has been trained for long."""
     base: BaseWeights = "as-is"
     """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
 
