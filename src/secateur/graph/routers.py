@@ -45,8 +45,9 @@ def _limited(group: NodeGroup, atom: Atom, choices: Sequence[Choice]) -> NodeGro
     if not products:
         return replace(group, least=min(of_all, group.size))
     whole = products[0]
-    experts, reason = size_of(tuple(whole)), "its router groups the experts in a way that is not known here"
-    if len(whole) != 2 or not all(_covers(member, group.size, experts) for member in group.members):
+    members = [_unrolled(member, atom, *whole) if len(whole) == 2 else None for member in group.members]
+    if None in members:
+        reason = "its router groups the experts in a way that is not known here"
         return replace(group, protected=group.protected if not group.on_request else reason, on_request=False)
     outer, inner = whole
     chosen = {
@@ -56,13 +57,23 @@ def _limited(group: NodeGroup, atom: Atom, choices: Sequence[Choice]) -> NodeGro
     in_a_run = max(chosen["within"], -(-chosen["all"] // chosen["runs"]))
     return replace(
         group,
-        size=experts,
-        members=tuple(replace(member, offsets=(0,), stride=1, width=1) for member in group.members),
+        size=size_of(tuple(whole)),
+        members=tuple(member for member in members if member is not None),
         least=in_a_run * outer.size,
         runs=outer.size,
     )
 
 
-def _covers(member: Member, units: int, experts: int) -> bool:
-    """Whether the units make up an axis of ``experts`` rows from its beginning, without gaps."""
-    return min(member.offsets) == 0 and units * member.rows_per_unit == experts
+def _unrolled(member: Member, atom: Atom, outer: Atom, inner: Atom) -> Member | None:
+    """The rows of single experts, where those of ``atom`` are known: one of the factors of ``outer x inner``.
+
+    None when the experts do not lie next to each other.
+    """
+    if atom is outer:
+        width = member.width // inner.size
+        return replace(member, stride=width, width=width) if width * inner.size == member.width else None
+    run = inner.size * member.width
+    firsts = [start for start in member.offsets if start // run % outer.size == 0]
+    if sorted(start + number * run for start in firsts for number in range(outer.size)) != sorted(member.offsets):
+        return None
+    return replace(member, offsets=tuple(firsts))
