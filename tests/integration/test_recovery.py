@@ -36,7 +36,15 @@ def recipe(tmp_path: Path) -> Recipe:
     settings += [f"{section}.text=[{letters},{ships}]" for section in ("calibration", "recovery", "evaluation")]
     settings += [f"{section}.window=16" for section in ("calibration", "recovery", "evaluation")]
     settings += ["recovery.round_steps=2", "recovery.validation_tokens=192", "recovery.patience=0"]
-    return load_recipe(None, [*settings, f"recovery.instructions={talk}", "recovery.instruction_share=0.5"])
+    return load_recipe(
+        None,
+        [
+            *settings,
+            f"recovery.instructions={talk}",
+            "recovery.instruction_share=0.5",
+            "recovery.instruction_tokens=512",
+        ],
+    )
 
 
 def _prune(recipe: Recipe, **options: Any) -> Any:
