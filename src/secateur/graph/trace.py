@@ -97,7 +97,7 @@ def _record(twin: nn.Module, model: nn.Module) -> Trace:
     recorder = Recorder(table)
     blocks = WatchBlocks(twin, recorder.calls)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Escapes(table), recorder, blocks:
-        logits = _logits(twin(input_ids=token_ids, **_options(twin)))
+        logits = logits_of(twin, token_ids)
     output = table[logits].axes[-1]
     if logits.shape[-1] == embedding.shape[0]:
         unify(output, vocabulary)
@@ -123,6 +123,11 @@ def _input_embedding(twin: Any) -> torch.Tensor:
             f"{type(twin).__name__} has no input embedding, so it is not a causal language model. "
             "Give a model that AutoModelForCausalLM builds."
         ) from error
+
+
+def logits_of(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    """``[batch, length, vocabulary]`` of a forward pass without a cache; the output may be the logits or have them."""
+    return _logits(model(input_ids=token_ids, **_options(model)))
 
 
 def _options(twin: Any) -> dict[str, Any]:

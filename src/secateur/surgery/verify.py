@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError
 from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
+from secateur.graph.trace import logits_of
 from secateur.progress import track
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
@@ -155,7 +156,7 @@ def checks(model: Any, ratio: float, run: Trace | None = None, *, alone: bool = 
     if not choices:
         return []
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (2, 12), device=model.device)
+    ids = torch.randint(0, vocabulary, (2, 12), device=next(model.parameters()).device)
     dense = _logits(model, ids)
     return [
         _check(model, run, name, kept, ids, dense)
@@ -236,8 +237,7 @@ def _replayed(model: Any, run: Trace, kept: Mapping[str, list[int]]) -> float:
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+        return logits_of(model, ids)
 
 
 def _largest(values: torch.Tensor) -> float:

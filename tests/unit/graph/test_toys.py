@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,8 +34,6 @@ class Plain(nn.Module):
 class Toy(nn.Module):
     """Embedding, three residual layers of which the middle one is ``twist``, and a head."""
 
-    device = torch.device("cpu")
-
     def __init__(self, twist: nn.Module) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
@@ -46,11 +43,11 @@ class Toy(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids)
         for layer in self.layers:
             x = x + layer(x)
-        return SimpleNamespace(logits=self.head(x))
+        return self.head(x)
 
 
 class Twist(nn.Module):
