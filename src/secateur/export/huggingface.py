@@ -107,10 +107,17 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     family, shapes = family_of(model), shapes_of(model)
     if describes_itself(model):
         return StandardForm(type(model), model.config, _UNEVEN if is_uneven(model.config) else _EVEN)
-    sizes = LayerSizes(model.config, graph, kept)
+    text = model.config.get_text_config()  # of a model made of several parts (text, vision), the one that writes
+    sizes = LayerSizes(text, graph, kept)
     even = sizes.even()
+    even = None if even is None else _in_whole(model.config, even)
     if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
         return StandardForm(family, even, _EVEN)
+    if text is not model.config:
+        raise ModelError(
+            f"The config of this {model.config.model_type} model is made of several parts, in which sizes that differ "
+            "between layers cannot be described. Prune all layers to the same sizes."
+        )
     if not sizes.names:  # nothing that was cut lies in a layer, so that sizes of layers would not help
         _check_built(model.config.model_type, shapes, _shapes(type(model), model.config))
     before_class = pruned_class(family) if is_uneven(model.config) else family
@@ -122,6 +129,17 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
         built = _shapes(pruned_class(family), config)
     _check_built(config.model_type, shapes, built)
     return StandardForm(pruned_class(family), config, _UNEVEN)
+
+
+def _in_whole(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
+    """``text`` in the place of the part of ``whole`` that it stands for; ``text`` itself where there is one part."""
+    old = whole.get_text_config()
+    if old is whole:
+        return text
+    name = next(name for name in whole.sub_configs if getattr(whole, name, None) is old)
+    whole = copy.deepcopy(whole)
+    setattr(whole, name, text)
+    return whole
 
 
 def _check_built(model_type: str, shapes: Mapping[str, tuple[int, ...]], built: Mapping[str, tuple[int, ...]]) -> None:
