@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from secateur.importance.weights import lora_layer
 from secateur.types import DependencyGraph, NodeGroup
 
 Projection = Literal["decay", "half-space"]
@@ -70,6 +70,27 @@ def _per_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
+class _Adapter:
+    """``A`` [experts * r, in], ``B`` [out, r * experts] and γ = alpha / r of a composed operator, as peft lays them out;
+    detached views that write through."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gamma: float
+    experts: int
+    """Matrices in the weight: 1 for a linear."""
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """``γ [B]_g A`` for rows ``index`` [n, k]: [n, k, in], or [n, k, experts, in] where the weight is stacked."""
+        a, b = self.a.float(), self.b[index].float()
+        if self.experts == 1:
+            return self.gamma * (b @ a)
+        a = a.reshape(self.experts, -1, a.shape[-1])
+        b = b.reshape(*index.shape, -1, self.experts)
+        return self.gamma * torch.einsum("nkre,eri->nkei", b, a)
+
+
+@dataclass
 class _Rows:
     """The rows of some units in one weight or bias, with the adapter that is added to them."""
 
@@ -77,8 +98,7 @@ class _Rows:
     axis: int
     index: torch.Tensor
     """``[n, rows per unit]``."""
-    adapter: tuple[torch.Tensor, torch.Tensor, float] | None
-    """``A`` [r, in], ``B`` [out, r] and γ = alpha / r of the composed operator, if it is one."""
+    adapter: _Adapter | None
 
     def read(self) -> torch.Tensor:
         """``[n, rows per unit, ...]``, in float32 whatever the weights are in."""
@@ -89,30 +109,25 @@ class _Rows:
 
     def update(self) -> torch.Tensor | None:
         """``γ [B]_g A``, of the shape of ``read()``."""
-        if self.adapter is None:
-            return None
-        a, b, gamma = self.adapter
-        return gamma * (b[self.index].float() @ a.float())
+        return None if self.adapter is None else self.adapter.rows(self.index)
 
     def forget_adapter(self) -> None:
         """``[B]_g = 0``: it has been absorbed, or the unit is gone."""
         if self.adapter is not None:
-            self.adapter[1][self.index] = 0
+            self.adapter.b[self.index] = 0
 
 
-def _find_adapters(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Name of each wrapped weight → its A, B and γ, detached views that write through."""
-    adapters = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a, b = (model.get_parameter(f"{name}.lora_{part}.default.weight").detach() for part in "AB")
-            adapters[f"{name}.base_layer.weight"] = (a, b, float(module.scaling["default"]))
-    return adapters
+def _adapter_of(model: PeftModel, parameter: str) -> _Adapter | None:
+    """What is added to this weight; None for a bias, and for a weight without an adapter."""
+    layer: Any = lora_layer(model, parameter)
+    if layer is None or "default" not in layer.lora_A:
+        return None
+    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    return _Adapter(a, b, float(layer.scaling["default"]), getattr(layer, "num_experts", 1))
 
 
 def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Sequence[int]]) -> list[list[_Rows]]:
     """For each group in ``units``, where those units are produced. ``graph`` is that of the model with adapters."""
-    adapters = _find_adapters(model)
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def rows_of(group: NodeGroup) -> list[_Rows]:
@@ -122,7 +137,7 @@ def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Seq
             if member.role == "out" and ".lora_" not in member.parameter:
                 weight = parameters[member.parameter].detach()
                 index = member.rows(units[group.name]).to(weight.device)
-                found.append(_Rows(weight, member.axis, index, adapters.get(member.parameter)))
+                found.append(_Rows(weight, member.axis, index, _adapter_of(model, member.parameter)))
         return found
 
     return [rows_of(graph[name]) for name in units if units[name]]

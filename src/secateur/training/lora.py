@@ -59,7 +59,7 @@ def _refuse_tied(adapted: PeftModel) -> None:
     base: Any = adapted.get_base_model()
     shared = base.get_input_embeddings().weight
     for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer) and module.get_base_layer().weight is shared:
+        if isinstance(module, LoraLayer) and getattr(module.get_base_layer(), "weight", None) is shared:
             adapted.unload()
             raise InputError(f"lora.targets names {name}, whose weight is tied to the embedding. Leave it out.")
 

@@ -64,7 +64,7 @@ def _adapted(name: str) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["decay", "half-space"])
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3", "qwen2", "mixtral", "gpt-oss"])
 def test_a_period_ends_with_exact_zeros_and_leaves_the_rest_alone(name: str, mode: Any) -> None:
     adapted = _adapted(name)
     graph = trace(adapted)
@@ -98,6 +98,25 @@ def test_the_first_decay_step_scales_the_effective_weight_and_absorbs_the_adapte
     up = next(path for path in merged_before if path.endswith(f"{group.layer}.mlp.up_proj.weight"))
     torch.testing.assert_close(merged_after[up][1], 0.9 * merged_before[up][1])
     torch.testing.assert_close(merged_after[up][0], merged_before[up][0])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_adapters_on_stacked_experts_are_absorbed_too(name: str) -> None:
+    adapted = _adapted(name)
+    graph = trace(adapted)
+    group = next(group for group in graph.prunable if group.kind == "ffn")
+    before = merge_lora(_adapted(name)).state_dict()
+    callback = LHSPGCallback(graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
+    callback.on_train_begin(None, None, None, model=adapted)
+    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    after = merge_lora(adapted).state_dict()
+    plain = TINY[name]()
+    for member in trace(plain)[group.name].members:
+        if member.role == "out":
+            new, old = (state[member.parameter].movedim(member.axis, 0) for state in (after, before))
+            assert old[member.rows([1])].any()
+            torch.testing.assert_close(new[member.rows([1])], 0.9 * old[member.rows([1])])
+            torch.testing.assert_close(new[member.rows([0])], old[member.rows([0])])
 
 
 def test_units_that_are_gone_do_not_grow_back() -> None:

@@ -45,7 +45,7 @@ SHORT = LoRAShearSettings(periods=3, period_steps=3, warmup_steps=1)
 
 
 @pytest.mark.parametrize("projection", ["decay", "half-space"])
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gpt2", "mixtral"])
 def test_what_goes_is_exactly_zero_so_that_cutting_changes_nothing(name: str, projection: Any) -> None:
     task = _task(name)
     decision = LoRAShear(SHORT.model_copy(update={"projection": projection})).run(task)
