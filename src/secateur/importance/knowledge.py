@@ -56,7 +56,8 @@ class Cut:
 def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[Cut]:
     """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group inside a layer.
 
-    Groups without a unit to spare have none. Raises InputError for ratios that are not strictly between 0 and 1, or when there is nothing to try.
+    Groups without a unit to spare have none. Raises InputError for ratios that are not strictly between 0 and 1, or
+    when there is nothing to try.
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise InputError(f"Ratios of an analysis lie strictly between 0 and 1, such as 0.25,0.5; got {list(ratios)}.")
