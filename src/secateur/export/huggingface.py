@@ -274,19 +274,19 @@ def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
 @torch.no_grad()
 def _answers(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], ids: torch.Tensor
-) -> tuple[torch.Tensor, float | None]:
-    """Logits of the model in memory with ``weights``, which are of the written type; and what a cache changes."""
+) -> tuple[torch.Tensor, float | None, float | None]:
+    """Logits of the model in memory with ``weights``, which are of the written type; and what the caches change."""
     training, ids = model.training, ids.to(model.device)
     model.eval()
     try:
         inputs = {"input_ids": ids, "use_cache": False}
         logits = torch.func.functional_call(model, dict(weights), kwargs=inputs).logits
-        cached = generate(model, ids[:1], ("dynamic",)) if model.can_generate() else {}
+        cached = generate(model, ids[:1], ("dynamic", "static")) if model.can_generate() else {}
     except RuntimeError as error:
         raise VerificationError(f"The model in memory does not compute, so it was not saved: {error}") from error
     finally:
         model.train(training)
-    return logits.float().cpu(), cached.get("dynamic_cache_difference")
+    return logits.float().cpu(), cached.get("dynamic_cache_difference"), cached.get("static_cache_difference")
 
 
 def _has_eager_experts(module: nn.Module) -> bool:
