@@ -465,7 +465,8 @@ def _report(metrics: Mapping[str, Any], output: Path) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    # what a model writes and how folders are called is text, whatever brackets and colons are in it
+    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _debugging() -> bool:

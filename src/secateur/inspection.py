@@ -17,7 +17,7 @@ from secateur.export import Verification, check_output, needs_trust, verify_save
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.knowledge import cuts, measure_cuts
-from secateur.loading import load
+from secateur.loading import is_adapter, load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.stages import losses, refuse_what_cannot_work, size
@@ -133,11 +133,16 @@ def verify(recipe: Recipe) -> Verification:
     """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
 
     Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
-    that is no folder, or for one with code of its own that the recipe does not trust.
+    that is no folder, or for one with an adapter, or with code of its own that the recipe does not trust.
     """
     folder = Path(recipe.model.name).expanduser()
     if not folder.is_dir():
         raise InputError(f"{recipe.model.name} is not a folder. Give one that a model was saved to.")
+    if is_adapter(folder):
+        raise InputError(
+            f"{folder} holds an adapter, not a model that opens alone. Merge it first (secateur.load opens it merged, "
+            "save_pretrained writes it), and verify that folder."
+        )
     model, _ = load(**recipe.model.model_dump())
     if needs_trust(folder) and not recipe.model.trust_remote_code:
         raise InputError(

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -58,6 +59,7 @@ _TOKENIZER_FILES = (
 )
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _HUB_CODE = ["*.py"]  # fetched only for those who trust it
+_WEIGHTS, _WEIGHTS_INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
 _HUB_IGNORED = ["*/*", "consolidated*"]
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -135,7 +137,7 @@ def load(
     """
     place, precision = pick_device(device), _precision(dtype)
     folder = _find(str(name), revision, trust_remote_code)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         return _open_adapter(folder, str(name), device, dtype, trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     _check_weights(folder, str(name))
@@ -153,7 +155,7 @@ def outline(
     Raises ModelError as ``load`` does, apart from damaged weights.
     """
     folder = _find(str(name), revision, trust_remote_code)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     with quiet_transformers(), torch.device("meta"):
@@ -174,6 +176,8 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         place = torch.device(device)
+        if place.type == "meta":
+            raise NotImplementedError("it has shapes but no numbers")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0]
@@ -408,7 +412,7 @@ def _check_causal(raw: Mapping[str, Any], name: str) -> None:
 
 def _check_weights(folder: Path, name: str) -> None:
     """Every safetensors file that the folder promises is there and whole (headers and lengths, not the numbers)."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / _WEIGHTS_INDEX
     if index.is_file():
         shards = sorted({str(shard) for shard in _mapping(_read_json(index), "weight_map").values()})
         if not shards:
@@ -418,8 +422,8 @@ def _check_weights(folder: Path, name: str) -> None:
             raise ModelError(
                 f"{name} lacks {len(missing)} of {len(shards)} weight files ({missing[0]}). Fetch it again."
             )
-    elif (folder / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
+    elif (folder / _WEIGHTS).is_file():
+        shards = [_WEIGHTS]
     else:
         _refuse_weights(name, [path.name for path in folder.iterdir()])
     for shard in shards:
@@ -493,12 +497,16 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter, with or without a config.json beside it, and not a whole model."""
+    whole = any((folder / file).is_file() for file in (_WEIGHTS, _WEIGHTS_INDEX))
+    return (folder / _ADAPTER).is_file() and not whole
+
+
 def _open_adapter(
     folder: Path, name: str, device: str, dtype: str, trust: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The base model that an adapter names, with the adapter merged into it."""
-    from peft import PeftModel
-
     base = _adapter_base(folder, name)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{name} is an adapter without adapter_model.safetensors; pickled adapters are not opened.")
@@ -508,20 +516,50 @@ def _open_adapter(
     except ModelError as error:
         raise ModelError(f"{name} is an adapter of {base}, which cannot be opened. {error}") from error
     try:
-        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        merged = _merge(model, folder)
     except Exception as error:  # peft raises RuntimeError, ValueError, SafetensorError ... for misfits
         raise ModelError(f"The adapter {name} does not fit its base model {base}: {_first_line(error)}") from error
     merged.config._name_or_path = name
     return merged.eval(), _open_tokenizer(folder, name, trust) or tokenizer
 
 
-def _adapter_base(folder: Path, name: str) -> str:
-    """Name of the model that an adapter was trained on."""
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+def _merge(model: PreTrainedModel, folder: Path) -> Any:
+    """``model`` with the LoRA adapter in ``folder`` merged; ModelError when a tensor of either finds no partner."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about missing keys, which are an error here
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        # A second time, because only this tells what found no place.
+        names = getattr(model, "_checkpoint_conversion_mapping", None)
+        result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=str(model.device))
+    for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
+        if keys:
+            raise ModelError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
+    return adapted.merge_and_unload()
+
+
+def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> str:
+    """Name of the model that a LoRA adapter was trained on; ``above`` are the adapters that stand upon this one."""
+    raw = _read_json(folder / _ADAPTER)
+    base = raw.get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"{name} is an adapter that does not name its base model. Merge it first, then give the result."
         )
+    if raw.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{name} is an adapter of type {raw.get('peft_type') or '(none)'} (peft_type in {_ADAPTER}); only LoRA "
+            f"adapters can be merged. Give the base model, {base}, instead."
+        )
+    below, above = Path(str(base)).expanduser(), above | {folder.resolve()}
+    if is_adapter(below):
+        if below.resolve() in above:
+            raise ModelError(
+                f"{name} is an adapter of {base}: adapters in a circle, without a model below. Put the name of the "
+                f"base model into base_model_name_or_path in {_ADAPTER}."
+            )
+        _adapter_base(below, str(base), above)
     return str(base)
 
 

@@ -22,7 +22,7 @@ _console: Console | None = None
 def show(on: bool = True) -> None:
     """Switch progress on (to standard error) or off for this process."""
     global _console
-    _console = Console(stderr=True, highlight=False) if on else None
+    _console = Console(stderr=True, markup=False, emoji=False, highlight=False) if on else None
 
 
 def say(message: str) -> None:
@@ -41,7 +41,8 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if _console is not None and sys.stderr.isatty():
-            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            label = TextColumn("  {task.description}", markup=False)
+            columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=_console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=self.total)

@@ -164,3 +164,26 @@ def test_data_lists_every_source_with_its_licence() -> None:
 
     text = call("data").stdout
     assert all(source.name in text and source.licence in text for source in SOURCES.values())
+
+
+ODD = "[/INST] [bold]cut[/bold] :smile: out[v1]"
+
+
+def test_brackets_in_names_and_in_what_models_write_are_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur import progress
+    from secateur.cli import _console
+    from secateur.export import Comparison
+    from secateur.tables import results
+
+    _console().print(results(Comparison(columns=[ODD], rows=[(ODD, ["1"])], caption=ODD)))
+    assert capsys.readouterr().out.count(ODD) == 3
+    monkeypatch.setattr(progress, "_console", None)
+    progress.show()
+    progress.say(ODD)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with progress.Bar(ODD, 1) as bar:
+            bar.advance(note="[/x]")
+    assert capsys.readouterr().err.count(ODD) >= 3

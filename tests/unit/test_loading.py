@@ -59,7 +59,7 @@ def test_dtype_and_device(saved: Path) -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(InputError, match=r"Unknown dtype 'int8'; allowed are float32"):
         load(str(saved), dtype="int8")
-    for device in ("gpu", "cuda:99"):
+    for device in ("gpu", "cuda:99", "meta"):
         with pytest.raises(InputError, match=f"Device '{device}' cannot be used"):
             load(str(saved), device=device)
 
@@ -377,7 +377,9 @@ def test_an_adapter_is_merged_into_its_base(saved: Path, tmp_path: Path) -> None
 
 
 def test_an_adapter_whose_base_is_gone(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "./gone"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "./gone", "peft_type": "LORA"})
+    )
     with pytest.raises(ModelError, match=r"without adapter_model\.safetensors"):
         load(str(tmp_path))
     (tmp_path / "adapter_model.safetensors").touch()
@@ -386,6 +388,72 @@ def test_an_adapter_whose_base_is_gone(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="does not name its base"):
         load(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def trained_adapter(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model, _ = load(str(saved))
+    get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(trained_adapter: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter of ``saved`` that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(trained_adapter, tmp_path / "adapter"))
+
+
+def test_an_adapter_whose_tensors_find_no_place_is_refused(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key.replace(".layers.", ".blocks."): value for key, value in weights.items()}, file)
+    with pytest.raises(ModelError, match=rf"{len(weights)} of its tensors have no counterpart in the model.*blocks"):
+        load(str(adapter))
+    save_file({key: value for key, value in weights.items() if ".layers.0.mlp.up_proj.lora_B" not in key}, file)
+    with pytest.raises(ModelError, match=r"1 of its tensors have no counterpart in the adapter's file.*up_proj"):
+        load(str(adapter))
+
+
+def test_an_adapter_with_a_config_beside_it_is_an_adapter(adapter: Path, saved: Path) -> None:
+    ids = torch.arange(12).reshape(1, 12)
+    alone = load(str(adapter))[0](ids).logits
+    (adapter / "config.json").write_text((saved / "config.json").read_text())
+    assert torch.equal(load(str(adapter))[0](ids).logits, alone)
+    assert outline(str(adapter)).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adapters_in_a_circle_are_refused(steps: int, tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(steps)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").touch()
+        content = {"base_model_name_or_path": str(folders[(number + 1) % steps]), "peft_type": "LORA"}
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match="in a circle"):
+            opener(str(folders[0]))
+
+
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", None])
+def test_only_lora_adapters_are_merged(peft_type: str | None, adapter: Path) -> None:
+    content = json.loads((adapter / "adapter_config.json").read_text()) | {"peft_type": peft_type}
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="only LoRA adapters can be merged"):
+        load(str(adapter))
+
+
+def test_an_adapter_folder_is_not_a_model_to_verify(adapter: Path) -> None:
+    import secateur
+    from secateur import inspection
+
+    with pytest.raises(InputError, match="holds an adapter"):
+        inspection.verify(secateur.load_recipe(flags={"model.name": str(adapter)}))
 
 
 # The built-in model
