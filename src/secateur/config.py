@@ -79,7 +79,7 @@ class Recipe(Settings):
     """What is measured before and after."""
     export: ExportSettings = ExportSettings()
     """How the result is written and checked."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything random."""
 
     @model_validator(mode="after")

@@ -134,6 +134,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
         work.write_tensors("biases.safetensors", result.biases)
     if method.needs == "training":
         work.write_weights("decided.safetensors", result.model)
+    work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
     say(describe(result.plan, result.graph))
 
@@ -160,10 +161,17 @@ def mend(result: Result, texts: Texts) -> None:
 
 
 def cut(result: Result) -> None:
-    """Apply the plan: from here on the shapes, and the model's own config, are the small ones."""
+    """Apply the plan: from here on the shapes, and the model's own config, are the small ones.
+
+    The plan's counts become those of the model: a plan may have been edited, and a method may bring new biases.
+    """
+    before = parameter_count(result.model)
     result.dense = Architecture(type(result.model), result.model.config)
     slice_model(result.model, result.graph, result.plan.kept)
     add_biases(result.model, result.biases)
+    after = parameter_count(result.model)
+    counts = {"parameters_before": before, "parameters_after": after, "ratio_reached": 1 - after / before}
+    result.plan = result.plan.model_copy(update=counts)
     try:
         adopt_config(result.model, result.graph, result.plan.kept)
     except ModelError as error:  # it computes all the same; only a folder needs a config
@@ -194,6 +202,7 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
     done = recover(result.model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
     result.metrics["recovery"] = {"log": done.log, "rounds": done.rounds}
     result.teacher = None
+    work.write_json("metrics.json", result.metrics)
     work.write_weights("recovered.safetensors", result.model)
 
 
@@ -217,8 +226,13 @@ def save(result: Result, folder: str | Path) -> None:
     """Write the model and everything that explains it to ``folder``, proved in a fresh process.
 
     The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
-    does, and InputError when it exists and is not empty.
+    does, and InputError when it exists and is not empty, or when the model was changed since ``result`` was made.
     """
+    if parameter_count(result.model) != result.plan.parameters_after:
+        raise InputError(
+            f"The model has {parameter_count(result.model):,} parameters and this result is about one with "
+            f"{result.plan.parameters_after:,}: it was pruned again, or merged with something. Save the latest result."
+        )
     save_folder(
         result.model,
         result.tokenizer,

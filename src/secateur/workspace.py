@@ -33,6 +33,8 @@ class Workspace:
         """Folder of a run for ``output``; raises InputError as ``open`` does, and writes nothing."""
         folder = output.absolute().parent / f".{output.name}.secateur"
         written = folder / "recipe.yaml"
+        if not _begun(folder):
+            return folder  # there is nothing to lose
         if written.exists() and not resume:
             raise InputError(
                 f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
@@ -60,6 +62,8 @@ class Workspace:
             return cls(None)
         folder = cls.place(output, recipe, resume)
         try:
+            if not _begun(folder):
+                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             space = cls(folder)
             space.write_text("recipe.yaml", recipe)
@@ -142,3 +146,8 @@ class Workspace:
         """The run is finished and its results are in the output folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether anything was kept of a run: more than what it was asked for."""
+    return folder.is_dir() and any(path.name not in ("recipe.yaml", "run.jsonl") for path in folder.iterdir())
