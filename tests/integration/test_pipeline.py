@@ -12,7 +12,7 @@ import torch
 
 import secateur
 from secateur import pipeline
-from secateur.config import Recipe, load_recipe
+from secateur.config import Recipe, load_recipe, revise
 from secateur.errors import InputError, PlanError
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -86,6 +86,30 @@ def test_a_data_free_method_needs_no_tokenizer_and_works_in_place(name: str) -> 
     with pytest.raises(PlanError, match="another model"):
         secateur.apply_plan(result.plan, again)
     secateur.prune(again, ratio=0.1, method="random")  # it describes itself, so that a second round can start from it
+
+
+def test_an_edited_plan_is_counted_anew(tmp_path: Path) -> None:
+    result = secateur.prune(TINY["llama-gqa"](), ratio=0.2, method="magnitude")
+    dense = result.plan.parameters_before
+    edited = result.plan.model_copy(update={"kept": {}, "sizes": {}})
+    TINY["llama-gqa"]().save_pretrained(tmp_path / "model")
+    recipe = load_recipe(None, [], {"model.name": str(tmp_path / "model")})
+    applied = pipeline.apply(edited, recipe, tmp_path / "out")
+    assert (applied.plan.parameters_after, applied.plan.ratio_reached) == (dense, 0.0)
+    assert json.loads((tmp_path / "out" / "secateur" / "plan.json").read_text())["parameters_after"] == dense
+
+
+def test_a_result_of_another_cut_is_not_saved(tmp_path: Path) -> None:
+    result = secateur.prune(TINY["llama-gqa"](), ratio=0.2, method="magnitude")
+    secateur.prune(result.model, ratio=0.1, method="magnitude")
+    with pytest.raises(InputError, match="latest result"):
+        secateur.save(result, tmp_path / "out")
+
+
+def test_new_biases_are_counted(recipe: Recipe) -> None:
+    flap = revise(recipe, {"method": "flap", "recovery.steps": 0})
+    result = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=flap)
+    assert result.plan.parameters_after == sum(p.numel() for p in result.model.parameters())
 
 
 def test_a_method_that_reads_text_says_so_when_there_is_no_tokenizer() -> None:

@@ -36,6 +36,16 @@ def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_kept_nothing_is_started_anew(tmp_path: Path) -> None:
+    first = Workspace.open(tmp_path / "out", "seed: 0", resume=False)
+    first.log({"stage": "dense"})
+    again = Workspace.open(tmp_path / "out", "seed: 1", resume=False)
+    assert again.events == []
+    again.write_json("trials.json", [])
+    with pytest.raises(InputError, match="--resume"):
+        Workspace.open(tmp_path / "out", "seed: 1", resume=False)
+
+
 def test_a_finished_run_leaves_no_workspace(tmp_path: Path) -> None:
     space = Workspace.open(tmp_path / "out", "", resume=False)
     space.remove()
