@@ -125,9 +125,12 @@ def _input_embedding(twin: Any) -> torch.Tensor:
         ) from error
 
 
-def logits_of(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    """``[batch, length, vocabulary]`` of a forward pass without a cache; the output may be the logits or have them."""
-    return _logits(model(input_ids=token_ids, **_options(model)))
+def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+    """``[batch, length, vocabulary]``; what the model returns may be the logits, or have them.
+
+    ``use_cache`` says whether a cache is made on the way, where a model takes this argument.
+    """
+    return _logits(model(input_ids=token_ids, **dict.fromkeys(_options(model), use_cache)))
 
 
 def _options(twin: Any) -> dict[str, Any]:

@@ -48,7 +48,10 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(getattr(base, "config", None), PretrainedConfig) or not hasattr(base, "_from_config"):
         raise ModelError(f"A {type(base).__name__} is not built from a config of transformers.")
-    config = _fewer_layers(copy.deepcopy(base.config), layers_needed(graph))
+    try:
+        config = _fewer_layers(copy.deepcopy(base.config), layers_needed(graph))
+    except (AttributeError, NotImplementedError, StrictDataclassError, TypeError, ValueError) as error:
+        raise ModelError(f"The config of a {type(base).__name__} cannot have fewer layers: {error}") from error
     wide = _on_meta(base, config)
     if sum(parameter.numel() for parameter in wide.parameters()) > NARROW_FROM:
         try:

@@ -201,7 +201,7 @@ def adapts(model: PreTrainedModel, plain: Trace, seed: int) -> str:
             not allowed <= {group.name for group in run.graph.prunable}
             or run.graph.fingerprint != plain.graph.fingerprint
         ):
-            return "FAILED: other groups than without adapters"
+            return "other groups than without adapters"
         groups = (g if g.name in allowed or g.protected else replace(g, protected="not checked") for g in run.graph)
         run = replace(run, graph=replace(run.graph, groups=tuple(groups)))
         failures = [check for check in _seeded(seed, partial(checks, adapted, 0.5, run, alone=False)) if not check.ok]
