@@ -71,8 +71,10 @@ def _per_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Adapter:
-    """``A`` [experts * r, in], ``B`` [out, r * experts] and γ = alpha / r of a composed operator, as peft lays them out;
-    detached views that write through."""
+    """``A`` [experts * r, in], ``B`` [out, r * experts] and γ = alpha / r of a composed operator, as peft has them.
+
+    Detached views that write through.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
