@@ -240,7 +240,7 @@ def analyze(
         "calibration.tokens": tokens,
     }
     recipe = load_recipe(None, overrides or [], {key: value for key, value in flags.items() if value is not None})
-    fractions = [parse_ratio(part, "--ratios") for part in ratios.split(",")]
+    fractions = [parse_ratio(part, "--ratios", "of each group") for part in ratios.split(",")]
     progress.show()
     try:
         found = inspection.analyze(
@@ -373,7 +373,7 @@ def compare(
     comparison = run(
         settings,
         _names(methods),
-        [parse_ratio(ratio) for ratio in _names(ratios)],
+        [parse_ratio(ratio, "--ratios") for ratio in _names(ratios)],
         output,
         settings=own,
         tasks=_names(tasks or ""),
@@ -413,14 +413,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def parse_ratio(text: str, option: str = "--ratio") -> float:
+def parse_ratio(text: str, option: str = "--ratio", of: str = "of all parameters") -> float:
     """The value of an option that is a ratio; raises InputError unless it lies strictly between 0 and 1."""
     try:
         ratio = float(text)
     except ValueError:
         ratio = math.nan
     if not 0 < ratio < 1:  # also refuses nan
-        of = "of all parameters" if option == "--ratio" else "of each group"
         raise InputError(
             f"{option} {text} is not allowed: it is the fraction {of} to remove, a number strictly between 0 and 1, "
             "such as 0.2."

@@ -66,8 +66,8 @@ def prune(
 
     Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
     """
-    recipe = _complete(recipe, ratio, method, model, tokenizer)
     refuse_what_cannot_work(model)
+    recipe = _complete(recipe, ratio, method, model, tokenizer)
     if tokenizer is not None and "vocab" in recipe.budget.kinds:
         raise InputError(
             "Cutting the vocabulary numbers the tokens anew, which a tokenizer cannot follow. Leave vocab out of "
@@ -141,6 +141,10 @@ def _apply(
     check_describes_itself(model)
     graph = trace(model)
     plan.check(graph)
+    requested = {graph[name].kind for name in plan.kept if graph[name].on_request}
+    if requested:  # kinds that are only tried when they are asked for
+        graph = trace(model, requested)
+        plan.check(graph)
     result = Result(model, tokenizer, plan, graph, recipe)
     cut(result)
     return result

@@ -259,7 +259,12 @@ def _complete_folder(result: Result, folder: Path, verification: Verification) -
 
 
 def refuse_what_cannot_work(model: PreTrainedModel) -> None:
-    """Raise InputError for adapters, several processes, and a GPU that the Trainer would not use."""
+    """Raise InputError for what is no model, adapters, several processes, and a GPU that the Trainer would not use."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise InputError(
+            f"A {type(model).__name__} is not a model of transformers. Give what secateur.load or "
+            "AutoModelForCausalLM.from_pretrained returns."
+        )
     if isinstance(model, PeftModel):
         raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

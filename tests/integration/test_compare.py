@@ -11,9 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 import secateur
+from secateur import pipeline
 from secateur.cli import app
 from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_overrides
-from secateur.errors import InputError
+from secateur.config import revise
+from secateur.errors import InputError, ModelError, SecateurError
+from secateur.planning import make_plan
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -138,9 +141,63 @@ def test_a_row_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     assert "compensate" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_ratio_out_of_reach_is_a_row_and_the_others_go_on(model: Path, tmp_path: Path) -> None:
+    board = compare(recipe_of(model, "recovery.steps=0"), ["magnitude"], [0.97, 0.2], tmp_path / "out")
+    assert [row.error is None for row in board.rows] == [False, False, True, True]
+    assert "0.97" in str(board.rows[0].error) or "97" in str(board.rows[0].error)
+
+
+def test_a_comparison_that_cannot_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    recipe, out = recipe_of(model, "recovery.steps=0"), tmp_path / "out"
+    with pytest.raises(SecateurError, match="97"):
+        compare(recipe, ["magnitude"], [0.97], out)
+    with pytest.raises(ModelError):
+        compare(revise(recipe, {"model.name": str(tmp_path / "missing")}), ["magnitude"], [0.2], out)
+    assert not out.exists()
+
+
+def test_a_comparison_that_failed_before_anything_was_measured_is_begun_anew(tmp_path: Path) -> None:
+    run._check_folder(tmp_path, "a", resume=False)
+    rows = run._open(tmp_path, "a")
+    run._check_folder(tmp_path, "b", resume=False)
+    (rows / "dense.json").touch()
+    with pytest.raises(InputError, match="--resume"):
+        run._check_folder(tmp_path, "a", resume=False)
+    with pytest.raises(InputError, match="other settings"):
+        run._check_folder(tmp_path, "b", resume=True)
+
+
+def test_layers_are_tried_before_they_are_cut(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[tuple[str, ...]] = []
+
+    def watched(network: Any, kinds: Any = ()) -> Any:
+        tried.append(tuple(kinds))
+        return original(network, kinds)
+
+    original = run.trace
+    for module in (run, pipeline):
+        monkeypatch.setattr(module, "trace", watched)
+    recipe = recipe_of(model, "recovery.steps=0")
+    run._rehearse(recipe, schedule_of(recipe, ["random", "shortgpt"], [0.2], {}))
+    assert sorted(tried) == [("ffn", "attention"), ("layer",)]
+    tried.clear()
+    network = build("llama-odd")
+    graph = original(network, ["layer"])
+    budget = revise(recipe, {"budget.kinds": ["layer"]}).budget
+    plan = make_plan(graph, {"layers": [0]}, budget, method="shortgpt")
+    secateur.apply_plan(plan, network)
+    assert tried == [(), ("layer",)]
+    assert network.config.num_hidden_layers == build("llama-odd").config.num_hidden_layers - 1
+
+
 @pytest.mark.parametrize(
     ("methods", "ratios", "message"),
-    [(["no-such"], [0.2], "Known methods"), (["wanda"], [1.2], "between 0 and 1"), (["wanda"], [], "between 0 and 1")],
+    [
+        ([], [0.2], "at least one method"),
+        (["no-such"], [0.2], "Known methods"),
+        (["wanda"], [1.2], "between 0 and 1"),
+        (["wanda"], [], "between 0 and 1"),
+    ],
 )
 def test_mistakes_are_found_before_anything_is_read(
     methods: list[str], ratios: list[float], message: str, tmp_path: Path

@@ -68,6 +68,13 @@ def test_a_wrong_ratio_is_one_message_before_anything_is_loaded(ratio: str, monk
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("command", "of"), [("compare", "of all parameters"), ("analyze", "of each group")])
+def test_the_ratios_of_other_commands_are_called_as_they_were_given(command: str, of: str, tmp_path: Path) -> None:
+    methods = ["--methods", "wanda"] if command == "compare" else []
+    result = call(command, "some/model", "-o", str(tmp_path / "out"), *methods, "--ratios", "1.5")
+    assert result.stderr.startswith(f"Error: --ratios 1.5 is not allowed: it is the fraction {of} ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "answers"),
     [

@@ -35,3 +35,15 @@ def test_import_is_light() -> None:
     after = os.times()
     # processor time, because another process may have the machine busy
     assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+
+
+def test_what_is_no_model_is_refused_in_one_sentence() -> None:
+    import torch
+
+    with pytest.raises(secateur.SecateurError, match="A str is not a model"):
+        secateur.trace("smollm2-135m")  # type: ignore[arg-type]
+    for wrong in ("smollm2-135m", torch.nn.Linear(2, 2)):
+        with pytest.raises(secateur.SecateurError, match=f"A {type(wrong).__name__} is not a model of transformers"):
+            secateur.prune(wrong)  # type: ignore[arg-type]
+    with pytest.raises(secateur.SecateurError, match="Linear has no input embedding"):
+        secateur.trace(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from secateur.methods import METHODS
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
 from secateur.surgery import trace
-from secateur.types import DependencyGraph
+from secateur.types import DependencyGraph, Kind
 from secateur.workspace import Workspace
 
 FLOOR = "random"
@@ -38,12 +38,12 @@ FLOOR = "random"
 class Shared:
     """What all rows have in common."""
 
-    graph: DependencyGraph
+    graphs: Mapping[tuple[Kind, ...], DependencyGraph]
+    """By ``budget.kinds``: what rows may cut that differ in it."""
     texts: Texts
     dense: Mapping[str, Any]
     """Metrics of the dense model, as ``stages.measure`` leaves them."""
     tasks: Sequence[str]
-    steps: int
 
 
 def compare(
@@ -72,14 +72,23 @@ def compare(
         tasks: see ``evaluation.evaluate_tasks``.
         resume: go on with the rows that ``output`` lacks.
 
-    Raises InputError, before anything is measured, for unknown methods and ratios, and for a folder that holds another
-    comparison. A row whose method fails (a ratio that it cannot reach) carries the message instead of numbers.
+    Raises InputError, before anything is measured or written, for unknown methods and ratios, and for a folder that
+    holds another comparison. A row whose method fails (a ratio that it cannot reach) carries the message instead of
+    numbers; when that is so for every row, the first message is raised, again before anything is measured or written.
     """
+    if not methods:
+        raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})
-    rows_folder = _open(output, _identity(recipes, tasks), resume)
+    identity = _identity(recipes, tasks)
+    _check_folder(output, identity, resume)
+    result, graphs = _rehearse(recipe, recipes)
+    texts = _read_texts(result.model, result.tokenizer, recipes)
+    rows_folder = _open(output, identity)
     say("Measuring the dense model")
-    shared, comparison = _measure_dense(recipe, recipes, tasks, rows_folder)
+    comparison = _measure_dense(recipe, result, texts, tasks, rows_folder)
+    shared = Shared(graphs, texts, result.metrics, tasks)
+    del result  # with the model: every row opens its own
     for planned in recipes:
         kept = rows_folder / f"{planned.method.name}-{planned.budget.ratio:g}.json"
         if kept.exists():
@@ -139,15 +148,31 @@ def pruning_steps(recipe: Recipe) -> int:
     return int(getattr(recipe.method.settings, "training_steps", 0))
 
 
-def _measure_dense(
-    recipe: Recipe, recipes: Sequence[Recipe], tasks: Sequence[str], folder: Path
-) -> tuple[Shared, Leaderboard]:
+def _rehearse(
+    recipe: Recipe, recipes: Sequence[Recipe]
+) -> tuple[stages.Result, dict[tuple[Kind, ...], DependencyGraph]]:
+    """The dense model with the first row's recipe that it can obey, and its graphs; raises when it can obey none."""
     model, tokenizer = load(**recipe.model.model_dump())
-    graph = trace(model)
+    graphs = {kinds: trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
+    failures: list[SecateurError] = []
+    found: stages.Result | None = None
     for row in recipes:
-        stages.rehearse(model, graph, row)
-    texts = _read_texts(model, tokenizer, recipes)
-    result = stages.Result(model, tokenizer, stages.rehearse(model, graph, recipes[0]), graph, recipes[0])
+        graph = graphs[row.budget.kinds]
+        try:
+            plan = stages.rehearse(model, graph, row)
+        except SecateurError as error:  # the row will say so
+            failures.append(error)
+        else:
+            found = found or stages.Result(model, tokenizer, plan, graph, row)
+    if found is None:
+        raise failures[0]
+    return found, graphs
+
+
+def _measure_dense(
+    recipe: Recipe, result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path
+) -> Leaderboard:
+    """The comparison without rows; ``result.metrics`` are those of the dense model afterwards."""
     kept = folder / "dense.json"
     if kept.exists():
         result.metrics = json.loads(kept.read_text())
@@ -159,14 +184,13 @@ def _measure_dense(
             result.metrics["tasks"] = _evaluate_tasks(result, tasks)
             result.metrics["chance"] = chance_levels(tasks)
         _write(kept, json.dumps(result.metrics))
-    steps = recipes[0].recovery.steps + pruning_steps(recipes[0])
-    comparison = Leaderboard(
+    return Leaderboard(
         model=recipe.model.name,
         seed=recipe.seed,
         recipe=dump(recipe),
         window=result.metrics.get("window", 0),
         tokens=result.metrics.get("tokens", {}),
-        steps=steps,
+        steps=result.recipe.recovery.steps + pruning_steps(result.recipe),
         tokens_per_step=recipe.training.batch_size * recipe.recovery.window,
         dense=result.metrics["dense"].get("perplexity", {}),
         dense_parameters=result.metrics["dense"]["parameters"],
@@ -175,7 +199,6 @@ def _measure_dense(
         machine=machine(),
         versions=versions(),
     )
-    return Shared(graph, texts, result.metrics, tasks, steps), comparison
 
 
 def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
@@ -217,8 +240,8 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
 
 def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     model, tokenizer = load(**recipe.model.model_dump())
-    plan = stages.rehearse(model, shared.graph, recipe)
-    result = stages.Result(model, tokenizer, plan, shared.graph, recipe)
+    graph = shared.graphs[recipe.budget.kinds]
+    result = stages.Result(model, tokenizer, stages.rehearse(model, graph, recipe), graph, recipe)
     result.metrics = {
         key: shared.dense[key] for key in ("dense", "window", "tokens", "reference") if key in shared.dense
     }
@@ -230,7 +253,7 @@ def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
         stages.decide(result, shared.texts, work)
         row.scoring_seconds = round(time.monotonic() - started, 2)
     row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
-    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, shared.graph)
+    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, graph)
     if recipe.recovery.repair:
         stages.mend(result, shared.texts)
     stages.cut(result)
@@ -271,10 +294,12 @@ def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> str:
     return json.dumps({"recipe": first, "tasks": list(tasks), "steps": recipes[0].recovery.steps}, indent=1)
 
 
-def _open(output: Path, identity: str, resume: bool) -> Path:
-    """The folder of the finished rows. Rows may be added to a comparison; what they share may not change."""
+def _check_folder(output: Path, identity: str, resume: bool) -> None:
+    """Raise InputError for a folder in use. Rows may be added to a comparison; what they share may not change."""
     folder = output / "rows"
     written = folder / "comparison.json"
+    if written.exists() and not any(path.suffix == ".json" and path != written for path in folder.iterdir()):
+        return  # it failed before anything was measured
     if written.exists() and not resume:
         raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
     if written.exists() and written.read_text() != identity:
@@ -282,11 +307,18 @@ def _open(output: Path, identity: str, resume: bool) -> Path:
             f"{output} holds a comparison with other settings (or another number of training steps, which the longest "
             "method decides). Repeat its settings, or name another folder."
         )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file. Name a new folder.")
     if not written.exists() and output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty. Name a new folder.")
+
+
+def _open(output: Path, identity: str) -> Path:
+    """The folder of the finished rows, made if need be."""
+    folder = output / "rows"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(written, identity)
+        _write(folder / "comparison.json", identity)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
     return folder

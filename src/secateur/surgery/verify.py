@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from secateur.errors import ModelError
+from secateur.errors import InputError, ModelError
 from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
 from secateur.graph.trace import logits_of
@@ -74,8 +74,10 @@ def trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> Dep
     Groups of ``kinds`` that are protected for their kind alone (experts, layers, hidden, vocabulary, states) are tried
     too, and may be cut when they pass.
 
-    Raises ModelError as ``graph.trace`` and ``protect_failing`` do.
+    Raises ModelError as ``graph.trace`` and ``protect_failing`` do, and InputError for what is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"A {type(model).__name__} is not a model: open it first, model, _ = secateur.load(name).")
     return protect_failing(model, record(model).graph.opened(kinds))
 
 
