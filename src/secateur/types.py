@@ -365,9 +365,11 @@ class PruningPlan(BaseModel):
     def load(cls, path: Path) -> PruningPlan:
         """Read a plan; raises PlanError when the file is missing or not a plan."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Give the path of a plan.json.") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not a pruning plan: it is not text in UTF-8.") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

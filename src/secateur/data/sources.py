@@ -27,7 +27,7 @@ def check_source(name: str) -> None:
     if name in SOURCES or name == OWN_TEXT:
         return
     path = Path(name).expanduser()
-    if path.suffix in FILES:
+    if path.suffix in FILES and not path.is_dir():
         if not path.is_file():
             raise DataError(f"There is no text file {name}. Check the path.")
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -78,9 +78,8 @@ def compare(metrics: Mapping[str, Any], states: Sequence[str] = _STATES) -> Comp
         first = dict([next(iter(columns.items()))]) if columns else {}
         columns = first | {metrics["baseline"]["name"]: metrics["baseline"]} | columns
     whole: Mapping[str, Any] = next(iter(columns.values()), {})
-    return Comparison(
-        list(columns), [*_quality(whole, columns, metrics.get("tokens", {})), *_cost(whole, columns)], _caption(metrics)
-    )
+    rows = [*_quality(whole, columns, metrics.get("tokens", {})), *_cost(whole, columns)]
+    return Comparison(list(columns), rows, _caption(metrics, columns.values()))
 
 
 def _quality(
@@ -155,15 +154,18 @@ def _collect(value: Any, path: str, found: dict[str, list[tuple[float, float]]])
             found[path] = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
 
 
-def _caption(metrics: Mapping[str, Any]) -> str:
+def _caption(metrics: Mapping[str, Any], columns: Collection[Mapping[str, Any]]) -> str:
     parts = []
     tokens = metrics.get("tokens", {})
     if tokens and "window" in metrics:
         parts.append(f"Perplexity over {sum(tokens.values()):,} tokens in windows of {metrics['window']} tokens.")
     machine = metrics.get("machine", {})
     if machine:
-        where = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('threads')} threads"
-        parts.append(f"Measured on {where}, torch {machine.get('torch')}; speed of one sequence at a time.")
+        threads = machine.get("threads")
+        where = machine.get("gpu") or f"{machine.get('processor')}, {threads} {'thread' if threads == 1 else 'threads'}"
+        timed = any("decode_tokens_per_s" in column for column in columns)
+        speed = "; speed of one sequence at a time" if timed else ""
+        parts.append(f"Measured on {where}, torch {machine.get('torch')}{speed}.")
     return " ".join(parts)
 
 

@@ -155,6 +155,9 @@ def test_names_that_cannot_be_sources(tmp_path: Path) -> None:
         check_source(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="is a folder"):
         check_source(str(tmp_path))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        check_source(str(tmp_path / "folder.txt"))
     with pytest.raises(DataError, match=r"ending \.csv"):
         check_source(str(tmp_path / "text.csv"))
     with pytest.raises(DataError, match="Did you mean 'wikipedia'"):

@@ -89,10 +89,13 @@ def test_numbers_stand_beside_their_change() -> None:
     assert rows["decode, tokens/s"] == ["10.00", "", "", "12.50 (+25.0%)"]
     assert "prefill, tokens/s" not in rows
     assert "4,000 tokens in windows of 512" in table.caption
+    assert "2 threads, torch 2.13; speed of one sequence" in table.caption
 
 
 def test_nothing_measured_is_no_table() -> None:
     assert compare({}).rows == []
+    machine = {"processor": "p", "threads": 1, "torch": "2"}
+    assert compare({"machine": machine, "dense": {"parameters": 3}}).caption == "Measured on p, 1 thread, torch 2."
 
 
 def test_widths_follow_the_plan(story: Story) -> None:

@@ -26,6 +26,9 @@ def test_a_plan_counts_exactly_and_survives_the_disk(tmp_path: Path) -> None:
     assert {name: plan.removed(name) for name in plan.kept} == removed
     plan.save(tmp_path / "plan.json")
     assert PruningPlan.load(tmp_path / "plan.json") == plan
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(PlanError, match="not text in UTF-8"):
+        PruningPlan.load(tmp_path / "plan.json")
 
 
 def test_a_plan_fits_no_model_of_other_widths() -> None:
