@@ -9,10 +9,12 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import TokenBlocks
+from secateur.data.builtin import SOURCES
 from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks
 from secateur.data.own_text import write_own_text
 from secateur.data.sources import OWN_TEXT
 from secateur.data.splits import SHARES, Split
+from secateur.progress import say
 
 _MARGIN = 1.2
 """How much more the model writes than the splits need, because documents fall to them unevenly."""
@@ -62,11 +64,23 @@ def read_texts(
     for purpose, settings in wanted.items():
         check_sources(settings)
         check_window(settings, model, _SECTIONS.get(purpose, purpose))
+    _mention_licences(wanted)
     own = _own_tokens(wanted)
     written = write_own_text(model, tokenizer, own, seed) if own else []
     return Texts(
         **{purpose: load_blocks(text, _SPLITS[purpose], tokenizer, seed, written) for purpose, text in wanted.items()}
     )
+
+
+def _mention_licences(wanted: Mapping[Purpose, TextSettings]) -> None:
+    """Say which built-in text the result will have been trained on that is not free for every use."""
+    trained_on = [
+        name for purpose in ("recovery", "instructions") if purpose in wanted for name in wanted[purpose].text
+    ]
+    for name in trained_on:
+        if name in SOURCES and "non-commercial" in SOURCES[name].licence:
+            free = ",".join(other for other in trained_on if other != name)
+            say(f"Training reads {name}: {SOURCES[name].licence}. Without it: --set recovery.text=[{free}]")
 
 
 def _own_tokens(wanted: Mapping[Purpose, TextSettings]) -> int:
