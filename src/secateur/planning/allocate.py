@@ -56,10 +56,20 @@ def allocate(
     answer = {group.name: sorted(result[group.name]) for group in graph if result.get(group.name)}
     if not answer and ratio is None:
         raise PlanError(
-            f"Removing {budget.ratio:.4g} of all parameters is less than the smallest step, one unit: "
-            f"{min(stack.parameters for stack in problem.stacks) / problem.count.total:.4g}. Ask for a larger ratio."
+            f"Removing {budget.ratio:.4g} of all parameters is less than what the smallest step takes within the floor "
+            f"of every group; one step is {_smallest_step(problem) / problem.count.total:.4g}. Ask for a larger ratio, "
+            "or lower budget.floor."
         )
     return answer
+
+
+def _smallest_step(problem: _Problem) -> int:
+    """Parameters of the cheapest step: one unit, or as many as a group must lose at once."""
+    steps = []
+    for stack in problem.stacks:
+        below = [count for count in problem.legal[stack.group.name] if count < stack.left]
+        steps += [stack.parameters * (stack.left - below[-1])] if below else []
+    return min(steps, default=0)
 
 
 def countable(graph: DependencyGraph) -> DependencyGraph:

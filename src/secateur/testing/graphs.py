@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secateur.planning.shapes import legal_counts
 from secateur.types import DependencyGraph, Member, NodeGroup
+
+
+def allowed_miss(graph: DependencyGraph) -> int:
+    """Parameters that an allocation may miss its target by: one unit of the cheapest kind.
+
+    Where widths go in steps (stacked experts), one step of those: between two of them nothing may be left to take.
+    """
+    costs = {group.name: graph.unit_cost(group) for group in graph.prunable}
+    steps = []
+    for group in graph.prunable:
+        counts = legal_counts(group, graph, "transformers", {})
+        if len(counts) > 1 and counts[-1] - counts[-2] > 1:
+            steps.append(costs[group.name] * (counts[-1] - counts[-2]))
+    return max(steps) if steps else min(costs.values())
 
 
 def llama_graph(

@@ -263,6 +263,6 @@ def test_a_group_that_cannot_be_read_is_named() -> None:
     graph = trace(model)
     produced = [replace(g, members=tuple(m for m in g.members if m.role == "out")) for g in graph.groups]
     halved: DependencyGraph = replace(graph, groups=tuple(produced))
-    for criterion in ("magnitude", "wanda"):
+    for criterion in ("wanda", "fisher"):
         with pytest.raises(ModelError, match=r"layers\.0\.attention.*budget\.protect"):
             CRITERIA[criterion].score(model, halved, blocks(), seed=0)
