@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -65,6 +65,16 @@ def unscorable(group: NodeGroup, criterion: str, reason: str) -> ModelError:
         f"The criterion '{criterion}' cannot score {group.name}: {reason}. "
         f'Choose another method, or leave the group whole with budget.protect=["{group.name}"].'
     )
+
+
+def require_gradients(
+    graph: DependencyGraph, parameters: Mapping[str, nn.Parameter], wanted: Iterable[str], criterion: str
+) -> None:
+    """Raise the ``unscorable`` error for the first parameter in ``wanted`` whose type has no gradient."""
+    for name in wanted:
+        if not parameters[name].is_floating_point():
+            group = next(group for group in graph.prunable if name in graph.parameters_of(group))
+            raise unscorable(group, criterion, f"{name} is {parameters[name].dtype}, which has no gradient")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, input_device, unscorable
+from secateur.importance.base import Needs, borrowed, calibration, input_device, require_gradients, unscorable
 from secateur.importance.taylor import first_order
 from secateur.importance.weights import base_members, effective_weight, sum_units
 from secateur.progress import track
@@ -43,6 +43,7 @@ class Fisher:
         parameters = dict(model.named_parameters())
         consumers = {group.name: self._consumers(group, parameters) for group in graph.prunable}
         wanted = {member.parameter for members in consumers.values() for member in members}
+        require_gradients(graph, parameters, wanted, self.name)
         total = {group.name: torch.zeros(group.size) for group in graph.prunable}
         with borrowed(model, wanted) as trained, torch.enable_grad():
             for ids in track(blocks.batches(1), "gradients", len(blocks)):
@@ -58,10 +59,6 @@ class Fisher:
         members = [member for member in base_members(group, parameters) if member.role == "in"]
         if not members:
             raise unscorable(group, self.name, "no weight consumes its units")
-        for member in members:
-            if not parameters[member.parameter].is_floating_point():
-                dtype = parameters[member.parameter].dtype
-                raise unscorable(group, self.name, f"{member.parameter} is {dtype}, which has no gradient")
         return members
 
 

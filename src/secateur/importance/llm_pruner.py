@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, input_device, mean_loss_backward, unscorable
+from secateur.importance.base import (
+    Needs,
+    borrowed,
+    calibration,
+    input_device,
+    mean_loss_backward,
+    require_gradients,
+    unscorable,
+)
 from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows
 from secateur.progress import track
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
@@ -72,10 +80,7 @@ class LLMPruner:
             return Scores({})
         parameters = dict(model.named_parameters())
         wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
-        for name in wanted:
-            if not parameters[name].is_floating_point():
-                group = graph.of_parameter(name)[0][0]
-                raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
+        require_gradients(graph, parameters, wanted, self.name)
         with borrowed(model, wanted) as trained:
             squares: dict[str, torch.Tensor] = {}
             if self.form in ("second", "mixed"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, unscorable
+from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, require_gradients
 from secateur.importance.weights import base_members, base_parameters, effective_weight, sum_units
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
@@ -47,10 +47,7 @@ class Taylor:
         parameters = dict(model.named_parameters())
         wanted = {member.parameter for group in graph.prunable for member in base_members(group, parameters)}
         wanted |= {name for group in graph.prunable for unit in base_parameters(graph, group) for name in unit}
-        for name in wanted:
-            if not parameters[name].is_floating_point():
-                group = next(group for group in graph.prunable if name in graph.parameters_of(group))
-                raise unscorable(group, self.name, f"{name} is {parameters[name].dtype}, which has no gradient")
+        require_gradients(graph, parameters, wanted, self.name)
         with borrowed(model, wanted) as trained:
             mean_loss_backward(model, blocks, self.batch_size)
             values = {
