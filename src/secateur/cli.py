@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,11 +90,22 @@ class Runtime(StrEnum):
     llama_cpp = "llama.cpp"
 
 
+# What several commands take: the same names, with the same meaning, in all of them.
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a built-in name.", metavar="MODEL")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML file with settings.", metavar="FILE", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting; may be repeated.", metavar="SECTION.KEY=VALUE")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's folder. Only for folders you trust.")
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", metavar="DEVICE")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B")
+]
+Window = Annotated[int | None, typer.Option(help="Tokens per window.", metavar="N")]
 
 
 def _version(asked: bool) -> None:
@@ -129,10 +141,8 @@ def prune(
     method: Annotated[
         str | None, typer.Option(help="How units are chosen; see `secateur methods`.", metavar="NAME")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file with settings.", metavar="FILE")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting; may be repeated.", metavar="SECTION.KEY=VALUE")
-    ] = None,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
     runs_on: Annotated[Runtime | None, typer.Option(help="Programs that must open the result.")] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -140,31 +150,23 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished stage in OUT.")] = False,
 ) -> None:
     """Make a model smaller: prune, recover, measure, save and verify."""
-    flags: dict[str, Any] = {
-        "model.name": model,
+    flags = {
+        **_model_flags(model, device, trust_remote_code),
         "budget.ratio": None if ratio is None else parse_ratio(ratio),
         "method": method,
         "budget.runs_on": None if runs_on is None else runs_on.value,
-        "model.device": device,
-        "model.trust_remote_code": trust_remote_code or None,
     }
     from secateur import pipeline, progress
-    from secateur.config import load_recipe
 
-    settings = load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
+    settings = _settings(recipe, overrides, flags)
     progress.show()
     progress.say(_header(settings))
     if resume and _finished(output, settings):
         progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
         _report(json.loads((output / "secateur" / "metrics.json").read_text()), output)
         return
-    try:
+    with _resumable(f"What is finished is kept; the same command with --resume goes on to {output}."):
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
-    except KeyboardInterrupt as interrupt:
-        typer.echo(
-            f"Interrupted. What is finished is kept; the same command with --resume goes on to {output}.", err=True
-        )
-        raise typer.Exit(130) from interrupt
     if not dry_run:
         _report(result.metrics, output)
 
@@ -176,25 +178,29 @@ def inspect(
         bool, typer.Option("--verify", help="Cut every group on a copy and compare with masking it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole graph as JSON.")] = False,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut out of a model, and why the rest cannot."""
     from secateur import progress, tables
     from secateur.loading import load, outline
-    from secateur.surgery import trace
-    from secateur.surgery import verify as verify_cuts
+    from secateur.surgery import trace, verify_cuts
     from secateur.surgery.verify import WHOLE_UP_TO
 
+    settings = _settings(recipe, overrides, _model_flags(model, device, trust_remote_code))
+    opened = settings.model
     progress.show()
-    network = outline(model, trust_remote_code=trust_remote_code)
-    graph = trace(network)
+    network = outline(opened.name, revision=opened.revision, trust_remote_code=opened.trust_remote_code)
+    graph = trace(network, settings.budget.kinds)
     if as_json:
         typer.echo(json.dumps(graph.to_json(), indent=1))
     else:
         _console().print(tables.groups(graph))
     if verify:
         if graph.parameter_count() <= WHOLE_UP_TO:  # a larger one is represented by a small one, without its weights
-            network, _ = load(model, device="cpu", trust_remote_code=trust_remote_code)
+            network, _ = load(**opened.model_dump())
         found = verify_cuts(network)
         if not as_json:
             _console().print(tables.checks(found))
@@ -216,46 +222,40 @@ def analyze(
     criterion: Annotated[
         str, typer.Option(help="What chooses the units within a group: taylor, wanda, magnitude ...", metavar="NAME")
     ] = "taylor",
-    text: Annotated[list[str] | None, typer.Option(help="File or source to measure on; may be repeated.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of text in all.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting; may be repeated.", metavar="SECTION.KEY=VALUE")
+    text: Annotated[
+        list[str] | None, typer.Option(help="File or source to measure on; may be repeated.", metavar="FILE")
     ] = None,
+    window: Window = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of text in all.", metavar="N")] = None,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
     device: Device = None,
     trust_remote_code: Trust = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis for DIR.")] = False,
 ) -> None:
     """Find where a model's knowledge sits: cut each group alone, and measure how far its predictions move."""
+    fractions = [parse_ratio(part, "--ratios", "of each group") for part in _names(ratios, "--ratios")]
     from secateur import inspection, progress, tables
-    from secateur.config import load_recipe
     from secateur.loading import load
 
     flags = {
-        "model.name": model,
-        "model.device": device,
-        "model.trust_remote_code": trust_remote_code or None,
+        **_model_flags(model, device, trust_remote_code),
         "calibration.text": text,
         "calibration.window": window,
         "calibration.tokens": tokens,
     }
-    recipe = load_recipe(None, overrides or [], {key: value for key, value in flags.items() if value is not None})
-    fractions = [parse_ratio(part, "--ratios", "of each group") for part in ratios.split(",")]
+    settings = _settings(recipe, overrides, flags)
     progress.show()
-    try:
+    with _resumable("What is measured is kept; the same command with --resume goes on." if output else ""):
         found = inspection.analyze(
-            *load(**recipe.model.model_dump()),
+            *load(**settings.model.model_dump()),
             ratios=fractions,
             criterion=criterion,
-            recipe=recipe,
+            recipe=settings,
             output=output,
             resume=resume,
         )
-    except KeyboardInterrupt as interrupt:
-        kept = "What is measured is kept; the same command with --resume goes on." if output else ""
-        typer.echo(f"Interrupted. {kept}".strip(), err=True)
-        raise typer.Exit(130) from interrupt
-    _console().print(tables.analysis(found, by=recipe.budget.protect_by, share=recipe.budget.protect_share))
+    _console().print(tables.analysis(found, by=settings.budget.protect_by, share=settings.budget.protect_share))
     if output is not None:
         progress.say(f"{output / 'analysis.json'} is what --set budget.protect_from takes; beside it the heat map.")
 
@@ -263,44 +263,46 @@ def analyze(
 @app.command()
 def evaluate(
     model: Model,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B"),
-    ] = None,
+    tasks: Tasks = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="File (measured whole) or source (its held-out part); may be repeated.")
+        list[str] | None,
+        typer.Option(help="File (measured whole) or source (its held-out part); may be repeated.", metavar="FILE"),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    window: Window = None,
     tokens: Annotated[
-        int | None, typer.Option(help="At most so many tokens of each file (else all), and of all sources together.")
+        int | None,
+        typer.Option(help="At most so many tokens of each file (else all), and of all sources together.", metavar="N"),
     ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers to this file too.", metavar="FILE")
     ] = None,
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model: perplexity on text (built-in when none is named), tasks, parameters, bytes and speed."""
     from secateur import inspection, progress, tables
-    from secateur.config import load_recipe
-    from secateur.export import compare
+    from secateur.export import compare_states
 
     flags = {
-        "model.name": model,
-        "model.device": device,
-        "model.trust_remote_code": trust_remote_code or None,
+        **_model_flags(model, device, trust_remote_code),
         "evaluation.text": text,
         "evaluation.window": window,
         "evaluation.tokens": tokens,
     }
-    settings = load_recipe(flags={key: value for key, value in flags.items() if value is not None})
+    settings = _settings(recipe, overrides, flags)
+    names = [] if tasks is None else _names(tasks, "--tasks")
     if as_json is not None:
         _check_writable(as_json)
     progress.show()
-    metrics = inspection.evaluate(settings, _names(tasks or ""), max_tokens=tokens)
-    _console().print(tables.results(compare(metrics, ["model"])))
+    asked = settings.evaluation
+    metrics = inspection.evaluate(
+        settings, names, max_tokens=asked.tokens if "tokens" in asked.model_fields_set else None
+    )
+    _console().print(tables.results(compare_states(metrics, ["model"])))
     if as_json is not None:
-        as_json.write_text(json.dumps(metrics, indent=1) + "\n")
+        _write_whole(as_json, json.dumps(metrics, indent=1) + "\n")
 
 
 @app.command()
@@ -308,18 +310,18 @@ def apply(
     plan: Annotated[Path, typer.Argument(help="A plan.json, as a run leaves it or edited.", metavar="PLAN")],
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.", metavar="OUT")],
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Cut a model as a plan says, without training, and save it, verified."""
     from secateur import pipeline, progress
-    from secateur.config import load_recipe
     from secateur.types import PruningPlan
 
-    flags = {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
-    recipe = load_recipe(flags={key: value for key, value in flags.items() if value is not None})
+    settings = _settings(recipe, overrides, _model_flags(model, device, trust_remote_code))
     progress.show()
-    result = pipeline.apply(PruningPlan.load(plan), recipe, output)
+    result = pipeline.apply(PruningPlan.load(plan), settings, output)
     progress.say(f"{result.plan.parameters_after:,} of {result.plan.parameters_before:,} parameters are left.")
     progress.say(f"The model is in {output}")
 
@@ -327,58 +329,63 @@ def apply(
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="A folder that a model was saved to.", metavar="DIR")],
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Open a saved folder in a fresh process, compare its logits, and say which programs will take it."""
     from secateur import inspection, progress, tables
-    from secateur.config import load_recipe
 
-    flags = {"model.name": folder, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
+    settings = _settings(recipe, overrides, _model_flags(folder, device, trust_remote_code))
     progress.show()
-    found = inspection.verify(load_recipe(flags={key: value for key, value in flags.items() if value is not None}))
+    found = inspection.verify(settings)
     _console().print(tables.verdicts(found))
 
 
 @app.command()
 def compare(
     model: Model,
-    methods: Annotated[str, typer.Option(help="Methods with commas between them; random is always added.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods with commas between them; random is always added.", metavar="A,B")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables, plot and page.", metavar="DIR")],
-    ratios: Annotated[str, typer.Option(help="Fractions of all parameters, with commas between them.")] = "0.2,0.5",
-    recipe: Annotated[
-        Path | None, typer.Option(help="A YAML file with settings for all methods.", metavar="FILE")
-    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Fractions of all parameters to remove, with commas between them.", metavar="A,B")
+    ] = "0.2,0.5",
+    tasks: Tasks = None,
+    recipe: RecipeFile = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="SECTION.KEY=VALUE for all, METHOD.KEY=VALUE for one; may be repeated."),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B")
+        typer.Option(
+            "--set",
+            help="One setting for all, or METHOD.KEY=VALUE for one method; may be repeated.",
+            metavar="SECTION.KEY=VALUE",
+        ),
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that DIR lacks.")] = False,
 ) -> None:
     """Compare methods under the same budget, text, training steps and evaluation."""
+    fractions = [parse_ratio(ratio, "--ratios") for ratio in _names(ratios, "--ratios")]
     from secateur import progress, tables
     from secateur.compare import compare as run
     from secateur.compare import split_overrides
-    from secateur.config import load_recipe
 
     shared, own = split_overrides(overrides or [])
-    flags = {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
-    settings = load_recipe(recipe, shared, {key: value for key, value in flags.items() if value is not None})
+    settings = _settings(recipe, shared, _model_flags(model, device, trust_remote_code))
     progress.show()
-    comparison = run(
-        settings,
-        _names(methods),
-        [parse_ratio(ratio, "--ratios") for ratio in _names(ratios)],
-        output,
-        settings=own,
-        tasks=_names(tasks or ""),
-        resume=resume,
-    )
+    with _resumable("The rows that are finished are kept; the same command with --resume adds the others."):
+        comparison = run(
+            settings,
+            _names(methods, "--methods"),
+            fractions,
+            output,
+            settings=own,
+            tasks=[] if tasks is None else _names(tasks, "--tasks"),
+            resume=resume,
+        )
     _console().print(tables.leaderboard(comparison))
     _console().print(f"Tables, plot and page are in {output}: report.html, results.csv, results.json, quality.png")
 
@@ -408,9 +415,34 @@ def data() -> None:
     )
 
 
-def _names(text: str) -> list[str]:
-    """What stands between the commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _model_flags(model: str | None, device: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What the command line says about the model, as keys of the recipe; None where it says nothing."""
+    return {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
+
+
+def _settings(recipe: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command runs with: the file, then what was given as options, then ``--set``."""
+    from secateur.config import load_recipe
+
+    return load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
+
+
+@contextmanager
+def _resumable(kept: str) -> Iterator[None]:
+    """Say what an interruption leaves, and end with the exit code that shells give it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"Interrupted. {kept}".strip(), err=True)
+        raise typer.Exit(130) from interrupt
+
+
+def _names(text: str, option: str) -> list[str]:
+    """What stands between the commas; raises InputError when that is nothing."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{option} {text!r} names nothing. Put one or more there, with commas between them.")
+    return names
 
 
 def parse_ratio(text: str, option: str = "--ratio", of: str = "of all parameters") -> float:
@@ -438,6 +470,16 @@ def _check_writable(file: Path) -> None:
         raise InputError(f"--json {file} cannot be written (permission). Name a file elsewhere.")
 
 
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _header(recipe: Recipe) -> str:
     return f"secateur: {recipe.budget.ratio:.0%} of all parameters off {recipe.model.name} by {recipe.method.name}"
 
@@ -452,10 +494,10 @@ def _finished(output: Path, recipe: Recipe) -> bool:
 
 def _report(metrics: Mapping[str, Any], output: Path) -> None:
     from secateur import tables
-    from secateur.export import compare
+    from secateur.export import compare_states
 
     console = _console()
-    console.print(tables.results(compare(metrics)))
+    console.print(tables.results(compare_states(metrics)))
     console.print(f"The model is in {output}")
     if (output / "secateur" / "report.html").is_file():
         console.print(f"Its report is {output / 'secateur' / 'report.html'}")

@@ -17,7 +17,7 @@ from secateur.export import Verification, check_output, needs_trust, verify_save
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.knowledge import cuts, measure_cuts
-from secateur.loading import is_adapter, load
+from secateur.loading import is_adapter_folder, load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.stages import losses, refuse_what_cannot_work, size
@@ -138,7 +138,7 @@ def verify(recipe: Recipe) -> Verification:
     folder = Path(recipe.model.name).expanduser()
     if not folder.is_dir():
         raise InputError(f"{recipe.model.name} is not a folder. Give one that a model was saved to.")
-    if is_adapter(folder):
+    if is_adapter_folder(folder):
         raise InputError(
             f"{folder} holds an adapter, not a model that opens alone. Merge it first (secateur.load opens it merged, "
             "save_pretrained writes it), and verify that folder."

@@ -137,7 +137,7 @@ def load(
     """
     place, precision = pick_device(device), _precision(dtype)
     folder = _find(str(name), revision, trust_remote_code)
-    if is_adapter(folder):
+    if is_adapter_folder(folder):
         return _open_adapter(folder, str(name), device, dtype, trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     _check_weights(folder, str(name))
@@ -155,7 +155,7 @@ def outline(
     Raises ModelError as ``load`` does, apart from damaged weights.
     """
     folder = _find(str(name), revision, trust_remote_code)
-    if is_adapter(folder):
+    if is_adapter_folder(folder):
         return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     with quiet_transformers(), torch.device("meta"):
@@ -497,7 +497,7 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter_folder(folder: Path) -> bool:
     """Whether ``folder`` holds an adapter, with or without a config.json beside it, and not a whole model."""
     whole = any((folder / file).is_file() for file in (_WEIGHTS, _WEIGHTS_INDEX))
     return (folder / _ADAPTER).is_file() and not whole
@@ -553,7 +553,7 @@ def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset())
             f"adapters can be merged. Give the base model, {base}, instead."
         )
     below, above = Path(str(base)).expanduser(), above | {folder.resolve()}
-    if is_adapter(below):
+    if is_adapter_folder(below):
         if below.resolve() in above:
             raise ModelError(
                 f"{name} is an adapter of {base}: adapters in a circle, without a model below. Put the name of the "

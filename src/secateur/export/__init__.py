@@ -14,7 +14,7 @@ from secateur.export.huggingface import (
     verify_saved,
     written_dtype,
 )
-from secateur.export.story import Comparison, Story, compare
+from secateur.export.story import Comparison, Story, compare_states
 from secateur.export.verify import Verification, needs_trust, verify_folder
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "check_describable",
     "check_describes_itself",
     "check_output",
-    "compare",
+    "compare_states",
     "licence_of",
     "needs_trust",
     "save",

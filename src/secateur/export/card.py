@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from secateur.export.story import Story, compare, widths
+from secateur.export.story import Story, compare_states, widths
 from secateur.loading import BUILT_IN
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,7 +29,7 @@ def model_card(story: Story) -> str:
     return environment.get_template("card.md.jinja").render(
         story=story,
         head=yaml.safe_dump(_head(story), sort_keys=False, allow_unicode=True).strip(),
-        comparison=compare(story.metrics),
+        comparison=compare_states(story.metrics),
         widths=widths(story),
         fence=_fence(story.recipe),
     )

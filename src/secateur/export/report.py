@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from secateur.export.mixture_chart import mixture_charts
-from secateur.export.story import Story, Widths, compare, curves, widths
+from secateur.export.story import Story, Widths, compare_states, curves, widths
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("secateur.export"),
@@ -24,7 +24,7 @@ def html_report(story: Story) -> str:
     """The whole page. Everything that comes from outside is escaped; nothing is fetched, no script runs."""
     return _ENVIRONMENT.get_template("report.html.jinja").render(
         story=story,
-        comparison=compare(story.metrics),
+        comparison=compare_states(story.metrics),
         seconds=story.metrics.get("seconds", {}),
         widths=[{"part": part, "bars": _bars(part)} for part in widths(story)],
         curves={name: _curve(points) for name, points in curves(story.metrics).items()},

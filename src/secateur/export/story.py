@@ -68,7 +68,7 @@ class Widths:
     """(Layer, units kept, units before)."""
 
 
-def compare(metrics: Mapping[str, Any], states: Sequence[str] = _STATES) -> Comparison:
+def compare_states(metrics: Mapping[str, Any], states: Sequence[str] = _STATES) -> Comparison:
     """The states side by side, each compared with the first; the baseline of a run stands beside that.
 
     ``metrics`` is what ``metrics.json`` holds; what was not measured is left out.

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, recomputed, unscorable
-from secateur.importance.weights import base_members, dequantised, is_adapter, lora_layer, sum_rows
+from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Adapters:
         blocks = calibration(blocks, self.name)
         if not graph.prunable:
             return Scores({})
-        adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+        adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
         if not adapters:
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
         check_scorable(model, graph, self.options)

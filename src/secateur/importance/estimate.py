@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.importance.adapters import Composed, Options, composed
 from secateur.importance.base import borrowed, calibration, mean_loss_backward
-from secateur.importance.weights import base_members, dequantised, is_adapter, lora_layer, sum_rows
+from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 from secateur.types import DependencyGraph, Member, NodeGroup
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def compare_with_true_gradient(
     """
     options = options or Options()
     blocks = calibration(blocks, "lora")
-    adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+    adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
     frozen = {member.parameter for group in graph.prunable for member, _ in _members(model, group)}
     with borrowed(model, [*adapters, *frozen]) as trained:
         mean_loss_backward(model, blocks, batch_size)

@@ -12,7 +12,7 @@ from torch import nn
 from secateur.types import DependencyGraph, Member, NodeGroup
 
 
-def is_adapter(parameter: str) -> bool:
+def is_adapter_parameter(parameter: str) -> bool:
     """Whether ``parameter`` is the path of a part of a LoRA adapter (``….lora_A.default.weight``)."""
     return any(part.startswith("lora_") for part in parameter.split("."))
 
@@ -92,13 +92,13 @@ def base_members(group: NodeGroup, trained: dict[str, nn.Parameter] | None = Non
     With ``trained``, only members that are in it.
     """
     for member in group.members:
-        if not is_adapter(member.parameter) and (trained is None or member.parameter in trained):
+        if not is_adapter_parameter(member.parameter) and (trained is None or member.parameter in trained):
             yield member
 
 
 def base_parameters(graph: DependencyGraph, group: NodeGroup) -> list[list[str]]:
     """The parameters in each unit of a group whose units are modules, without those of adapters."""
-    return [[name for name in names if not is_adapter(name)] for names in graph.parameters_by_unit(group)]
+    return [[name for name in names if not is_adapter_parameter(name)] for names in graph.parameters_by_unit(group)]
 
 
 def other_axes(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, zero_units
 from secateur.surgery.slice import sharing_copy, slice_model
-from secateur.surgery.verify import Check, protect_failing, trace, verify
+from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
 
 __all__ = [
     "Check",
@@ -15,6 +15,6 @@ __all__ = [
     "sharing_copy",
     "slice_model",
     "trace",
-    "verify",
+    "verify_cuts",
     "zero_units",
 ]

@@ -47,7 +47,7 @@ class Check:
     message: str
 
 
-def verify(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 0.5) -> list[Check]:
+def verify_cuts(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: float = 0.5) -> list[Check]:
     """Compare slicing with masking: each group that may be cut alone, all together, and a random subset.
 
     Args:
@@ -176,13 +176,20 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
         if len(units) < group.size:
             kept[group.name] = units
     choices = {name: {name: units} for name, units in kept.items()}
-    if len(kept) > 1:
-        choices[ALL] = kept
-        some = [name for name in kept if torch.rand(()) < 0.5] or [next(iter(kept))]
+    together = _compatible(graph, kept)
+    if len(together) > 1:
+        choices[ALL] = {name: kept[name] for name in together}
+        some = [name for name in together if torch.rand(()) < 0.5] or together[:1]
         # every group its own number of units, as in a globally ranked plan
         stay = {name: int(torch.randint(1, len(kept[name]) + 1, ())) for name in some}
         choices[SOME] = {name: legal_units(graph[name], count) for name, count in stay.items()}
     return choices
+
+
+def _compatible(graph: DependencyGraph, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that one plan may cut: of two groups one within the other, the inner, which was asked for."""
+    around = {graph[name].within for name in names}
+    return [name for name in names if name not in around]
 
 
 def legal_units(group: NodeGroup, stay: int) -> list[int]:
@@ -240,7 +247,7 @@ def _check(
 def _replayed(model: Any, run: Trace, kept: Mapping[str, list[int]]) -> float:
     """How much the replay differs; nothing can be said, and 0 is, when the operators depend on the data."""
     try:
-        return replay(model, run, {name: units for name, units in kept.items() if name in run.atoms}).difference
+        return replay(model, run, {name: units for name, units in kept.items() if name in run.units}).difference
     except NotReplayable:  # a loop over the experts that were hit: the model's own forward has to do
         return 0.0
 

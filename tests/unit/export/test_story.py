@@ -14,7 +14,7 @@ from secateur.export import Story, Verification, licence_of
 from secateur.export.card import model_card
 from secateur.export.report import html_report
 from secateur.export.runtimes import runtimes_of
-from secateur.export.story import compare, curves, widths
+from secateur.export.story import compare_states, curves, widths
 from secateur.graph import trace
 from secateur.testing.tiny import TINY
 from secateur.types import PruningPlan
@@ -80,7 +80,7 @@ def story() -> Story:
 
 
 def test_numbers_stand_beside_their_change() -> None:
-    table = compare(METRICS)
+    table = compare_states(METRICS)
     assert table.columns == ["dense", "wanda without LoRA", "pruned", "recovered"]
     rows = dict(table.rows)
     assert rows["perplexity, wiki"] == ["20.00", "150.00", "200.00", "25.00"]
@@ -93,9 +93,10 @@ def test_numbers_stand_beside_their_change() -> None:
 
 
 def test_nothing_measured_is_no_table() -> None:
-    assert compare({}).rows == []
+    assert compare_states({}).rows == []
     machine = {"processor": "p", "threads": 1, "torch": "2"}
-    assert compare({"machine": machine, "dense": {"parameters": 3}}).caption == "Measured on p, 1 thread, torch 2."
+    caption = compare_states({"machine": machine, "dense": {"parameters": 3}}).caption
+    assert caption == "Measured on p, 1 thread, torch 2."
 
 
 def test_widths_follow_the_plan(story: Story) -> None:

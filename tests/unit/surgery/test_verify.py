@@ -1,4 +1,4 @@
-"""``verify``: every group passes on a sound graph, and each way of being wrong is seen."""
+"""``verify_cuts``: every group passes on a sound graph, and each way of being wrong is seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur.export import standard_form
 from secateur.graph import record, trace
-from secateur.surgery import protect_failing, slice_model, verify
+from secateur.surgery import protect_failing, slice_model, verify_cuts
 from secateur.testing.contracts import with_adapters
 from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Member, NodeGroup
@@ -28,7 +28,7 @@ def with_group(graph: DependencyGraph, group: NodeGroup) -> DependencyGraph:
 def failing(monkeypatch: pytest.MonkeyPatch, model: nn.Module, wrong: DependencyGraph) -> dict[str, str]:
     """Names and messages of the failed checks when the tracer answers ``wrong``."""
     monkeypatch.setattr(VERIFY, "record", lambda seen: replace(record(seen), graph=wrong))
-    return {check.group: check.message for check in verify(model) if not check.ok}
+    return {check.group: check.message for check in verify_cuts(model) if not check.ok}
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "phi3", "falcon-new", "olmo2"])
@@ -38,7 +38,7 @@ def test_sound_graphs_pass_and_the_model_is_untouched(family: str, lora: bool) -
     model.to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    checks = verify(model)
+    checks = verify_cuts(model)
     assert [check.message for check in checks if not check.ok] == []
     assert [check.group for check in checks] == [*(g.name for g in trace(model).prunable), "all groups", "some groups"]
     assert all(check.max_difference <= 1e-4 < 1e-2 < check.effect for check in checks)
@@ -48,8 +48,8 @@ def test_sound_graphs_pass_and_the_model_is_untouched(family: str, lora: bool) -
 
 def test_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TINY["llama-gqa"]()
-    assert verify(model, seed=1) == verify(model, seed=1)
-    assert verify(model, seed=1) != verify(model, seed=2)
+    assert verify_cuts(model, seed=1) == verify_cuts(model, seed=1)
+    assert verify_cuts(model, seed=1) != verify_cuts(model, seed=2)
 
 
 def test_a_missing_member_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_misaligned_member_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stale_attribute_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SLICE, "attribute_changes", lambda *_: [])
-    wrong = {check.group for check in verify(TINY["opt"]()) if not check.ok}
+    wrong = {check.group for check in verify_cuts(TINY["opt"]()) if not check.ok}
     assert {"layers.0.attention", "layers.1.attention", "all groups"} <= wrong
     assert "layers.0.mlp" not in wrong
 
@@ -87,7 +87,7 @@ def test_a_stale_attribute_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group_without_effect_is_seen() -> None:
     model = TINY["llama-gqa"]()
     nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
-    checks = {check.group: check for check in verify(model)}
+    checks = {check.group: check for check in verify_cuts(model)}
     assert not checks["layers.0.mlp"].ok
     assert "no visible effect" in checks["layers.0.mlp"].message
     assert checks["layers.1.mlp"].ok
@@ -100,7 +100,7 @@ def test_a_large_model_is_represented_by_a_stand_in(
 ) -> None:
     monkeypatch.setattr(VERIFY, "WHOLE_UP_TO", 1000)
     model = with_adapters(TINY[family]()) if lora else TINY[family]()
-    checks = verify(model)
+    checks = verify_cuts(model)
     assert [check for check in checks if not check.ok] == []
     assert all(f"on random weights and {layers} layers" in check.message for check in checks)
 
@@ -110,7 +110,7 @@ def test_a_model_without_weights_is_verified_by_a_stand_in() -> None:
     config.num_hidden_layers, config.layer_types = 7, ["full_attention"] * 7
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    checks = verify(model)
+    checks = verify_cuts(model)
     assert all(check.ok and "2 layers" in check.message for check in checks)
     assert all(parameter.is_meta for parameter in model.parameters())
 
@@ -130,7 +130,7 @@ def test_uneven_layers_are_represented_by_a_stand_in(monkeypatch: pytest.MonkeyP
     assert len({group.size for group in graph if group.kind == "ffn"}) == 5
     assert protect_failing(uneven, graph) == graph
     # the fourth is the first of its kind: one KV head
-    assert all(check.ok and "4 layers" in check.message for check in verify(uneven))
+    assert all(check.ok and "4 layers" in check.message for check in verify_cuts(uneven))
 
 
 def test_nothing_more_is_protected_in_a_sound_model() -> None:
