@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.adapters import is_adapter_folder
 from secateur.config import Recipe, dump, revise
 from secateur.data import check_sources, check_window, load_whole, read_texts
 from secateur.errors import InputError
@@ -17,7 +18,7 @@ from secateur.export import Verification, check_output, needs_trust, verify_save
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.knowledge import cuts, measure_cuts
-from secateur.loading import is_adapter_folder, load
+from secateur.loading import load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.stages import losses, refuse_what_cannot_work, size

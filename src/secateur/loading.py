@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,6 +41,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from secateur.adapters import ADAPTER_CONFIG, check_adapter, is_adapter_folder, merge_adapter
 from secateur.errors import InputError, ModelError
 from secateur.progress import say
 from secateur.surgery.rebuild import is_uneven, pruned_class_of
@@ -59,7 +59,7 @@ _TOKENIZER_FILES = (
 )
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _HUB_CODE = ["*.py"]  # fetched only for those who trust it
-_WEIGHTS, _WEIGHTS_INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
 _HUB_IGNORED = ["*/*", "consolidated*"]
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -156,7 +156,8 @@ def outline(
     """
     folder = _find(str(name), revision, trust_remote_code)
     if is_adapter_folder(folder):
-        return outline(_adapter_base(folder, str(name)), trust_remote_code=trust_remote_code)
+        base, revision = _adapter_base(folder, str(name))
+        return outline(base, revision=revision, trust_remote_code=trust_remote_code)
     config = _check_config(folder, str(name), trust_remote_code)
     with quiet_transformers(), torch.device("meta"):
         model: PreTrainedModel = (
@@ -497,76 +498,49 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds an adapter, with or without a config.json beside it, and not a whole model."""
-    whole = any((folder / file).is_file() for file in (_WEIGHTS, _WEIGHTS_INDEX))
-    return (folder / _ADAPTER).is_file() and not whole
-
-
 def _open_adapter(
     folder: Path, name: str, device: str, dtype: str, trust: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The base model that an adapter names, with the adapter merged into it."""
-    base = _adapter_base(folder, name)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{name} is an adapter without adapter_model.safetensors; pickled adapters are not opened.")
+    base, revision = _adapter_base(folder, name)
     say(f"{name} is an adapter of {base}: opening the base model and merging it")
     try:
-        model, tokenizer = load(base, device=device, dtype=dtype, trust_remote_code=trust)
+        model, tokenizer = load(base, revision=revision, device=device, dtype=dtype, trust_remote_code=trust)
     except ModelError as error:
         raise ModelError(f"{name} is an adapter of {base}, which cannot be opened. {error}") from error
     try:
-        merged = _merge(model, folder)
+        merged = merge_adapter(model, folder, _read_json(folder / ADAPTER_CONFIG))
     except Exception as error:  # peft raises RuntimeError, ValueError, SafetensorError ... for misfits
         raise ModelError(f"The adapter {name} does not fit its base model {base}: {_first_line(error)}") from error
     merged.config._name_or_path = name
     return merged.eval(), _open_tokenizer(folder, name, trust) or tokenizer
 
 
-def _merge(model: PreTrainedModel, folder: Path) -> Any:
-    """``model`` with the LoRA adapter in ``folder`` merged; ModelError when a tensor of either finds no partner."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about missing keys, which are an error here
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        # A second time, because only this tells what found no place.
-        names = getattr(model, "_checkpoint_conversion_mapping", None)
-        result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=str(model.device))
-    for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
-        if keys:
-            raise ModelError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
-    return adapted.merge_and_unload()
-
-
-def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> str:
-    """Name of the model that a LoRA adapter was trained on; ``above`` are the adapters that stand upon this one."""
-    raw = _read_json(folder / _ADAPTER)
+def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> tuple[str, str | None]:
+    """Name and revision of the model that a LoRA adapter was trained on; ``above`` are adapters that stand upon it."""
+    raw = _read_json(folder / ADAPTER_CONFIG)
     base = raw.get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"{name} is an adapter that does not name its base model. Merge it first, then give the result."
         )
-    if raw.get("peft_type") != "LORA":
-        raise ModelError(
-            f"{name} is an adapter of type {raw.get('peft_type') or '(none)'} (peft_type in {_ADAPTER}); only LoRA "
-            f"adapters can be merged. Give the base model, {base}, instead."
-        )
+    check_adapter(folder, name, raw)
     below, above = Path(str(base)).expanduser(), above | {folder.resolve()}
     if is_adapter_folder(below):
         if below.resolve() in above:
             raise ModelError(
                 f"{name} is an adapter of {base}: adapters in a circle, without a model below. Put the name of the "
-                f"base model into base_model_name_or_path in {_ADAPTER}."
+                f"base model into base_model_name_or_path in {ADAPTER_CONFIG}."
             )
         _adapter_base(below, str(base), above)
-    return str(base)
+    return str(base), raw.get("revision")
 
 
 def _first_line(error: Exception) -> str:
-    """The start of a library's message, for quoting within ours."""
+    """The start of a library's message, for quoting within ours; with what follows a heading that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    start = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return (start or type(error).__name__)[:300]
 
 
 @contextlib.contextmanager

@@ -6,11 +6,20 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+)
 
 from secateur.errors import InputError, ModelError
 from secateur.loading import BUILT_IN, BuiltInModel, cache_folder, load, outline, pick_device
@@ -438,6 +447,89 @@ def test_adapters_in_a_circle_are_refused(steps: int, tmp_path: Path) -> None:
     for opener in (load, outline):
         with pytest.raises(ModelError, match="in a circle"):
             opener(str(folders[0]))
+
+
+def change_adapter(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 16}, "use_rslora": True},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_what_an_adapter_learned_is_merged_whole_or_refused(kind: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False, **kind)
+    adapted = get_peft_model(load(str(saved), device="cpu")[0], settings).eval()
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name or "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(load(str(tmp_path / "adapter"), device="cpu")[0](ids).logits, expected)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    extra = ("magnitude", "embed_tokens") if "rank_pattern" not in kind else ("q_proj.lora_A",)
+    save_file({key: value for key, value in load_file(file).items() if not any(e in key for e in extra)}, file)
+    with pytest.raises(ModelError, match=r"no counterpart in the adapter's file|has no weights for it"):
+        load(str(tmp_path / "adapter"), device="cpu")
+
+
+def test_an_adapter_of_another_base_names_what_does_not_fit(adapter: Path, tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path / "gpt2")
+    change_adapter(adapter, base_model_name_or_path=str(tmp_path / "gpt2"))
+    with pytest.raises(ModelError, match=r"does not fit its base model .*gpt2"):
+        load(str(adapter))
+    wide = LlamaConfig(**build("llama-tied").config.to_dict() | {"intermediate_size": 24})
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
+    change_adapter(adapter, base_model_name_or_path=str(tmp_path / "wide"))
+    with pytest.raises(ModelError, match=r"does not fit its base model .*wide: .*size mismatch for .*_proj"):
+        load(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_novelty": True}, "does not know.*use_novelty = True"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "cannot be merged: it repeats layers"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head was trained in full.*no weights for it"),
+        ({"r": 4}, "size mismatch"),
+    ],
+)
+def test_adapters_that_would_lose_something_are_refused(changes: dict[str, Any], message: str, adapter: Path) -> None:
+    change_adapter(adapter, **changes)
+    with pytest.raises(ModelError, match=message):
+        load(str(adapter))
+
+
+def test_a_whole_model_beside_an_adapter_is_ambiguous(adapter: Path, saved: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (adapter / file).write_bytes((saved / file).read_bytes())
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match="both a whole model and an adapter"):
+            opener(str(adapter))
+
+
+def test_an_adapter_is_put_on_the_revision_that_it_was_trained_on(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur import loading
+
+    change_adapter(adapter, base_model_name_or_path="some/base", revision="abc")
+    asked: list[object] = []
+    monkeypatch.setattr(loading, "_hub_folder", lambda name, revision, trust: asked.append((name, revision)))
+    with pytest.raises(TypeError):  # there is no such folder
+        load(str(adapter))
+    assert asked == [("some/base", "abc")]
 
 
 @pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", None])
