@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from secateur.errors import PlanError
 
-Kind = Literal["ffn", "attention", "expert", "layer", "hidden", "vocab", "state"]
+Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
 
 
@@ -106,12 +106,24 @@ class NodeGroup:
     modules: tuple[str, ...] = ()
     """Path of the module that each unit is, for units that go as a whole (decoder layers); such a group has no
     members, and all parameters in a module go with its unit."""
+    within: str | None = None
+    """Name of the group whose units these are parts of (query heads are parts of KV heads): of the two, one plan cuts
+    one. Groups that are not within another share no rows."""
 
     @property
     def movable(self) -> list[int]:
         """The units that are not ``fixed``, ascending."""
         fixed = {unit for unit, _ in self.fixed}
         return [unit for unit in range(self.size) if unit not in fixed]
+
+    def in_turn(self, order: Sequence[int]) -> list[int]:
+        """``order``, with the first of each run first, then the second of each, and so on.
+
+        So much of it as is a multiple of ``runs`` has equally many units of each run. ``order`` has, too.
+        """
+        length = self.size // self.runs
+        by_run = [[unit for unit in order if unit // length == run] for run in range(self.runs)]
+        return [unit for turn in zip(*by_run, strict=True) for unit in turn]
 
 
 @dataclass(frozen=True)
@@ -203,6 +215,13 @@ class DependencyGraph:
                 )
             if len(units) < group.size:
                 _check_cut(group, set(units))
+        cut = {name for name, units in kept.items() if len(units) < self[name].size}
+        for name in sorted(cut):
+            if self[name].within in cut:
+                raise PlanError(
+                    f"The plan cuts {self[name].within} and {name}, whose units are parts of the units of the former. "
+                    "Cut one of the two, and the other in a second run on what this one leaves."
+                )
 
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
@@ -243,10 +262,12 @@ class DependencyGraph:
         models that share it.
 
         Adapters do not change it: they are left out, and what they wrap has its own name again. Whole layers are left
-        out as well: what is in them says enough.
+        out as well, and groups within another: what is in the others says enough.
         """
         facts = [
-            (group.name, group.kind, group.size, self._places(group)) for group in self.groups if not group.modules
+            (group.name, group.kind, group.size, self._places(group))
+            for group in self.groups
+            if not group.modules and group.within is None
         ]
         return hashlib.sha256(json.dumps([self.model_type, facts]).encode()).hexdigest()[:16]
 

@@ -25,6 +25,7 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
         "d_ff",
     ),
     "attention": ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_attention_heads", "num_heads"),
+    "query": ("num_attention_heads", "num_heads"),
     "expert": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "hidden": ("hidden_size", "d_model"),
     "vocab": ("vocab_size",),

@@ -38,7 +38,7 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
     config = copy.deepcopy(sizes.whole)
     names = {name: _writable(config, name) for own in sizes.sizes.values() for name in own}
     known = (getattr(before.config, "pruned_layers", None) or {}).get("follows", {})
-    follows: dict[str, dict[str, int]] = {}
+    follows: dict[str, dict[str, int | float]] = {}
     path = ""
     for place, name in sizes.names.items():
         path = place.path
@@ -88,14 +88,20 @@ def _writable(config: PreTrainedConfig, name: str) -> str:
     return name
 
 
-def _attributes(before: PreTrainedModel, sizes: LayerSizes, group: NodeGroup, path: str) -> dict[str, int]:
-    """``"path inside the layer.attribute"`` → how much it loses with each unit of ``group``, where that is not 0."""
+def _attributes(before: PreTrainedModel, sizes: LayerSizes, group: NodeGroup, path: str) -> dict[str, int | float]:
+    """``"path inside the layer.attribute"`` → how much it loses with each unit of ``group``, where that is not 0.
+
+    A fraction for what loses 1 when all runs of the group lose a unit (the query heads of a KV head).
+    """
     prefix = f"{path}.{group.layer}."
     paths = {id(module): name.removeprefix(prefix) for name, module in before.named_modules()}
-    attributes = {}
-    for change in attribute_changes(before, sizes.graph, {group.name: range(group.size - 1)}):
+    attributes: dict[str, int | float] = {}
+    length = group.size // group.runs
+    kept = [unit for unit in range(group.size) if unit % length < length - 1]  # without the last of each run
+    for change in attribute_changes(before, sizes.graph, {group.name: kept}):
         holder = change.module.config if change.in_config else change.module
         path = paths[id(change.module)] + (".config" if change.in_config else "")
         if change.value != getattr(holder, change.name):
-            attributes[f"{path}.{change.name}"] = getattr(holder, change.name) - change.value
+            loss = getattr(holder, change.name) - change.value
+            attributes[f"{path}.{change.name}"] = loss / group.runs if loss % group.runs else loss // group.runs
     return attributes

@@ -11,6 +11,7 @@ from torch import nn
 from secateur.graph.axes import Atom, Axis, leaves, resolve, size_of
 from secateur.graph.blocks import Span, find_blocks
 from secateur.graph.places import Place, Places, common
+from secateur.graph.queries import within_heads
 from secateur.graph.routers import with_legal_choices
 from secateur.graph.symbols import Call, SymbolTable
 from secateur.types import DependencyGraph, Kind, Member, NodeGroup, Role
@@ -84,10 +85,11 @@ class Candidate:
 
 def find_groups(
     model: nn.Module, table: SymbolTable, calls: Sequence[Call], spans: Sequence[Span]
-) -> tuple[DependencyGraph, dict[str, Atom]]:
-    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and each group's atom by name.
+) -> tuple[DependencyGraph, dict[str, Axis]]:
+    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and by name what each group's
+    units are: a leaf, or for query heads the leaf of the KV heads and the leaf within.
 
-    Groups whose units are not those of a single atom (the layers; experts in groups) have none.
+    The layers, and experts in groups, have none.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     places = Places(model, table.used)
@@ -102,14 +104,17 @@ def find_groups(
         for candidate, name in zip(chosen, names, strict=True)
     ]
     groups = with_legal_choices(groups, [candidate.atom for candidate in chosen], table, calls)
-    atoms = {group.name: candidate.atom for candidate, group in zip(chosen, groups, strict=True) if group.runs == 1}
+    units: dict[str, Axis] = {
+        group.name: (candidate.atom,) for candidate, group in zip(chosen, groups, strict=True) if group.runs == 1
+    }
     groups = [replace(group, fixed=_special_tokens(model)) if group.kind == "vocab" else group for group in groups]
+    groups = _with_query_heads(groups, chosen, candidates, unused, norms, units)
     layers = find_blocks(model, table, places, calls, spans)
     if layers is not None:
         groups.append(layers)
     config = getattr(model, "config", None)
     graph = DependencyGraph(getattr(config, "model_type", type(model).__name__), tuple(groups), shapes)
-    return graph, atoms
+    return graph, units
 
 
 # --- members --------------------------------------------------------------------------------------------------------
@@ -338,6 +343,73 @@ def _protection(candidate: Candidate, kind: Kind, unused: Mapping[tuple[str, ...
 def _statistics(candidate: Candidate, kind: Kind, norms: Container[tuple[str, ...]]) -> str | None:
     """Reductions over units other than products are understood in norms, which can be told who survives."""
     taken = [what for what in RENORMALISING if what in candidate.atom.marks]
-    if kind not in ("ffn", "attention") or not taken or any(place.module in norms for place in candidate.places):
+    understood = any(place.module in norms for place in candidate.places)
+    if kind not in (*_OPEN, "query") or not taken or understood:
         return None
     return f"a {taken[0]} runs over its units outside of a norm"
+
+
+# --- query heads ----------------------------------------------------------------------------------------------------
+
+
+def _with_query_heads(
+    groups: Sequence[NodeGroup],
+    chosen: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+    unused: Mapping[tuple[str, ...], str],
+    norms: Container[tuple[str, ...]],
+    units: dict[str, Axis],
+) -> list[NodeGroup]:
+    """``groups``, and after each of KV heads those of the query heads within them; ``units`` learns of them.
+
+    The query heads of a KV head are a leaf as well, that lost against the KV heads' (``_kinds``). Together the two are
+    the query heads of the layer, of which every KV head must keep equally many.
+    """
+    taken = {id(candidate.atom) for candidate in chosen}
+    inner = [
+        candidate
+        for candidate in candidates
+        if id(candidate.atom) not in taken and "head" in candidate.atom.marks and candidate.roles == {"in", "out"}
+    ]
+    result: list[NodeGroup] = []
+    for head, group in zip(chosen, groups, strict=True):
+        result.append(group)
+        for query in inner if group.kind == "attention" else ():
+            members = (
+                within_heads(query.members, head.members, head.atom.size, query.atom.size)
+                if query.axes <= head.axes
+                else None
+            )
+            if members is not None:
+                found = _query_group(group, head, query, members, unused, norms)
+                units[found.name] = (head.atom, query.atom)
+                result.append(found)
+    return result
+
+
+def _query_group(
+    group: NodeGroup,
+    head: Candidate,
+    query: Candidate,
+    members: Sequence[Member],
+    unused: Mapping[tuple[str, ...], str],
+    norms: Container[tuple[str, ...]],
+) -> NodeGroup:
+    """The query heads ``query`` of a layer, which lie in the KV heads ``head`` of ``group``.
+
+    They may be cut where the KV heads are shared between layers, but not where something speaks against cutting these.
+    """
+    own = _group(query, "query", "", unused, norms)
+    refusals = [*query.atom.refusals, *head.atom.refusals]
+    alone = own.layer is not None and own.layer != group.layer  # several layers attend to the same KV heads
+    return replace(
+        own,
+        name=f"layers.{own.layer}.attention.query" if alone else f"{group.name}.query",
+        size=head.atom.size * query.atom.size,
+        members=tuple(members),
+        protected=refusals[0] if refusals else own.protected,
+        on_request=own.on_request and not refusals,
+        least=head.atom.size,
+        runs=head.atom.size,
+        within=group.name,
+    )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.errors import ModelError
-from secateur.graph.axes import Axis, leaves, resolve, split_axis
+from secateur.graph.axes import Atom, Axis, leaves, resolve, size_of, split_axis
 from secateur.graph.rules_factories import RULES as FACTORIES
 from secateur.graph.symbols import Call
 from secateur.graph.trace import Trace
@@ -54,11 +54,11 @@ def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) ->
     if any(tensor.is_meta for tensor in values.values()):
         raise ModelError("A model on the meta device has no weights to replay; give a small real model of its config.")
     values = {name: _in_fp32(tensor) for name, tensor in values.items()}
-    cut = Cut({id(trace.atoms[name]): torch.as_tensor(sorted(units)) for name, units in kept.items()})
+    cut = Cut([(trace.units[name], torch.as_tensor(sorted(units))) for name, units in kept.items()])
     tokens = _tokens(trace, cut)
     with torch.no_grad():
         try:
-            whole = _Run(trace, values, Cut({}), tokens).logits()
+            whole = _Run(trace, values, Cut([]), tokens).logits()
             masked = _Masked(trace, values, cut, tokens).logits()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotReplayable(
@@ -88,29 +88,45 @@ def _tokens(trace: Trace, cut: Cut) -> torch.Tensor:
 
 
 class Cut:
-    """Which positions of an axis are left when only some units of some leaves are.
+    """Which positions of an axis are left when only some units are.
 
-    ``units`` are the kept units by the ``id`` of the leaf.
+    ``kept`` has what the units are, and the indices of those that stay. Units of two leaves are all pairs, of which
+    equally many stay for each unit of the outer leaf: on an axis that has the inner leaf alone, so many are left (what
+    lies there is repeated from KV heads, so that it does not matter which).
     """
 
-    def __init__(self, units: Mapping[int, torch.Tensor]) -> None:
-        self._units = units
+    def __init__(self, kept: Sequence[tuple[Axis, torch.Tensor]]) -> None:
+        self._masks: dict[int, torch.Tensor] = {}
+        """By the ``id`` of the leaf, or of the inner one: boolean ``[units]``."""
+        self._outer: dict[int, Atom] = {}
+        """By the ``id`` of the inner leaf, where there are two."""
+        for units, stays in kept:
+            mask = torch.zeros(size_of(units), dtype=torch.bool)
+            mask[stays] = True
+            self._masks[id(units[-1])] = mask
+            if len(units) == 2:
+                self._outer[id(units[1])] = units[0]
 
     def touches(self, axis: Axis) -> bool:
-        return bool(self._units) and any(id(atom) in self._units for atom in leaves(axis))
+        return bool(self._masks) and any(id(atom) in self._masks for atom in leaves(axis))
 
     def mask(self, axis: Axis) -> torch.Tensor:
         """Boolean ``[size of the axis]``: which positions stay."""
         mask = torch.ones(1, dtype=torch.bool)
+        before: Atom | None = None
         for atom in resolve(axis):
             if atom.pieces is not None:
                 own = torch.cat([self.mask(piece) for piece in atom.pieces])
             else:
-                own = torch.ones(atom.size, dtype=torch.bool)
-                if id(atom) in self._units:
-                    own = torch.zeros_like(own)
-                    own[self._units[id(atom)]] = True
-            mask = (mask[:, None] & own[None, :]).flatten()
+                own = self._masks.get(id(atom), torch.ones(atom.size, dtype=torch.bool))
+            if id(atom) in self._outer and self._outer[id(atom)] is before:
+                mask = (mask.view(-1, before.size, 1) & own.view(1, before.size, -1)).flatten()
+            elif id(atom) in self._outer:
+                left = own.sum() // self._outer[id(atom)].size
+                mask = (mask[:, None] & (torch.arange(atom.size) < left)).flatten()
+            else:
+                mask = (mask[:, None] & own[None, :]).flatten()
+            before = atom
         return mask
 
     def positions(self, axis: Axis) -> torch.Tensor | None:

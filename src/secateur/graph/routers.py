@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from secateur.graph.axes import Atom, leaves, resolve, size_of
+from secateur.graph.queries import of_pairs
 from secateur.graph.symbols import Call, SymbolTable
 from secateur.types import Member, NodeGroup
 
@@ -72,8 +73,4 @@ def _unrolled(member: Member, atom: Atom, outer: Atom, inner: Atom) -> Member | 
     if atom is outer:
         width = member.width // inner.size
         return replace(member, stride=width, width=width) if width * inner.size == member.width else None
-    run = inner.size * member.width
-    firsts = [start for start in member.offsets if start // run % outer.size == 0]
-    if sorted(start + number * run for start in firsts for number in range(outer.size)) != sorted(member.offsets):
-        return None
-    return replace(member, offsets=tuple(firsts))
+    return of_pairs(member, outer.size, inner.size)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from secateur.errors import ModelError
-from secateur.graph.axes import Atom, Conflict, leaf, mark, refuse, unify
+from secateur.graph.axes import Axis, Conflict, leaf, mark, refuse, unify
 from secateur.graph.blocks import WatchBlocks
 from secateur.graph.groups import find_groups
 from secateur.graph.rules import RULES, protect
@@ -40,8 +40,8 @@ class Trace:
     graph: DependencyGraph
     calls: Sequence[Call]
     table: SymbolTable
-    atoms: Mapping[str, Atom]
-    """The leaf that each group's units are, by the group's name."""
+    units: Mapping[str, Axis]
+    """What each group's units are, by the group's name: a leaf; of query heads, the KV heads' and the one within."""
     token_ids: torch.Tensor
     logits: torch.Tensor
 
@@ -102,8 +102,8 @@ def _record(twin: nn.Module, model: nn.Module) -> Trace:
     if logits.shape[-1] == embedding.shape[0]:
         unify(output, vocabulary)
     mark(output, "vocab")
-    graph, atoms = find_groups(model, table, recorder.calls, blocks.spans)
-    return Trace(graph, recorder.calls, table, atoms, token_ids, logits)
+    graph, units = find_groups(model, table, recorder.calls, blocks.spans)
+    return Trace(graph, recorder.calls, table, units, token_ids, logits)
 
 
 def _buffers(twin: nn.Module, persistent: bool) -> dict[int, str]:

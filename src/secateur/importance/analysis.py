@@ -28,7 +28,7 @@ class Trial(BaseModel):
     units: int
     """Of the group."""
     removed: int
-    """Units that went; the nearest to ``ratio``, at least one, and one stays."""
+    """Units that went; the nearest to ``ratio`` that the group can lose, at least one, and one stays."""
     loss: float
     """Mean next-token loss, nats."""
     kl: float

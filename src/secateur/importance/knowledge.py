@@ -69,9 +69,9 @@ def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> lis
         )
     found = []
     for group in groups:
-        order = scores[group.name].argsort(stable=True).tolist()
+        order = group.in_turn(scores[group.name].argsort(stable=True).tolist())
         for ratio in ratios:
-            goes = min(max(1, round(ratio * group.size)), group.size - group.least)
+            goes = min(max(1, round(ratio * group.size / group.runs)) * group.runs, group.size - group.least)
             found.append(Cut(group, ratio, tuple(sorted(order[goes:]))))
     return found
 

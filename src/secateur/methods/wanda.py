@@ -18,7 +18,7 @@ from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import track
 from secateur.surgery import masked
-from secateur.types import Scores, Settings, removed_to_kept
+from secateur.types import NodeGroup, Scores, Settings, removed_to_kept
 
 
 class WandaSettings(Settings):
@@ -73,7 +73,7 @@ def layer_by_layer(task: PruningTask, criterion: importance.Activation, counts: 
             run = partial(_run, stack, batches, states, layer)
             scores |= criterion.score_during(task.model, here, run).values
             gone = {
-                group.name: sorted(scores[group.name].argsort(stable=True)[: counts[group.name]].tolist())
+                group.name: sorted(_lowest(group, scores[group.name], counts[group.name]))
                 for group in here.prunable
                 if counts.get(group.name)
             }
@@ -81,6 +81,11 @@ def layer_by_layer(task: PruningTask, criterion: importance.Activation, counts: 
             masks.enter_context(masked(task.model, task.graph, removed_to_kept(task.graph, gone)))
             states = run()
     return Decision(removed, Scores(scores))
+
+
+def _lowest(group: NodeGroup, scores: torch.Tensor, count: int) -> list[int]:
+    """The ``count`` lowest units; equally many of each run, where a group has several."""
+    return group.in_turn(scores.argsort(stable=True).tolist())[:count]
 
 
 def _run(

@@ -192,14 +192,12 @@ def _equal(problem: _Problem, ratio: float | None) -> dict[str, int]:
         _check_near(problem, final, looked_at)
     if ratio is None or ratio >= problem.budget.ratio:
         return dict(final.kept)
-    on_the_way = {name: range(count, count_now + 1) for name, count, count_now in _spans(problem, final)}
+    on_the_way = {
+        stack.group.name: range(final.kept[stack.group.name], stack.left + 1, stack.group.runs)
+        for stack in problem.stacks
+    }
     chosen, _ = choose_equal(problem.count, width_classes(problem.stacks, on_the_way), problem.target(ratio))
     return dict(chosen.kept)
-
-
-def _spans(problem: _Problem, final: Candidate) -> list[tuple[str, int, int]]:
-    """Name, final and present number of units of each group."""
-    return [(stack.group.name, final.kept[stack.group.name], stack.left) for stack in problem.stacks]
 
 
 def _check_near(problem: _Problem, chosen: Candidate, looked_at: Sequence[Candidate]) -> None:

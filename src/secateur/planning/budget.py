@@ -24,8 +24,9 @@ class Budget(Settings):
     """Fraction of all parameters to remove, strictly between 0 and 1."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
     """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV
-    heads with their query heads; ``expert``: routed experts; ``layer``: whole decoder layers; ``hidden``: width of the
-    residual stream; ``vocab``: tokens (only without a tokenizer); ``state``: units of state-space layers."""
+    heads with their query heads; ``query``, instead of that: query heads, equally many of each KV head; ``expert``:
+    routed experts; ``layer``: whole decoder layers; ``hidden``: width of the residual stream; ``vocab``: tokens (only
+    without a tokenizer); ``state``: units of state-space layers."""
     floor: float = Field(default=0.8, ge=0, le=1)
     """Every group keeps at least this fraction of what an even cut to the same ratio would leave it, and at least one
     unit; 0 lets ranking empty a group down to one unit, 1 makes the cut even."""
@@ -72,6 +73,11 @@ class Budget(Settings):
     def _kinds(cls, value: tuple[Kind, ...]) -> tuple[Kind, ...]:
         if not value:
             raise ValueError(f"name at least one of {', '.join(get_args(Kind))}")
+        if {"attention", "query"} <= set(value):
+            raise ValueError(
+                "attention takes KV heads with all their query heads and query takes query heads from KV heads, which "
+                "does not go together; name one of the two, and the other in a second run on what this one leaves"
+            )
         return value
 
     @field_validator("round_to")

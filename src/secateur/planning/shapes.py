@@ -47,6 +47,9 @@ RUNTIMES: Mapping[RunsOn, Runtime] = {
 }
 """Runtimes that need equal widths in all layers; transformers is not among them."""
 
+_HEADS: tuple[Kind, ...] = ("attention", "query")
+"""Kinds whose cut changes the number of query heads."""
+
 HEADS_DIVIDE_HIDDEN = frozenset({"llama", "gemma2", "gemma3_text"})
 """Model types whose config refuses a number of query heads that does not divide the hidden width."""
 
@@ -59,10 +62,10 @@ def needs_equal_widths(runs_on: RunsOn) -> bool:
 def refusal(group: NodeGroup, model_type: str, runs_on: RunsOn) -> str | None:
     """Why the runtime cannot open this model once ``group`` is cut, or None when it can."""
     runtime = RUNTIMES.get(runs_on)
-    if runtime is None or group.kind not in ("attention", "hidden", "state") or model_type in runtime.heads:
+    if runtime is None or group.kind not in (*_HEADS, "hidden", "state") or model_type in runtime.heads:
         return None
     where = "vllm and llama.cpp" if runs_on == "everywhere" else runs_on
-    if group.kind != "attention":  # another hidden width leaves heads that do not add up to it
+    if group.kind not in _HEADS:  # another hidden width leaves heads that do not add up to it
         return f"{model_type} with another number of {group.kind} units is not known to open in {where}"
     if runs_on != "everywhere" and model_type not in runtime.fixed_heads:
         return f"{model_type} with other head counts is not known to open in {where}"
@@ -93,7 +96,7 @@ def legal_counts(
     if runtime is not None and group.kind == "ffn":
         step = ffn_step(size, runtime.ffn_multiple)
         counts = [count for count in counts if count % step == 0]
-    if runtime is not None and group.kind == "attention" and graph.model_type in HEADS_DIVIDE_HIDDEN:
+    if runtime is not None and group.kind in _HEADS and graph.model_type in HEADS_DIVIDE_HIDDEN:
         hidden, queries = _hidden_width(group, graph), _queries_per_unit(group)
         counts = [count for count in counts if hidden % (count * queries) == 0]
     return counts if size in counts else [*counts, size]
@@ -129,7 +132,9 @@ def _hidden_width(group: NodeGroup, graph: DependencyGraph) -> int:
 
 
 def _queries_per_unit(group: NodeGroup) -> int:
-    """Query heads of one KV head: rows of a unit in the consumer, over those in its narrowest producer."""
+    """Query heads of one unit: rows of a unit in the consumer, over those in its narrowest producer."""
+    if group.kind == "query":
+        return 1
     consumed = max((member.rows_per_unit for member in group.members if member.role == "in"), default=1)
     produced = min((member.rows_per_unit for member in group.members if member.role == "out"), default=consumed)
     return max(1, consumed // produced)

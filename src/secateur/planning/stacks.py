@@ -85,8 +85,9 @@ def build_stack(
         stays = torch.isin(left[index], torch.tensor([unit for unit, _ in group.fixed]))
         index = torch.cat([index[~stays], index[stays]])
     if group.runs > 1:
-        run = left[index] // (group.size // group.runs)
-        index = torch.stack([index[run == number] for number in range(group.runs)], dim=1).flatten()
+        place = torch.empty(group.size, dtype=torch.long)
+        place[left] = torch.arange(len(left))
+        index = place[group.in_turn(left[index].tolist())]
     return Stack(group, left[index], values[index], cost)
 
 

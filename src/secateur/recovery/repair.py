@@ -123,7 +123,7 @@ def check_repairable(model: nn.Module, graph: DependencyGraph, groups: Iterable[
     for name in groups:
         if graph[name].kind not in MASKABLE:
             raise ModelError(
-                f"Repair refits what consumes units of kind {' and '.join(MASKABLE)}; {name} is of kind "
+                f"Repair refits what consumes units of kind {', '.join(MASKABLE)}; {name} is of kind "
                 f"{graph[name].kind}. Leave it whole, or set recovery.repair=false."
             )
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -111,17 +111,31 @@ def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[st
     changes = []
     for group, removed in cut_groups(graph, kept):
         for module, encloses in _home(modules, group) if group.members else ():
-            for pattern in PATTERNS:
+            for pattern in _patterns(group.kind):
                 holder = getattr(module, "config", None) if pattern.in_config else module
                 if (
-                    pattern.kind == group.kind
-                    and pattern.encloses == encloses
+                    pattern.encloses == encloses
                     and re.match(pattern.classes, type(module).__name__)
                     and isinstance(vars(holder).get(pattern.name) if holder is not None else None, int)
                 ):
                     value = _scaled(pattern, holder, module, group, group.size - len(removed))
                     changes.append(Change(module, pattern.name, value, pattern.in_config))
     return changes
+
+
+def _patterns(kind: Kind) -> list[Pattern]:
+    """The patterns that groups of ``kind`` follow.
+
+    Query heads within their KV heads change what counts query heads or those of a KV head, and not what counts the KV
+    heads.
+    """
+    if kind != "query":
+        return [pattern for pattern in PATTERNS if pattern.kind == kind]
+    return [
+        replace(pattern, meaning="proportional")
+        for pattern in PATTERNS
+        if pattern.kind == "attention" and pattern.meaning in ("proportional", "queries_per_kv")
+    ]
 
 
 def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.Module, bool]]:

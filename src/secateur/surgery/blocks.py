@@ -86,12 +86,14 @@ def without_layers(
         number, _, rest = name[len(path) + 1 :].partition(".")
         return f"{path}.{numbers[int(number)]}.{rest}" if int(number) in numbers else None
 
-    groups, names = [], {}
+    groups: list[NodeGroup] = []
+    names: dict[str, str] = {}
     for group in graph:
         if group.layer is not None and group.layer not in numbers:
             continue
         layer = None if group.layer is None else numbers[group.layer]
         name = group.name if layer is None else group.name.replace(f"layers.{group.layer}.", f"layers.{layer}.", 1)
+        within = names.get(group.within, group.within) if group.within is not None else None
         members = tuple(
             replace(member, parameter=new) for member in group.members if (new := renamed(member.parameter)) is not None
         )
@@ -100,7 +102,18 @@ def without_layers(
             modules, size = modules[: len(stays)], len(stays)
             fixed = tuple((numbers[unit], reason) for unit, reason in fixed)
         names[group.name] = name
-        groups.append(replace(group, name=name, layer=layer, members=members, modules=modules, size=size, fixed=fixed))
+        groups.append(
+            replace(
+                group,
+                name=name,
+                layer=layer,
+                members=members,
+                modules=modules,
+                size=size,
+                fixed=fixed,
+                within=within,
+            )
+        )
     shapes = {new: shape for name, shape in graph.shapes.items() if (new := renamed(name)) is not None}
     left = {names[name]: list(units) for name, units in kept.items() if name in names and name != layers.name}
     return replace(graph, groups=tuple(groups), shapes=shapes), left

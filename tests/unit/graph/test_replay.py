@@ -86,7 +86,7 @@ def test_a_misaligned_member_is_noticed() -> None:
     model = TINY["phi3"]()
     trace = record(model)
     symbol = trace.table.used["model.layers.0.mlp.gate_up_proj.weight"]
-    symbol.axes = ((trace.atoms["layers.0.mlp"], *leaf(2)), symbol.axes[1])
+    symbol.axes = ((*trace.units["layers.0.mlp"], *leaf(2)), symbol.axes[1])
     assert replay(model, trace, {"layers.0.mlp": some(trace.graph["layers.0.mlp"])}).difference > 1e-2
 
 

@@ -89,7 +89,7 @@ def test_no_row_belongs_to_two_groups_and_rows_are_within_the_parameter() -> Non
                 rows = [
                     row
                     for group, member in graph.of_parameter(parameter)
-                    if member.axis == axis
+                    if member.axis == axis and group.within is None
                     for row in member.rows(range(group.size)).flatten().tolist()
                 ]
                 assert len(rows) == len(set(rows)), (name, parameter, axis)
