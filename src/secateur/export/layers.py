@@ -114,10 +114,11 @@ class LayerSizes:
         if getattr(self.whole, name, None) is None:
             setattr(self.whole, name, group.size)
         own = self.sizes.setdefault(layer, {})
-        if group.kind == "attention":
+        if group.kind in ("attention", "query"):
             _make_head_dim_explicit(self.whole)
+        if group.kind == "attention":
             query = query_heads_name(self.whole, name)
-            if query is not None:
+            if query is not None and query not in self.names.values():  # else what counts them is cut apart
                 heads = self.of(layer, query)
                 own[query] = heads - lost * (heads // group.size)
         own[name] = self.of(layer, name) - lost

@@ -24,7 +24,7 @@ from secateur.surgery.tokens import silenced
 from secateur.surgery.unrouted import unrouted
 from secateur.types import DependencyGraph, NodeGroup
 
-MASKABLE = ("ffn", "attention")
+MASKABLE = ("ffn", "attention", "query")
 """Kinds of groups whose units can be zeroed for good, one by one, while a model trains."""
 _ZEROED = (*MASKABLE, "hidden", "state")
 """Kinds of groups whose units are removed exactly by zeroing what consumes them, with norms over the survivors."""
@@ -107,7 +107,7 @@ def require_maskable(group: NodeGroup) -> None:
     if group.kind not in MASKABLE:
         raise ModelError(
             f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as removing "
-            f"them. Only groups of kind {' and '.join(MASKABLE)} can be zeroed while a model trains; cut this one with "
+            f"them. Only groups of kind {', '.join(MASKABLE)} can be zeroed while a model trains; cut this one with "
             "a one-shot method (magnitude, random, taylor)."
         )
     _require_consumers(group)

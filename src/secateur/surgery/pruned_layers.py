@@ -33,7 +33,7 @@ class PrunedLayers:
             for size, followers in config.pruned_layers["follows"].items():
                 lacking = getattr(whole, size) - getattr(own, size)
                 for follower, per_unit in followers.items() if lacking else ():
-                    self._shrink(layer, follower, lacking * per_unit)
+                    self._shrink(layer, follower, round(lacking * per_unit))
             for path in config.pruned_layers.get("biases", ()):
                 linear = layer.get_submodule(path)
                 linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
