@@ -7,18 +7,9 @@ import csv
 import os
 from pathlib import Path
 
-import jinja2
-
 from secateur.compare.rows import Leaderboard, Row, metric_of
 from secateur.export.story import show_bytes, show_count, show_number
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("secateur.compare", "."),
-    undefined=jinja2.StrictUndefined,
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+from secateur.pages import html_page
 
 
 def write_report(comparison: Leaderboard, folder: Path) -> None:
@@ -33,10 +24,13 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
     os.replace(temporary, folder / "results.csv")
     plot(comparison, folder / "quality.png")
     picture = base64.b64encode((folder / "quality.png").read_bytes()).decode()
-    page = _ENVIRONMENT.get_template("page.html.jinja").render(
-        comparison=comparison, columns=columns_of(comparison), lines=shown(comparison), picture=picture
-    )
-    _replace(folder / "report.html", page.encode())
+    values = {
+        "comparison": comparison,
+        "columns": columns_of(comparison),
+        "lines": shown(comparison),
+        "picture": picture,
+    }
+    _replace(folder / "report.html", html_page("secateur.compare", "page.html.jinja", values).encode())
 
 
 def flat(comparison: Leaderboard) -> list[dict[str, object]]:

@@ -5,34 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import jinja2
 import yaml
 
 from secateur.export.story import Story, compare_states, widths
 from secateur.loading import BUILT_IN
+from secateur.pages import markdown_page
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("secateur.export"),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
 
 
 def model_card(story: Story) -> str:
     """Markdown with a YAML head: what was cut, what it costs, how to load it, and the recipe that repeats it."""
-    environment = _TEMPLATES.overlay()
-    environment.filters["cell"] = _cell
-    return environment.get_template("card.md.jinja").render(
-        story=story,
-        head=yaml.safe_dump(_head(story), sort_keys=False, allow_unicode=True).strip(),
-        comparison=compare_states(story.metrics),
-        widths=widths(story),
-        fence=_fence(story.recipe),
-    )
+    values = {
+        "story": story,
+        "head": yaml.safe_dump(_head(story), sort_keys=False, allow_unicode=True).strip(),
+        "comparison": compare_states(story.metrics),
+        "widths": widths(story),
+    }
+    return markdown_page("secateur.export", "templates/card.md.jinja", values)
 
 
 def licence_of(base_model: str) -> str | None:
@@ -59,15 +49,3 @@ def _head(story: Story) -> dict[str, object]:
     if _HUB_ID.fullmatch(story.plan.base_model) and not Path(story.plan.base_model).exists():
         head["base_model"] = story.plan.base_model
     return head
-
-
-def _cell(value: object) -> str:
-    """Text that cannot end a table cell, a line, or its markup."""
-    text = re.sub(r"\s+", " ", str(value))
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
-
-
-def _fence(text: str) -> str:
-    """Backticks enough to hold ``text``."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    return "`" * max(3, longest + 1)

@@ -5,32 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from secateur.export.mixture_chart import mixture_charts
 from secateur.export.story import Story, Widths, compare_states, curves, widths
+from secateur.pages import html_page
 
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("secateur.export"),
-    undefined=jinja2.StrictUndefined,
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 _WIDTH, _HEIGHT, _MARGIN = 720, 160, 40
 
 
 def html_report(story: Story) -> str:
     """The whole page. Everything that comes from outside is escaped; nothing is fetched, no script runs."""
-    return _ENVIRONMENT.get_template("report.html.jinja").render(
-        story=story,
-        comparison=compare_states(story.metrics),
-        seconds=story.metrics.get("seconds", {}),
-        widths=[{"part": part, "bars": _bars(part)} for part in widths(story)],
-        curves={name: _curve(points) for name, points in curves(story.metrics).items()},
-        mixtures=mixture_charts(story.metrics, _WIDTH, _HEIGHT, _MARGIN),
-        chart={"width": _WIDTH, "height": _HEIGHT, "margin": _MARGIN},
-    )
+    values = {
+        "story": story,
+        "comparison": compare_states(story.metrics),
+        "seconds": story.metrics.get("seconds", {}),
+        "widths": [{"part": part, "bars": _bars(part)} for part in widths(story)],
+        "curves": {name: _curve(points) for name, points in curves(story.metrics).items()},
+        "mixtures": mixture_charts(story.metrics, _WIDTH, _HEIGHT, _MARGIN),
+        "chart": {"width": _WIDTH, "height": _HEIGHT, "margin": _MARGIN},
+    }
+    return html_page("secateur.export", "templates/report.html.jinja", values)
 
 
 def _bars(part: Widths) -> list[dict[str, Any]]:

@@ -14,6 +14,15 @@ from secateur.export.verify import Verification
 from secateur.types import DependencyGraph, PruningPlan
 
 _STATES = ("dense", "pruned", "recovered")
+_UNITS: Mapping[str, str] = {
+    "attention": "attention heads",
+    "ffn": "feed-forward channels",
+    "expert": "experts",
+    "layer": "decoder layers",
+    "hidden": "dimensions of the hidden state",
+    "vocab": "tokens of the vocabulary",
+    "state": "units of state-space layers",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,12 @@ class Story:
         """Name of the base model; of a local folder only the last part, the rest is nobody's business."""
         name = self.plan.base_model
         return Path(name).expanduser().resolve().name if Path(name).is_dir() else name or self.graph.model_type
+
+    @property
+    def gone(self) -> str:
+        """What kinds of units were cut out, in words; empty when none was."""
+        kinds = {self.graph[name].kind for name in self.plan.kept if self.plan.removed(name)}
+        return ", ".join(_UNITS.get(kind, kind) for kind in (*_UNITS, *sorted(kinds - set(_UNITS))) if kind in kinds)
 
     @property
     def title(self) -> str:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ from secateur.export.report import html_report
 from secateur.export.runtimes import runtimes_of
 from secateur.export.story import compare_states, curves, widths
 from secateur.graph import trace
+from secateur.pages import markdown_page
 from secateur.testing.tiny import TINY
 from secateur.types import PruningPlan
 
@@ -123,6 +125,7 @@ def test_the_card_loads_as_yaml_and_says_how_to_open(story: Story) -> None:
     }
     assert "trust_remote_code=True" in body
     assert "licence of the base model is not known" in body
+    assert "Gone are attention heads, feed-forward channels, each" in body
     assert "134,515,008 parameters before, 107,612,006 after" in body
     prose, fenced = body.split("````yaml")
     assert not re.search(r"(?<!\\)<", prose)
@@ -141,6 +144,18 @@ def test_the_licence_of_the_base_is_passed_on(story: Story, tmp_path: Path) -> N
     known = Story(story.plan, story.graph, story.verification, licence="mit")
     assert "license: mit" in model_card(known)
     assert "not known" not in model_card(known)
+
+
+def test_foreign_text_is_safe_in_markdown_wherever_it_is_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "__init__.py").touch()
+    (tmp_path / "foreign" / "t.jinja").write_text("# {{ a }}\n{{ b | fence }}\n{{ b | safe }}\n{{ b | fence }}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert markdown_page("foreign", "t.jinja", {"a": "<b>|\n# *x*", "b": "```"}) == (
+        "# \\<b\\>\\| \\# \\*x\\*\n````\n```\n````\n"
+    )
+    with pytest.raises(jinja2.UndefinedError):
+        markdown_page("foreign", "t.jinja", {"a": ""})
 
 
 class _Page(HTMLParser):
