@@ -47,7 +47,8 @@ class Settings(BaseModel):
 class Member:
     """One axis of one parameter that a node group's units live on.
 
-    Unit ``u`` owns the rows ``offset + u * stride + w`` for every ``offset`` in ``offsets`` and ``w < width``.
+    Unit ``u`` owns the rows ``offset + u * stride + w`` for every ``offset`` in ``offsets`` and ``w < width``; where
+    there is a gap, ``u // run * gap`` rows further on.
     """
 
     parameter: str
@@ -59,6 +60,10 @@ class Member:
     offsets: tuple[int, ...]
     stride: int
     width: int
+    run: int = 1
+    gap: int = 0
+    """Rows after every ``run`` units that belong to none (Falcon's rows are the query heads of a KV head, its key, its
+    value, and so on)."""
 
     @property
     def rows_per_unit(self) -> int:
@@ -69,7 +74,8 @@ class Member:
         unit = torch.as_tensor(units, dtype=torch.long).reshape(-1, 1, 1)
         offset = torch.tensor(self.offsets, dtype=torch.long).reshape(1, -1, 1)
         within = torch.arange(self.width, dtype=torch.long).reshape(1, 1, -1)
-        return (offset + unit * self.stride + within).reshape(unit.shape[0], -1)
+        first = unit * self.stride + unit // self.run * self.gap
+        return (offset + first + within).reshape(unit.shape[0], -1)
 
 
 @dataclass(frozen=True)

@@ -112,22 +112,28 @@ class Cut:
 
     def mask(self, axis: Axis) -> torch.Tensor:
         """Boolean ``[size of the axis]``: which positions stay."""
-        mask = torch.ones(1, dtype=torch.bool)
-        before: Atom | None = None
+        return self._within(None, axis).flatten()
+
+    def _within(self, before: Atom | None, axis: Axis) -> torch.Tensor:
+        """Boolean ``[size of before, size of the axis]``, or ``[1, ...]``: the mask of an axis within ``before``."""
+        rows = before.size if before is not None else 1
+        mask = torch.ones(rows, dtype=torch.bool)
         for atom in resolve(axis):
-            if atom.pieces is not None:
-                own = torch.cat([self.mask(piece) for piece in atom.pieces])
-            else:
-                own = self._masks.get(id(atom), torch.ones(atom.size, dtype=torch.bool))
-            if id(atom) in self._outer and self._outer[id(atom)] is before:
-                mask = (mask.view(-1, before.size, 1) & own.view(1, before.size, -1)).flatten()
-            elif id(atom) in self._outer:
-                left = own.sum() // self._outer[id(atom)].size
-                mask = (mask[:, None] & (torch.arange(atom.size) < left)).flatten()
-            else:
-                mask = (mask[:, None] & own[None, :]).flatten()
+            own = self._own(before, atom)
+            mask = (mask.view(-1, before.size if before is not None else 1, 1) & own).flatten()
             before = atom
-        return mask
+        return mask.view(rows, -1)
+
+    def _own(self, before: Atom | None, atom: Atom) -> torch.Tensor:
+        """Boolean ``[size of before, size of atom]``, or ``[1, ...]`` where all units of ``before`` have the same."""
+        if atom.pieces is not None:
+            return torch.cat([self._within(before, piece) for piece in atom.pieces], dim=1)
+        own = self._masks.get(id(atom), torch.ones(atom.size, dtype=torch.bool))
+        outer = self._outer.get(id(atom))
+        if outer is None:
+            return own[None]
+        own = own.view(outer.size, -1)
+        return own if outer is before else torch.arange(atom.size)[None] < own[0].sum()
 
     def positions(self, axis: Axis) -> torch.Tensor | None:
         """Indices of the positions that stay, or None when all do."""

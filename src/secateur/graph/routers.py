@@ -31,13 +31,17 @@ def with_legal_choices(
 
 
 def _choices(table: SymbolTable, calls: Sequence[Call]) -> list[Choice]:
-    found = []
+    found: list[Choice] = []
+    winners: list[list[Atom]] = []
     for call in calls:
         if call.name == "aten.topk":
             x = call["self"]
             axis = table[x].axes[call["dim"] % x.dim()]
             found.append((list(resolve(axis)), int(call["k"])))
-    return found
+        elif call.name == "aten.max" and len(call.outputs) == 2:  # one winner at a time (Phi-3.5-MoE)
+            x = call["self"]
+            winners.append(list(resolve(table[x].axes[call["dim"] % x.dim()])))
+    return found + [(atoms, winners.count(atoms)) for atoms in winners]
 
 
 def _limited(group: NodeGroup, atom: Atom, choices: Sequence[Choice]) -> NodeGroup:
@@ -73,4 +77,5 @@ def _unrolled(member: Member, atom: Atom, outer: Atom, inner: Atom) -> Member | 
     if atom is outer:
         width = member.width // inner.size
         return replace(member, stride=width, width=width) if width * inner.size == member.width else None
-    return of_pairs(member, outer.size, inner.size)
+    pairs = of_pairs(member, outer.size, inner.size)
+    return pairs if pairs is not None and not pairs.gap else None
