@@ -27,6 +27,8 @@ CASES = {
     "llama layers and channels": ("llama-odd", ("layer", "ffn"), True),
     "gemma2 layers": ("gemma2", ("layer",), False),
     "qwen3 hidden": ("qwen3", ("ffn", "attention", "hidden"), False),
+    "gemma2 hidden, whose width scales embeddings": ("gemma2", ("hidden",), False),
+    "gpt2 hidden, whose width scales scores": ("gpt2", ("ffn", "attention", "hidden"), True),
     "tied vocabulary": ("llama-tied", ("vocab",), False),
 }
 
@@ -42,7 +44,7 @@ def test_every_kind_opens_and_computes_the_same(tmp_path: Path) -> None:
             g.name: legal_units(g, g.size // 2 + (n if uneven and not g.modules else 0)) for n, g in enumerate(chosen)
         }
         slice_model(model, graph, kept)
-        folder = tmp_path / name.replace(" ", "-")
+        folder = tmp_path / name.replace(" ", "-").replace(",", "")
         folder.mkdir()
         references.append(write(model, None, folder, graph=graph, kept=kept))
         expected.append(graph.parameter_count(kept))

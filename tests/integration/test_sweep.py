@@ -22,6 +22,7 @@ EXPECTED: dict[str, tuple[int, int, str]] = {
     "gemma3n_text": (7, 0, "a mean runs over its units outside of a norm"),  # sparse activations, shared KV caches
     "jetmoe": (2, 2, "its values steer the code (.tolist())"),  # experts of attention heads
     "longcat_flash": (6, 4, ""),  # two attentions and three feed-forwards a layer, experts that do nothing
+    "phimoe": (2, 2, ""),  # experts are chosen one after the other, each as the best of those that are left
     "trocr": (2, 0, "RuntimeError"),  # the hidden size stands for that of the heads
 }
 
@@ -45,17 +46,23 @@ def test_what_is_offered_is_exact_and_the_rest_says_why(results: dict[str, Facts
     reasons = [why for kind in ("ffn", "attention", "expert") for why in facts["protected"].get(kind, [])]
     assert any(reason in why for why in reasons) if reason else reasons == []
     assert facts["difference"] <= 1e-4
+    assert facts["on_request"].get("query", "exact") == "exact"
     assert facts["generate"] == "same"
     assert facts["lora"] == "same"
 
 
 def test_saved_models_open_in_a_fresh_process_and_compute_the_same(results: dict[str, Facts]) -> None:
     for facts in results.values():
-        for name in ("same", "differing"):
+        for name in ("same", "differing", *(["query"] if "save_query" in facts else [])):
             if not facts[f"save_{name}"].startswith("refused"):
                 assert facts[f"reload_{name}"] <= 1e-4, facts["type"]
     ways = {facts[f"save_{name}"].partition(":")[0] for facts in results.values() for name in ("same", "differing")}
     assert ways >= {"plain", "uneven"}
+    assert {kind for kind, facts in results.items() if "save_query" in facts} == {"dbrx", "gemma3n_text"}
+
+
+def test_experts_that_are_chosen_one_by_one_are_experts(results: dict[str, Facts]) -> None:
+    assert results["phimoe"]["on_request"]["expert"] == "exact"
 
 
 def test_the_page_has_a_row_for_each_type(results: dict[str, Facts]) -> None:

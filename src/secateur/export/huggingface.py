@@ -17,16 +17,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import InputError, ModelError, VerificationError
 from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
+from secateur.export.listed import NOT_BUILT, changed_scales, listed_config
 from secateur.export.uneven import added_biases, uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
 from secateur.loading import quiet_transformers
 from secateur.progress import say
 from secateur.surgery.blocks import without_layers
-from secateur.surgery.rebuild import family_of, is_uneven, pruned_class
+from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_class
+from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
 from secateur.types import DependencyGraph, Settings
 
@@ -46,6 +50,7 @@ class ExportSettings(Settings):
 
 _EVEN = "All layers have the same sizes: a plain config, opened without further ado."
 _UNEVEN = "Its config has sizes of layers, which a plain one cannot hold: opened with trust_remote_code=True."
+_LISTED = "Its config lists the tensors that were cut, which no family's own can: opened with trust_remote_code=True."
 
 
 @dataclass(frozen=True)
@@ -96,39 +101,76 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
             model as it is, as ``adopt_config`` leaves it.
         graph: the graph from before the cut.
 
-    Raises ModelError when neither a plain config nor one with sizes of layers gives the shapes of the model, and for a
-    model with adapters.
+    A plain config is best; then one with sizes of layers; then one that lists the tensors that are smaller. Raises
+    ModelError when none of them gives the shapes of the model, and for a model with adapters.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ModelError(
             "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
         )
     graph, kept = without_layers(graph, kept)
-    family, shapes = family_of(model), shapes_of(model)
-    if describes_itself(model):
+    family, narrowed = family_of(model), any(group.kind == "hidden" for group, _ in cut_groups(graph, kept))
+
+    def fits(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+        if _shapes(model_class, config) != shapes_of(model):
+            return False
+        return not (narrowed and changed_scales(model, on_meta(model_class, config)))
+
+    if fits(type(model), model.config) and _opens_plainly(family, model.config):
         return StandardForm(type(model), model.config, _UNEVEN if is_uneven(model.config) else _EVEN)
+    try:
+        form = _by_sizes(model, graph, kept, family)
+    except ModelError:
+        form = None
+    if form is None or not fits(form.model_class, form.config):
+        form = StandardForm(pruned_class(family), listed_config(model, family, graph, kept), _LISTED)
+        _check_built(form.config.model_type, shapes_of(model), _shapes(form.model_class, form.config))
+    return form
+
+
+def _by_sizes(
+    model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], family: type[PreTrainedModel]
+) -> StandardForm | None:
+    """The class and config with the sizes that are left, of all layers or of each; None when a list is needed."""
+    if is_listed(model.config):
+        return None
     text = model.config.get_text_config()  # of a model made of several parts (text, vision), the one that writes
     sizes = LayerSizes(text, graph, kept)
     even = sizes.even()
     even = None if even is None else _in_whole(model.config, even)
-    if even is not None and _is_valid(even) and _shapes(family, even) == shapes:
+    if (
+        even is not None
+        and _is_valid(even)
+        and _shapes(family, even) == shapes_of(model)
+        and _opens_plainly(family, even)
+    ):
         return StandardForm(family, even, _EVEN)
-    if text is not model.config:
-        raise ModelError(
-            f"The config of this {model.config.model_type} model is made of several parts, in which sizes that differ "
-            "between layers cannot be described. Prune all layers to the same sizes."
-        )
-    if not sizes.names:  # nothing that was cut lies in a layer, so that sizes of layers would not help
-        _check_built(model.config.model_type, shapes, _shapes(type(model), model.config))
+    if text is not model.config or not sizes.names:
+        return None
     before_class = pruned_class(family) if is_uneven(model.config) else family
-    before = on_meta(before_class, model.config)
-    config = uneven_config(family, sizes, before)
+    config = uneven_config(family, sizes, on_meta(before_class, model.config))
     built = _shapes(pruned_class(family), config)
-    if biases := added_biases(config, shapes.keys() - built.keys()):
+    if biases := added_biases(config, shapes_of(model).keys() - built.keys()):
         config.pruned_layers["biases"] = biases
-        built = _shapes(pruned_class(family), config)
-    _check_built(config.model_type, shapes, built)
-    return StandardForm(pruned_class(family), config, _UNEVEN)
+    return StandardForm(pruned_class(family), config, _UNEVEN) if _reads_layers(pruned_class(family), config) else None
+
+
+def _opens_plainly(family: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether ``AutoModelForCausalLM`` knows what to build from ``config``, or a list of tensors would not help."""
+    ours = family.__module__.startswith("transformers.")
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_uneven(config) or not ours
+
+
+def _reads_layers(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """False when the family's code, while it runs, asks the whole config for a size that layers differ in."""
+    try:
+        with torch.no_grad():
+            on_meta(model_class, config)(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return False
+    except Exception:  # whatever a family raises without weights: it is opened and run for good when it is saved
+        return True
+    return True
 
 
 def _in_whole(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
@@ -346,5 +388,5 @@ def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dic
     """What a model of ``config`` would hold; nothing, when the family does not build one with such sizes."""
     try:
         return shapes_of(on_meta(model_class, config))
-    except (AssertionError, AttributeError, RuntimeError, StrictDataclassError, TypeError, ValueError):
+    except NOT_BUILT:
         return {}

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from secateur.errors import ModelError
 from secateur.export.sizes import OWN_NAME, Place, place_of, query_heads_name, size_name
-from secateur.surgery.rebuild import is_uneven
+from secateur.surgery.rebuild import is_listed, is_uneven
 from secateur.types import DependencyGraph, NodeGroup
 
 
@@ -139,7 +139,8 @@ def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy in which every layer has the global sizes, and which needs no code of its own for layers that differ."""
     plain = copy.deepcopy(config)
     if is_uneven(config):
-        plain.per_layer_config = None
+        if not is_listed(config):
+            plain.per_layer_config = None
         for name in ("pruned_layers", "auto_map"):
             vars(plain).pop(name, None)
     return plain

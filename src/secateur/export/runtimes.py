@@ -27,7 +27,7 @@ class Verdict(BaseModel):
 
 def runtimes_of(config: Mapping[str, Any]) -> list[Verdict]:
     """Verdicts for a folder that has just been opened with transformers, from its ``config.json``."""
-    uneven = "per_layer_config" in config
+    uneven = "pruned_layers" in config
     return [_transformers(uneven), *(_UNEVEN if uneven else (_vllm(config), _llama_cpp(config), _onnx(config)))]
 
 

@@ -211,7 +211,7 @@ def _own_kind(candidate: Candidate, shapes: Mapping[str, tuple[int, ...]]) -> Ki
         return "vocab"
     if "hidden" in atom.marks:
         return "hidden"
-    if "top-k" in atom.marks:
+    if "top-k" in atom.marks or {"winner", "looked up"} <= atom.marks:
         return "expert" if not atom.refusals or _covers_its_axes(candidate, shapes) else None
     if not both:
         severed = "severed" in atom.marks and len(candidate.layers) == 1 and candidate.layers != [None]

@@ -32,6 +32,8 @@ class Places:
         self._peft = isinstance(model, PeftModel)
         self._tuners = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         self._layers = self._decoder_layers(model, used)
+        self._beside = self._lists_beside(model)
+        """The list of decoder layers, and lists beside it that hold a part of each (XLM's attentions)."""
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Paths of the decoder layers in ``model``, in order; empty when it has none."""
@@ -53,6 +55,19 @@ class Places:
                 sizes[module[:number]] += parameter.numel()
         return max(sizes, key=lambda path: sizes[path]) if sizes else ()
 
+    def _lists_beside(self, model: nn.Module) -> set[tuple[str, ...]]:
+        """Paths of the lists that lie where the decoder layers do, and are as long."""
+        lengths = {
+            self._plain(path.split(".")): len(modules)
+            for path, modules in model.named_modules()
+            if isinstance(modules, nn.ModuleList)
+        }
+        return {
+            path
+            for path, length in lengths.items()
+            if path[:-1] == self._layers[:-1] and length == lengths.get(self._layers)
+        }
+
     def _unwrapped(self, name: str) -> tuple[tuple[str, ...], bool]:
         """Module path and whether it is an adapter's, for a parameter called ``name``."""
         parts = name.split(".")
@@ -71,7 +86,7 @@ class Places:
     def __getitem__(self, name: str) -> Place:
         module, adapter = self._unwrapped(name)
         depth = len(self._layers)
-        if depth and module[:depth] == self._layers and len(module) > depth and module[depth].isdigit():
+        if module[:depth] in self._beside and len(module) > depth and module[depth].isdigit():
             return Place(module, adapter, int(module[depth]), module[depth + 1 :])
         return Place(module, adapter, None, module)
 

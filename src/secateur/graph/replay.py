@@ -33,7 +33,7 @@ class Replayed:
     """What came of replaying a run with some units gone."""
 
     difference: float
-    """Largest absolute difference between the logits of the sliced run and those of the masked run (fp32)."""
+    """Largest absolute difference between the logits of the sliced run and those of the masked run."""
     effect: float
     """Largest absolute difference between the logits of the masked run and those of the whole model: a check of units
     that have no effect proves nothing."""
@@ -43,29 +43,31 @@ class NotReplayable(ModelError):  # noqa: N818
     """The recorded operators depend on the data, so that running them again on other tokens proves nothing."""
 
 
-def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) -> Replayed:
+def replay(
+    model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+) -> Replayed:
     """Replay ``trace`` on the weights of ``model`` with only the ``kept`` units (group name to unit indices).
 
-    Groups may be protected ones too; a group that is not named stays whole. Raises ModelError for a model on the meta
-    device, and when the sliced operators do not fit together; NotReplayable when not even the whole run can be had
-    again.
+    Groups may be protected ones too; a group that is not named stays whole. All numbers are of type ``dtype``. Raises
+    ModelError for a model on the meta device, and when the sliced operators do not fit together; NotReplayable when not
+    even the whole run can be had again.
     """
     values = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if any(tensor.is_meta for tensor in values.values()):
         raise ModelError("A model on the meta device has no weights to replay; give a small real model of its config.")
-    values = {name: _in_fp32(tensor) for name, tensor in values.items()}
+    values = {name: _in(dtype, tensor) for name, tensor in values.items()}
     cut = Cut([(trace.units[name], torch.as_tensor(sorted(units))) for name, units in kept.items()])
     tokens = _tokens(trace, cut)
     with torch.no_grad():
         try:
-            whole = _Run(trace, values, Cut([]), tokens).logits()
-            masked = _Masked(trace, values, cut, tokens).logits()
+            whole = _Run(trace, values, Cut([]), tokens, dtype).logits()
+            masked = _Masked(trace, values, cut, tokens, dtype).logits()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotReplayable(
                 f"The recorded run cannot be replayed; its operators depend on the data: {error}"
             ) from error
         try:
-            sliced = _Sliced(trace, values, cut, tokens).logits()
+            sliced = _Sliced(trace, values, cut, tokens, dtype).logits()
         except (RuntimeError, IndexError, ValueError) as error:
             raise ModelError(f"The recorded operators do not fit the sliced parameters: {error}") from error
     axes = trace.table[trace.logits].axes
@@ -75,9 +77,8 @@ def replay(model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]]) ->
     return Replayed(float((left - sliced).abs().max()), float((cut.select(whole, axes) - left).abs().max()))
 
 
-def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.cpu()
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
 
 
 def _tokens(trace: Trace, cut: Cut) -> torch.Tensor:
@@ -175,8 +176,10 @@ class _Run:
     as_recorded: ClassVar[bool] = True
     """Whether all tensors have the shapes that they had when they were recorded."""
 
-    def __init__(self, trace: Trace, values: Mapping[str, torch.Tensor], cut: Cut, tokens: torch.Tensor) -> None:
-        self.trace, self.table, self.cut = trace, trace.table, cut
+    def __init__(
+        self, trace: Trace, values: Mapping[str, torch.Tensor], cut: Cut, tokens: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        self.trace, self.table, self.cut, self.dtype = trace, trace.table, cut, dtype
         self._parameters = values
         self._values: dict[int, torch.Tensor] = {id(trace.token_ids): self.tokens(tokens)}
 
@@ -204,7 +207,7 @@ class _Run:
         """The value in this run of a tensor of the recorded one."""
         if id(tensor) not in self._values:
             name = self.table.name_of(tensor)
-            value = _in_fp32(tensor) if name is None else self._parameters[name]
+            value = _in(self.dtype, tensor) if name is None else self._parameters[name]
             self._values[id(tensor)] = self.parameter(value, self.table[tensor].axes)
         return self._values[id(tensor)]
 
@@ -220,7 +223,7 @@ class _Run:
             return self[argument]
         if isinstance(argument, torch.device):
             return torch.device("cpu")
-        return torch.float32 if argument in (torch.float16, torch.bfloat16) else argument
+        return self.dtype if argument in (torch.float16, torch.bfloat16, torch.float32) else argument
 
     def axes(self, tensor: torch.Tensor) -> tuple[Axis, ...]:
         return self.table[tensor].axes

@@ -27,6 +27,7 @@ def _look_up(table: SymbolTable, call: Call, axis: Axis, index: torch.Tensor) ->
             refuse(domain, f"values index something of another size ({call.name})")
     else:
         unify(domain, axis)
+        mark(axis, "looked up")
 
 
 def embedding(table: SymbolTable, call: Call) -> None:

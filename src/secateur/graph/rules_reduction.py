@@ -67,6 +67,7 @@ def extremum(table: SymbolTable, call: Call) -> None:
     values, *indices = call.outputs
     for dim in dims:
         mark(axes[dim], "max")
+        mark(axes[dim] if indices else (), "winner")
     table.put(values, _reduced(call, axes, dims, values), domain)
     for out in indices:
         table.put(out, _reduced(call, axes, dims, out), axes[dims[0]])
@@ -79,6 +80,7 @@ def argument_of_extremum(table: SymbolTable, call: Call) -> None:
         raise NotImplementedError
     axes, dims = table[x].axes, _dims(call, x)
     mark(axes[dims[0]], "max")
+    mark(axes[dims[0]], "winner")
     table.put(call.out, _reduced(call, axes, dims, call.out), axes[dims[0]])
 
 

@@ -20,8 +20,8 @@ from secateur.types import DependencyGraph, NodeGroup
 
 OWN_INDEX = ("layer_idx", "layer_id", "layer_index", "block_idx")
 """Attributes by which a module knows which layer it is in: the cache counts by them."""
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""Attributes with the number of layers, of modules around them."""
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
+"""Attributes with the number of layers, of modules around them and of configs."""
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def remove_layers(model: nn.Module, group: NodeGroup, kept: Sequence[int]) -> No
     parts = path.split(".")
     for depth in range(len(parts)):
         around = model.get_submodule(".".join(parts[:depth]))
-        for name in _LAYER_COUNTS:
+        for name in LAYER_COUNTS:
             if vars(around).get(name) == group.size:
                 setattr(around, name, len(kept))
 

@@ -1,7 +1,7 @@
 """What a model's config has to say when layers, the hidden width or the vocabulary are cut.
 
 Sizes that lie inside of one layer are described by ``export`` once the cut is made. These three are read by the
-model's code while it runs (which mask a layer takes, by what embeddings are scaled), so the config changes with them,
+model's code while it runs (which mask a layer takes, how wide the embeddings are), so the config changes with them,
 and it is checked that it still builds the layers that stay as they are.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.surgery.blocks import OWN_INDEX
+from secateur.surgery.blocks import LAYER_COUNTS, OWN_INDEX
 from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, NodeGroup
 
@@ -38,8 +38,8 @@ Configs = Mapping[nn.Module, PreTrainedConfig]
 def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Configs:
     """Module → the config that it gets when ``kept`` is cut out of ``model``; empty when no config changes.
 
-    Raises ModelError when the new config would build what stays with other settings than it has: families that compute
-    from a layer's index what the layer is, or from the hidden width by what they scale.
+    Raises ModelError when the new config would build layers that stay with other settings than they have: families
+    that compute from a layer's index what the layer is.
     """
     cuts = [group for group, _ in cut_groups(graph, kept) if group.kind in _CHANGES]
     own = {m: config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)}
@@ -47,27 +47,34 @@ def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str,
         return {}
     base = next(module for module in own if isinstance(module, PreTrainedModel))
     for group in cuts:
-        if group.kind != "vocab":  # each alone, so that what one changes is not held against the other
-            built = _built(base, _changed(own, [group], kept)[base])
-            if group.modules:
-                _check_layers(model, group, kept[group.name], built, base)
-            else:
-                _check_scales(base, built)
-    return _changed(own, cuts, kept)
+        if group.modules:  # alone, so that what the others change is not held against it
+            built = _built(base, _changed(model, own, [group], kept)[base])
+            _check_layers(model, group, kept[group.name], built, base)
+    return _changed(model, own, cuts, kept)
 
 
-def _changed(own: Configs, cuts: Sequence[NodeGroup], kept: Mapping[str, Sequence[int]]) -> Configs:
+def _changed(model: nn.Module, own: Configs, cuts: Sequence[NodeGroup], kept: Mapping[str, Sequence[int]]) -> Configs:
     """Copies of the configs, shared as they were, that describe the model without what goes of ``cuts``."""
     memo: dict[int, Any] = {}
     configs = {module: copy.deepcopy(config, memo) for module, config in own.items()}
-    every: dict[int, PreTrainedConfig] = {}
-    for config in configs.values():
-        text = config.get_text_config(decoder=True)
-        every |= {id(config): config, id(text): text}
-    for config in every.values():
-        for group in cuts:
+    paths = {module: path for path, module in model.named_modules()}
+    for group in cuts:
+        every: dict[int, PreTrainedConfig] = {}
+        for module, config in configs.items():
+            if _holds(paths[module], group):  # a part that sees images may have the same sizes, and keeps them
+                text = config.get_text_config(decoder=True)
+                every |= {id(config): config, id(text): text}
+        for config in every.values():
             _CHANGES[group.kind](config, list(kept[group.name]), group.size)
     return configs
+
+
+def _holds(path: str, group: NodeGroup) -> bool:
+    """Whether the module at ``path`` has something of ``group`` in it, or is in one of its layers."""
+    inside = (*group.modules, *(member.parameter for member in group.members))
+    return any(f"{name}.".startswith(f"{path}." if path else "") for name in inside) or any(
+        path.startswith(f"{layer}.") for layer in group.modules
+    )
 
 
 def _built(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -81,22 +88,25 @@ def _built(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 
 def _shorten(config: PreTrainedConfig, kept: list[int], size: int) -> None:
     """Describe the layers ``kept`` of ``size``."""
-    if getattr(config, "num_hidden_layers", None) != size:
+    counts = {config.attribute_map.get(name, name) for name in LAYER_COUNTS} & vars(config).keys()
+    values: dict[str, Any] = {name: len(kept) for name in counts if vars(config)[name] == size}
+    if not values:
         return
+    if "num_hidden_layers" in counts - values.keys() and config.num_hidden_layers % size == 0:
+        values["num_hidden_layers"] = config.num_hidden_layers // size * len(kept)  # of several in one block
     numbers = {old: new for new, old in enumerate(kept)}
     sizes = config.to_dict().get("per_layer_config")
     if sizes is not None:
         config.per_layer_config = None
-    values: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
     for name, value in vars(config).items():
-        counts = isinstance(value, int) and not isinstance(value, bool)
+        number = isinstance(value, int) and not isinstance(value, bool)
         if name in _INDEX_LISTS and isinstance(value, list):
             values[name] = [numbers[old] for old in value if old in numbers]
         elif isinstance(value, list | tuple) and len(value) == size and _is_per_layer(name, value):
             values[name] = type(value)(value[old] for old in kept)
-        elif counts and name in _FROM_THE_BEGINNING:
+        elif number and name in _FROM_THE_BEGINNING:
             values[name] = sum(old < value for old in kept) if value < size else value
-        elif counts and name in _FROM_THE_END:
+        elif number and name in _FROM_THE_END:
             values[name] = sum(old >= size - value for old in kept)
     vars(config).update(values)  # all at once: validators compare them with each other
     if sizes is not None:
@@ -114,9 +124,10 @@ def _narrow(config: PreTrainedConfig, kept: list[int], size: int) -> None:
     """Describe a residual stream of ``len(kept)`` instead of ``size``; heads stay as wide as they are."""
     if getattr(config, "hidden_size", None) != size:
         return
-    heads = getattr(config, "num_attention_heads", None)
+    heads = vars(config).get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
     computed = isinstance(getattr(type(config), "head_dim", None), property)
-    if not computed and getattr(config, "head_dim", None) is None and isinstance(heads, int) and heads:
+    unset = not computed and vars(config).get("head_dim") is None
+    if unset and isinstance(heads, int) and heads:
         config.head_dim = size // heads
     vars(config)[config.attribute_map.get("hidden_size", "hidden_size")] = len(kept)
 
@@ -153,8 +164,8 @@ def _check_layers(
     for new, old in enumerate(kept):
         path = group.modules[old]
         there = built.get_submodule(f"{path.removeprefix(prefix).rpartition('.')[0]}.{new}")
-        here = _settings(model.get_submodule(path))
-        for name, value in _settings(there).items():
+        here = settings_of(model.get_submodule(path))
+        for name, value in settings_of(there).items():
             known = here.get(name, None if name.endswith(":") else value)
             if known != value:
                 raise ModelError(
@@ -165,18 +176,7 @@ def _check_layers(
                 )
 
 
-def _check_scales(base: PreTrainedModel, built: PreTrainedModel) -> None:
-    """Raise ModelError unless ``built`` has the scales of ``base``: plain attributes that are fractions."""
-    here = _settings(base)
-    for name, value in _settings(built).items():
-        if isinstance(value, float) and here.get(name, value) != value:
-            raise ModelError(
-                f"{name} of this {base.config.model_type} model follows the hidden width: it is {here[name]:.6g} and "
-                f"would be {value:.6g} in a narrower model, which would compute something else."
-            )
-
-
-def _settings(layer: nn.Module) -> dict[str, Any]:
+def settings_of(layer: nn.Module) -> dict[str, Any]:
     """Class and plain attributes of a module and of every module in it, save for what tells a layer's index."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():

@@ -32,6 +32,11 @@ def is_uneven(config: PreTrainedConfig) -> bool:
     return getattr(config, "pruned_layers", None) is not None
 
 
+def is_listed(config: PreTrainedConfig) -> bool:
+    """True for such a config that lists tensors instead of sizes of layers."""
+    return "tensors" in (getattr(config, "pruned_layers", None) or {})
+
+
 def family_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class that transformers defines for this model, also when it has uneven layers already."""
     if not is_uneven(model.config):
@@ -50,6 +55,12 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises ModelError for a config that transformers knows no causal language model for.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = config.auto_map["AutoModelForCausalLM"].rpartition(".Pruned")[
+            2
+        ]  # its config is a part of that of its type
+        family = getattr(transformers, name, None)
+        if isinstance(family, type) and issubclass(family, PreTrainedModel) and family.config_class is type(config):
+            return pruned_class(family)
         raise ModelError(
             f"{config.model_type} is not a causal language model that transformers {transformers.__version__} knows. "
             "Install the version named in the folder's config.json."

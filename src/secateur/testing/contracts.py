@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -140,9 +140,20 @@ class ArchitectureContract:
         assert ties(small) == ties(model)
 
 
-def with_adapters(model: PreTrainedModel) -> PeftModel:
-    """LoRA of rank 4 on every linear; B is random, so that the adapters matter."""
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+def with_adapters(model: PreTrainedModel, exclude: Sequence[str] = ()) -> PeftModel:
+    """LoRA of rank 4 on every linear but modules called ``exclude``; B is random, so that the adapters matter.
+
+    Linears with a forward of their own (routers that return several things) are left out: peft takes them for plain.
+    """
+    own = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
+    excluded = [*own, *exclude] or None
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM")
+    )
     adapters = nn.ParameterList(parameter for name, parameter in adapted.named_parameters() if "lora_" in name)
     randomise(adapters, seed=1)
     return adapted.eval()

@@ -347,6 +347,9 @@ def build(model_type: str, shape: Shape, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     randomise(model, seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0.0  # as transformers leaves it; some families insist on opening
     return model.eval()
 
 

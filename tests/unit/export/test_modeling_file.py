@@ -35,9 +35,9 @@ def test_it_is_the_source_that_secateur_runs() -> None:
     assert "type: ignore" not in modeling_source(type(TINY["llama-gqa"]()))
 
 
-def test_it_can_be_read_in_a_minute() -> None:
+def test_it_can_be_read_in_two_minutes() -> None:
     lines = modeling_source(type(TINY["llama-gqa"]())).splitlines()
-    assert len(lines) < 90
+    assert len(lines) < 130
     assert max(map(len, lines)) <= 120
 
 
