@@ -6,6 +6,7 @@ from secateur.importance.activation import Activation
 from secateur.importance.adapters import Adapters
 from secateur.importance.base import Criterion
 from secateur.importance.fisher import Fisher
+from secateur.importance.hesso import HESSO, Hesso
 from secateur.importance.magnitude import Magnitude
 from secateur.importance.random import Random
 from secateur.importance.taylor import Taylor
@@ -17,7 +18,8 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Taylor(),
     "fisher": Fisher(),
     "lora": Adapters(),
+    **{criterion.name: criterion for criterion in HESSO},
 }
 """Every criterion by name, with its default options."""
 
-__all__ = ["CRITERIA", "Activation", "Adapters", "Criterion", "Fisher", "Magnitude", "Random", "Taylor"]
+__all__ = ["CRITERIA", "Activation", "Adapters", "Criterion", "Fisher", "Hesso", "Magnitude", "Random", "Taylor"]

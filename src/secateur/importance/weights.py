@@ -70,20 +70,29 @@ def _by_unit_vectors(module: nn.Module) -> torch.Tensor:
     return columns.T.float()
 
 
+def adapter_delta(model: nn.Module, parameter: str) -> torch.Tensor | None:
+    """``s B A``, what active adapters add to ``parameter``, detached and of its shape; None where there is nothing.
+
+    A new tensor that lives as long as the caller keeps it.
+    """
+    layer = lora_layer(model, parameter)
+    if layer is None or layer.merged or layer.disable_adapters:
+        return None
+    deltas = [
+        layer.get_delta_weight(adapter).detach()  # type: ignore[attr-defined]
+        for adapter in layer.active_adapters
+        if adapter in layer.scaling
+    ]
+    return torch.as_tensor(sum(deltas)) if deltas else None
+
+
 def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:
     """The values that ``parameter`` acts with, detached: ``W``, or ``W + s B A`` for a LoRA-wrapped weight.
 
     Same shape as the parameter. The sum is a new tensor that lives as long as the caller keeps it.
     """
-    weight = stored_weight(model, parameter)
-    layer = lora_layer(model, parameter)
-    if layer is None or layer.merged or layer.disable_adapters:
-        return weight
-    for adapter in layer.active_adapters:
-        if adapter in layer.scaling:
-            delta: torch.Tensor = layer.get_delta_weight(adapter)  # type: ignore[attr-defined]
-            weight = weight + delta.detach().to(weight.dtype)
-    return weight
+    weight, delta = stored_weight(model, parameter), adapter_delta(model, parameter)
+    return weight if delta is None else weight + delta.to(weight.dtype)
 
 
 def base_members(group: NodeGroup, trained: dict[str, nn.Parameter] | None = None) -> Iterator[Member]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import TokenBlocks
+from secateur.graph import trace
 from secateur.importance import Criterion
 from secateur.planning import Budget, allocate, restrict
 from secateur.precision import autocast
@@ -92,3 +94,10 @@ def score(task: PruningTask, criterion: Criterion, seed: int) -> Scores:
     """Scores of what the budget may cut, computed in the precision that the task trains in."""
     with autocast(task.training.precision, task.model.device):
         return criterion.score(task.model, restrict(task.graph, task.budget), task.calibration, seed)
+
+
+def adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:
+    """The graph of the task's model with adapters on; what the task's graph protects is protected in it."""
+    traced = trace(adapted)
+    groups = tuple(replace(group, protected=task.graph[group.name].protected) for group in traced)
+    return replace(traced, groups=groups)

@@ -6,6 +6,10 @@ a little every step, so that what they did is re-learned by the others before th
 ``[x]_g`` is everything that produces unit ``g``: its rows of every weight (role ``out`` in the graph) and bias. In a
 *composed operator* ``W + γ B A`` the effective rows are meant: every step folds ``γ [B]_g A`` into ``[W]_g`` and sets
 ``[B]_g`` to zero, so that shrinking acts on what the unit computes.
+
+Where a norm runs over the units (OLMo2), units that shrink would leave the others a larger share of it, and no adapter
+before the norm could undo that. The norm's weights are therefore lowered by as much, step by step, so that the norm is
+one over the units that are left; ``surgery`` takes that back when the zeros, and with them the divisor, are cut out.
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from torch import nn
+from transformers import TrainerControl, TrainerState
 
+from secateur.errors import ModelError
 from secateur.importance.weights import lora_layer
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.surgery import norms_over, scales_with_zeros, set_epsilon
+from secateur.training import StatefulCallback
+from secateur.types import DependencyGraph, NodeGroup, removed_to_kept
 
 Projection = Literal["decay", "half-space"]
 
@@ -29,44 +37,28 @@ def decay_factor(step: int, steps: int) -> float:
     return (steps - step - 1) / (steps - step)
 
 
-def half_space_step(
-    x: Sequence[torch.Tensor], update: Sequence[torch.Tensor | None], shrink: torch.Tensor, epsilon: float
-) -> list[torch.Tensor]:
-    """One projected step of Algorithm 4, lines 7-9, for ``n`` units at once.
+def half_space_factor(
+    norm2: torch.Tensor, along: torch.Tensor, shrink: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projected step of Algorithm 4, lines 7-9, for ``n`` units at once, without their rows.
+
+    The trial ``x̃ = x + u - λ x / ‖x‖`` with ``u = γ B A`` is ``(1 - λ / ‖x‖) x + u``, so that its inner product with
+    ``x`` follows from two numbers of the unit.
 
     Args:
-        x: the units' rows, one tensor ``[n, ...]`` for each member.
-        update: ``γ [B A]_g`` of each member, of the same shape, or None where the member has no adapter.
+        norm2: ``[n]``, ‖x‖² over all rows of the unit.
+        along: ``[n]``, ⟨u, x⟩.
         shrink: ``[n]``, λ_g: how much of the norm goes in this step.
         epsilon: the half-space is ``⟨x̃, x⟩ ≥ ε ‖x‖²``, with ε in [0, 1).
 
     Returns:
-        The new rows: ``x̃ = x + γ B A - λ x / ‖x‖`` inside the half-space, exact zeros outside.
+        Two tensors ``[n]``: by what ``x`` and by what ``u`` is multiplied, to be added up; both 0 outside of the
+        half-space, and for a unit that is zero already.
     """
-    norm2 = _norm2(x)
-    scale = shrink / norm2.sqrt().clamp_min(torch.finfo(norm2.dtype).tiny)
-    trial = []
-    for rows, extra in zip(x, update, strict=True):
-        shrunk = rows - _per_unit(scale, rows) * rows
-        trial.append(shrunk if extra is None else shrunk + extra)
-    towards = torch.stack([_dot(new, rows) for new, rows in zip(trial, x, strict=True)]).sum(0)
-    inside = towards >= epsilon * norm2
-    inside &= norm2 > 0
-    return [new * _per_unit(inside, new) for new in trial]
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product of each unit's rows, ``[n, ...] x [n, ...] -> [n]``."""
-    return (a * b).flatten(1).sum(1)
-
-
-def _norm2(x: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Squared norm of each unit over all its members, ``[n]``."""
-    return torch.stack([_dot(rows, rows) for rows in x]).sum(0)
-
-
-def _per_unit(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+    norm = norm2.sqrt()
+    factor = 1 - shrink / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    inside = (factor * norm2 + along >= epsilon * norm2) & (norm2 > 0)
+    return torch.where(inside, factor, 0.0), inside.to(norm.dtype)
 
 
 @dataclass
@@ -82,14 +74,23 @@ class _Adapter:
     experts: int
     """Matrices in the weight: 1 for a linear."""
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """``γ [B]_g A`` for rows ``index`` [n, k]: [n, k, in], or [n, k, experts, in] where the weight is stacked."""
-        a, b = self.a.float(), self.b[index].float()
+    def along(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """``⟨γ [B]_g A, rows⟩`` by rows, ``[m]``; of rows ``[m, in]``, or ``[m, experts, in]`` where it is stacked."""
         if self.experts == 1:
-            return self.gamma * (b @ a)
-        a = a.reshape(self.experts, -1, a.shape[-1])
-        b = b.reshape(*index.shape, -1, self.experts)
-        return self.gamma * torch.einsum("nkre,eri->nkei", b, a)
+            return self.gamma * ((rows @ self.a.float().T) * self.b[index].float()).sum(1)
+        return (self._stacked(index) * rows).flatten(1).sum(1)
+
+    def add_to(self, rows: torch.Tensor, index: torch.Tensor, factor: torch.Tensor) -> None:
+        """``rows += factor · γ [B]_g A``, with ``factor`` by row, ``[m]``."""
+        if self.experts == 1:
+            rows.addmm_(self.b[index].float() * (self.gamma * factor)[:, None], self.a.float())
+        else:
+            rows += self._stacked(index) * factor[:, None, None]
+
+    def _stacked(self, index: torch.Tensor) -> torch.Tensor:
+        a = self.a.float().reshape(self.experts, -1, self.a.shape[-1])
+        b = self.b[index].float().reshape(len(index), -1, self.experts)
+        return self.gamma * torch.einsum("mre,eri->mei", b, a)
 
 
 @dataclass
@@ -99,24 +100,57 @@ class _Rows:
     weight: torch.Tensor
     axis: int
     index: torch.Tensor
-    """``[n, rows per unit]``."""
+    """``[m]``: rows of all units, those of one unit together."""
+    per_unit: int
     adapter: _Adapter | None
 
     def read(self) -> torch.Tensor:
-        """``[n, rows per unit, ...]``, in float32 whatever the weights are in."""
+        """``[m, ...]``: a copy, in float32 whatever the weights are in."""
         return self.weight.movedim(self.axis, 0)[self.index].float()
 
     def write(self, rows: torch.Tensor) -> None:
         self.weight.movedim(self.axis, 0)[self.index] = rows.to(self.weight.dtype)
 
-    def update(self) -> torch.Tensor | None:
-        """``γ [B]_g A``, of the shape of ``read()``."""
-        return None if self.adapter is None else self.adapter.rows(self.index)
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """A number for each unit as one for each row: ``[n] -> [m]``."""
+        return values.repeat_interleave(self.per_unit)
+
+    def by_unit(self, values: torch.Tensor) -> torch.Tensor:
+        """A number for each row, summed over those of a unit: ``[m] -> [n]``."""
+        return values.reshape(-1, self.per_unit).sum(1)
+
+    def along(self, rows: torch.Tensor) -> torch.Tensor:
+        """``⟨γ [B A]_g, [x]_g⟩`` of this member, ``[n]``."""
+        if self.adapter is None:
+            return torch.zeros(len(self.index) // self.per_unit, device=rows.device)
+        return self.by_unit(self.adapter.along(rows, self.index))
+
+    def absorb(self, rows: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
+        """Write ``factor · rows + share · γ [B]_g A``, factors by unit, and forget the adapter; uses up ``rows``."""
+        rows.mul_(self.by_row(factor).view(-1, *[1] * (rows.dim() - 1)))
+        if self.adapter is not None:
+            self.adapter.add_to(rows, self.index, self.by_row(share))
+        self.write(rows)
+        self.forget_adapter()
+
+    def clear(self) -> None:
+        """Exact zeros, without and with the adapter."""
+        self.weight.index_fill_(self.axis, self.index, 0.0)
+        self.forget_adapter()
 
     def forget_adapter(self) -> None:
         """``[B]_g = 0``: it has been absorbed, or the unit is gone."""
         if self.adapter is not None:
-            self.adapter.b[self.index] = 0
+            self.adapter.b.index_fill_(0, self.index, 0.0)
+
+
+def _norm2(members: Iterable[_Rows], values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Squared norm of each unit over all its members, ``[n]``."""
+    parts = [
+        rows.by_unit(torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1).square())
+        for rows, value in zip(members, values, strict=True)
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def _adapter_of(model: PeftModel, parameter: str) -> _Adapter | None:
@@ -138,15 +172,66 @@ def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Seq
             # B's own rows go through the composed operator, not as a member of their own
             if member.role == "out" and ".lora_" not in member.parameter:
                 weight = parameters[member.parameter].detach()
-                index = member.rows(units[group.name]).to(weight.device)
-                found.append(_Rows(weight, member.axis, index, _adapter_of(model, member.parameter)))
+                index = member.rows(units[group.name]).flatten().to(weight.device)
+                adapter = _adapter_of(model, member.parameter)
+                found.append(_Rows(weight, member.axis, index, member.rows_per_unit, adapter))
         return found
 
     return [rows_of(graph[name]) for name in units if units[name]]
 
 
-class LHSPGCallback(TrainerCallback):
+@dataclass
+class _Norm:
+    """A norm that runs over units of which some shrink in this period."""
+
+    module: nn.Module
+    start: torch.Tensor
+    """``weight[left]`` as it was."""
+    left: torch.Tensor
+    """Rows of the units that stay."""
+    redundant: int
+    """Rows that shrink in this period."""
+
+    def follow(self, size: float) -> None:
+        """Make it a norm over all units that are there, the redundant ones at ``size`` of what they were.
+
+        It divides by N rows, of which those that are gone are zero and the redundant ones' squares count ``size²``.
+        """
+        weight, left = self.module.get_parameter("weight").detach(), len(self.left)
+        counted = left + self.redundant * size**2
+        weight[self.left] = self.start * (counted / (left + self.redundant)) ** 0.5
+        set_epsilon(self.module, counted / len(weight))
+
+
+def _norms(
+    model: PeftModel, graph: DependencyGraph, redundant: Mapping[str, Sequence[int]], gone: Mapping[str, Sequence[int]]
+) -> list[_Norm]:
+    """The norms that redundant units count in; ModelError for one that is more than an RMS norm."""
+    found = []
+    leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())] for name in {**redundant, **gone}}
+    for module, norm in norms_over(model, graph, removed_to_kept(graph, leaving)).items():
+        if not scales_with_zeros(module, norm.kept):
+            raise _cannot_follow(module, model)
+        weight = module.get_parameter("weight").detach()
+        left = norm.kept["weight"].to(weight.device)
+        # what is gone is zero, and goes on counting in the divisor
+        found.append(_Norm(module, weight[left], left, len(weight) - len(norm.counting["weight"])))
+    return found
+
+
+def _cannot_follow(module: nn.Module, model: nn.Module) -> ModelError:
+    path = next(path for path, other in model.named_modules() if other is module)
+    return ModelError(
+        f"{path} ({type(module).__name__}) runs over units that would shrink to zero, and is no RMS norm: its mean "
+        "would move. Leave these groups whole (budget.protect), or choose a one-shot method."
+    )
+
+
+class LHSPGCallback(StatefulCallback):
     """Projects one period's redundant units after every optimiser step, and keeps those already gone at zero.
+
+    Its state is the step and the rows of the redundant units: with the model as it was when the period began, a
+    checkpoint of the Trainer goes on where it was taken.
 
     Args:
         graph: of the model that the Trainer trains, traced with the adapters on.
@@ -171,12 +256,18 @@ class LHSPGCallback(TrainerCallback):
         self.steps, self.mode, self.epsilon = steps, mode, epsilon
         self.step = 0
         self._graph, self._units = graph, (redundant, gone)
+        self._restored: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by the Trainer when the model is where it will be trained."""
         self._redundant, self._gone = (_producers(model, self._graph, units) for units in self._units)
-        self._shrink = [_norm2(rows.read() for rows in unit).sqrt() / self.steps for unit in self._redundant]
+        self._norms = _norms(model, self._graph, *self._units)
+        self._shrink = [_norm2(unit, [rows.read() for rows in unit]).sqrt() / self.steps for unit in self._redundant]
+        for name, rows in self._by_name().items():
+            if name in self._restored:
+                rows.write(self._restored.pop(name).to(rows.weight.device))
+        self._follow()
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -187,21 +278,36 @@ class LHSPGCallback(TrainerCallback):
             for rows in members:
                 rows.forget_adapter()
         self.step += 1
+        self._follow()
 
     def _project(self, members: list[_Rows], shrink: torch.Tensor) -> None:
         if self.step + 1 >= self.steps:  # the period ends at exact zero in both modes
-            new = [torch.zeros_like(rows.read()) for rows in members]
+            for rows in members:
+                rows.clear()
         elif self.mode == "decay":
-            factor = decay_factor(self.step, self.steps)
-            new = [factor * _plus(rows.read(), rows.update()) for rows in members]
+            factor = torch.full_like(shrink, decay_factor(self.step, self.steps))
+            for rows in members:
+                rows.absorb(rows.read(), factor, factor)
         else:
-            new = half_space_step(
-                [rows.read() for rows in members], [rows.update() for rows in members], shrink, self.epsilon
-            )
-        for rows, values in zip(members, new, strict=True):
-            rows.write(values)
-            rows.forget_adapter()
+            values = [rows.read() for rows in members]
+            along = torch.stack([rows.along(value) for rows, value in zip(members, values, strict=True)]).sum(0)
+            factor, share = half_space_factor(_norm2(members, values), along, shrink, self.epsilon)
+            for rows, value in zip(members, values, strict=True):
+                rows.absorb(value, factor, share)
 
+    def _follow(self) -> None:
+        for norm in self._norms:
+            norm.follow(max(0.0, 1 - self.step / self.steps))
 
-def _plus(rows: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
-    return rows if update is None else rows + update
+    def _by_name(self) -> dict[str, _Rows]:
+        return {f"rows/{g}/{m}": rows for g, unit in enumerate(self._redundant) for m, rows in enumerate(unit)}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The step, and the redundant units' rows."""
+        rows = {name: rows.weight.movedim(rows.axis, 0)[rows.index] for name, rows in self._by_name().items()}
+        return rows | {"step": torch.tensor(self.step)}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The opposite of ``state_tensors``; the rows are written when training begins."""
+        self._restored = dict(tensors)
+        self.step = int(self._restored.pop("step"))

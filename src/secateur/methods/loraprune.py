@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
-from peft import PeftModel
 from pydantic import Field, model_validator
 
-from secateur.graph import trace
 from secateur.importance.adapters import Form, Options, Sides
-from secateur.methods.base import Decision, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.training.quantised import BaseWeights, quantised_base
-from secateur.types import DependencyGraph, Settings
+from secateur.types import Settings
 
 
 class LoRAPruneSettings(Settings):
@@ -74,7 +71,7 @@ class LoRAPrune:
         settings = self.settings
         adapted = attach_lora(task.model, task.lora, task.seed)
         pruning = GuidedPruning(
-            _adapted_graph(adapted, task),
+            restrict(adapted_graph(adapted, task), task.budget),
             task.budget,
             partial(cubic, steps=settings.steps, warm_up=settings.warm_up, cool_down=settings.cool_down),
             every=settings.every,
@@ -99,10 +96,3 @@ class LoRAPrune:
             task.log(entry)
         metrics = {"training": entries, "skipped_steps": pruning.skipped}
         return Decision(removed=pruning.removed, scores=pruning.scores, metrics=metrics)
-
-
-def _adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:
-    """The graph of the model with adapters; what the task's graph or budget protects is protected in it."""
-    traced = trace(adapted)
-    groups = tuple(replace(group, protected=task.graph[group.name].protected) for group in traced)
-    return restrict(replace(traced, groups=groups), task.budget)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, field_validator
+from peft import PeftModel
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from secateur import progress
 from secateur.graph import trace
 from secateur.importance import CRITERIA
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
+from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
 from secateur.methods.lhspg import LHSPGCallback, Projection
 from secateur.planning import allocate, by_period
 from secateur.surgery import zero_units
@@ -49,11 +52,19 @@ class LoRAShearSettings(Settings):
     @field_validator("saliency")
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        # the adapters start anew in every period, so that there is nothing in their gradients yet when it scores
-        known = [name for name, criterion in CRITERIA.items() if criterion.needs != "adapters"]
-        if not set(value) <= set(known) or min(value.values()) <= 0:
-            raise ValueError(f"give positive weights to some of {', '.join(known)}")
+        if not set(value) <= set(CRITERIA) or min(value.values()) <= 0:
+            raise ValueError(f"give positive weights to some of {', '.join(CRITERIA)}")
         return value
+
+    @model_validator(mode="after")
+    def _adapters_are_trained(self) -> Self:
+        readers = [name for name in self.saliency if CRITERIA[name].needs == "adapters"]
+        if readers and self.warmup_steps == 0:
+            raise ValueError(
+                f"saliency by {', '.join(readers)} reads adapters, and there are none before the first period: "
+                "set warmup_steps above 0"
+            )
+        return self
 
 
 class LoRAShear:
@@ -71,30 +82,41 @@ class LoRAShear:
     def run(self, task: PruningTask) -> Decision:
         """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
         settings = self.settings
-        history = _History(task)
-        removed, first, scores = history.restore()
-        if first == 0 and settings.warmup_steps:
-            history.log += self._train(task, {}, {}, settings.warmup_steps, seed=task.seed, description="warming up")
-        for period in range(first, settings.periods):
-            scores = _saliency(task, settings.saliency, seed=task.seed + period)
-            share = by_period(period, settings.periods)
-            chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
-            redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in chosen.items()}
-            description = f"period {period + 1}/{settings.periods}"
-            seed = task.seed + 1 + period
-            steps = settings.period_steps
-            history.log += self._train(task, redundant, removed, steps, seed=seed, description=description)
-            removed = chosen
-            zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
-            history.keep(removed, period + 1, scores)
-        return Decision(removed=removed, scores=scores, metrics={"training": history.log})
+        book = _Book(task)
+        begun = book.restore()
+        adapted: PeftModel | None = None
+        if begun is None and settings.warmup_steps:
+            adapted = self._train(task, book, 0, {}, {}, settings.warmup_steps)
+        removed = begun.removed if begun else {}
+        for period in range(begun.number if begun else 1, settings.periods + 1):
+            if begun is None or period > begun.number:
+                begun = self._begin(task, book, period, removed, adapted)
+            redundant = {name: sorted(set(units) - set(removed.get(name, ()))) for name, units in begun.chosen.items()}
+            adapted = self._train(task, book, period, redundant, removed, settings.period_steps)
+            removed = begun.chosen
+        assert begun is not None
+        assert adapted is not None
+        _settle(task, adapted, removed)
+        return Decision(removed=removed, scores=begun.scores, metrics={"training": book.log})
+
+    def _begin(
+        self, task: PruningTask, book: _Book, period: int, removed: Removed, adapted: PeftModel | None
+    ) -> _Period:
+        """Score what is there, with the adapters of the training before it still on; merge them; choose what goes."""
+        scores = _saliency(task, self.settings.saliency, adapted, removed, seed=task.seed + period - 1)
+        share = by_period(period - 1, self.settings.periods)
+        chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
+        begun = _Period(period, removed, chosen, scores)
+        book.keep(begun, weights_changed=adapted is not None)
+        return begun
 
     def _train(
-        self, task: PruningTask, redundant: Removed, gone: Removed, steps: int, *, seed: int, description: str
-    ) -> list[dict[str, Any]]:
-        """One period: fresh adapters and optimiser, training under the projection, the merge, and the log of it."""
+        self, task: PruningTask, book: _Book, period: int, redundant: Removed, gone: Removed, steps: int
+    ) -> PeftModel:
+        """Train fresh adapters with a fresh optimiser under the projection; they are still on the model it returns."""
         assert task.training_blocks is not None
-        adapted = attach_lora(task.model, task.lora, seed)
+        description = f"period {period}/{self.settings.periods}" if period else "warming up"
+        adapted = attach_lora(task.model, task.lora, task.seed + period)
         projection = LHSPGCallback(
             trace(adapted),
             redundant,
@@ -108,60 +130,103 @@ class LoRAShear:
             task.training_blocks.ids,
             task.training.model_copy(update={"schedule": self.settings.schedule}),
             steps=steps,
-            seed=seed,
+            seed=task.seed + period,
             description=description,
             callbacks=[projection],
+            checkpoints=book.checkpoints(period),
         )
+        for entry in log:
+            book.log.append({"stage": description, **entry})
+            task.log(book.log[-1])
+        return adapted
+
+
+def _settle(task: PruningTask, adapted: PeftModel | None, removed: Removed) -> None:
+    """End a stretch of training: merge the adapters, and let nothing consume what is gone."""
+    if adapted is not None:
         merge_lora(adapted)
-        entries = [{"stage": description, **entry} for entry in log]
-        for entry in entries:
-            task.log(entry)
-        return entries
+        zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
 
 
-def _saliency(task: PruningTask, weights: Mapping[str, float], seed: int) -> Scores:
-    """Weighted sum of criteria, each divided by its L2 norm over all groups so that none drowns the others (HESSO)."""
+def _saliency(
+    task: PruningTask, weights: Mapping[str, float], adapted: PeftModel | None, removed: Removed, seed: int
+) -> Scores:
+    """Weighted sum of criteria, each divided by its L2 norm over all groups so that none drowns the others (HESSO).
+
+    Adapters that are on the model are read first, by criteria that need them, and then merged.
+    """
+    readers = [name for name in weights if CRITERIA[name].needs == "adapters"]
+    found: dict[str, Scores] = {}
+    if readers:
+        assert adapted is not None
+        graph = adapted_graph(adapted, task)
+        guided = replace(task, model=adapted, graph=graph)  # type: ignore[arg-type]  # it wraps the task's model
+        found = {name: score(guided, CRITERIA[name], seed) for name in readers}
+    _settle(task, adapted, removed)
+    found |= {name: score(task, CRITERIA[name], seed) for name in weights if name not in found}
+    return combine({name: found[name] for name in weights}, weights)
+
+
+def combine(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+    """``Σ weight · score / ‖score‖`` over criteria, with norms over the units of all groups."""
     total: dict[str, torch.Tensor] = {}
-    of_loss = True
-    for name, weight in weights.items():
-        scores = score(task, CRITERIA[name], seed)
-        of_loss &= scores.of_loss
+    for name, scores in found.items():
         norm = torch.stack([scores[group].double().square().sum() for group in scores]).sum().sqrt()
-        scale = weight / float(norm) if norm > 0 else weight
+        scale = weights[name] / float(norm) if norm > 0 else weights[name]
         for group in scores:
             total[group] = total.get(group, torch.zeros(())) + scale * scores[group]
-    return Scores(total, of_loss)
+    return Scores(total, all(scores.of_loss for scores in found.values()))
 
 
-class _History:
-    """Keeps the state after every period on disk, so that an interrupted run goes on with the next one."""
+@dataclass(frozen=True)
+class _Period:
+    """A period that has begun: what is decided, and still to be trained."""
+
+    number: int
+    """From 1 on; 0 is the warm-up, about which nothing is decided."""
+    removed: Removed
+    """Units that earlier periods drove to zero."""
+    chosen: Removed
+    """These, and the units that go in this one."""
+    scores: Scores
+
+
+class _Book:
+    """Keeps the beginning of the current period on disk; within it, the Trainer's checkpoints say how far it came."""
 
     def __init__(self, task: PruningTask) -> None:
         self.task = task
         self.folder = task.work
         self.log: list[dict[str, Any]] = []
 
-    def keep(self, removed: Removed, periods_done: int, scores: Scores) -> None:
+    def checkpoints(self, period: int) -> Path | None:
+        """Folder of the Trainer's checkpoints in this period."""
+        return None if self.folder is None else self.folder / f"training-{period}"
+
+    def keep(self, begun: _Period, weights_changed: bool) -> None:
         """Write weights, then the note that names them: a kill in between leaves the older pair valid."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = self.folder / f"period-{periods_done}.safetensors"
-        save_model(self.task.model, str(weights))
-        save_file(dict(scores.values), self.folder / f"scores-{periods_done}.safetensors")
-        note = self.folder / "periods.json.tmp"
-        note.write_text(json.dumps({"removed": removed, "periods": periods_done, "log": self.log}))
-        note.rename(self.folder / "periods.json")
-        for name in ("period", "scores"):
-            (self.folder / f"{name}-{periods_done - 1}.safetensors").unlink(missing_ok=True)
+        number = begun.number
+        if weights_changed:
+            save_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
+        save_file(dict(begun.scores.values), self.folder / f"scores-{number}.safetensors")
+        note = self.folder / "period.json.tmp"
+        facts = {"number": number, "removed": begun.removed, "chosen": begun.chosen, "of_loss": begun.scores.of_loss}
+        note.write_text(json.dumps({**facts, "weights_changed": weights_changed, "log": self.log}))
+        note.replace(self.folder / "period.json")
+        for name in ("weights", "scores"):
+            (self.folder / f"{name}-{number - 1}.safetensors").unlink(missing_ok=True)
 
-    def restore(self) -> tuple[Removed, int, Scores | None]:
-        """Load the last finished period into the task's model; ``({}, 0, None)`` when there is none."""
-        if self.folder is None or not (self.folder / "periods.json").exists():
-            return {}, 0, None
-        note = json.loads((self.folder / "periods.json").read_text())
+    def restore(self) -> _Period | None:
+        """The period that had begun, with the task's model as it was then; None when there is none."""
+        if self.folder is None or not (self.folder / "period.json").exists():
+            return None
+        note = json.loads((self.folder / "period.json").read_text())
         self.log = note["log"]
-        load_model(self.task.model, str(self.folder / f"period-{note['periods']}.safetensors"))
-        progress.say(f"  resuming after period {note['periods']}")
-        scores = Scores(load_file(self.folder / f"scores-{note['periods']}.safetensors"))
-        return note["removed"], note["periods"], scores
+        if note["weights_changed"]:
+            load_model(self.task.model, str(self.folder / f"weights-{note['number']}.safetensors"))
+        progress.say(f"  resuming in period {note['number']}")
+        scores = Scores(load_file(self.folder / f"scores-{note['number']}.safetensors"), note["of_loss"])
+        return _Period(note["number"], note["removed"], note["chosen"], scores)

@@ -3,6 +3,7 @@
 from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, zero_units
+from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
 
@@ -11,7 +12,10 @@ __all__ = [
     "InputMasks",
     "add_biases",
     "masked",
+    "norms_over",
     "protect_failing",
+    "scales_with_zeros",
+    "set_epsilon",
     "sharing_copy",
     "slice_model",
     "trace",

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import ModelError
-from secateur.surgery.mask import over_survivors, require_maskable
+from secateur.surgery.mask import require_maskable
+from secateur.surgery.norms import is_norm, over_survivors
 from secateur.types import DependencyGraph, Member, removed_to_kept
 
 
@@ -98,7 +99,7 @@ class InputMasks:
     def _add_norm(self, norms: dict[nn.Module, dict[str, torch.Tensor]], member: Member, removed: list[int]) -> None:
         path, _, name = member.parameter.rpartition(".")
         module = self._modules[path]
-        if "norm" in type(module).__name__.lower():
+        if is_norm(module):
             stays = norms.setdefault(module, {}).get(name)
             width = self.graph.shapes[member.parameter][0]
             alive = torch.zeros(width, dtype=torch.bool)

@@ -2,30 +2,27 @@
 
 A unit is removed by zeroing what consumes it (the ``in`` members: columns of the output projection, and of its LoRA
 A), which is exact for every axis that is consumed by contraction. Where a norm runs over the axis (OLMo2 normalises
-queries over all heads; every norm does over the hidden width) its statistics are taken over the survivors. What is
-chosen from instead of summed over gets -inf: experts (``unrouted``) and tokens (``tokens``); layers are skipped
-(``blocks``).
+queries over all heads; every norm does over the hidden width) its statistics are taken over the survivors, and over
+units that are zero already (``norms``). What is chosen from instead of summed over gets -inf: experts (``unrouted``)
+and tokens (``tokens``); layers are skipped (``blocks``).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.errors import ModelError
 from secateur.surgery.blocks import skipped
+from secateur.surgery.norms import MASKABLE, norms_over, over_survivors
 from secateur.surgery.rows import Rows, cut_groups, removed_rows
 from secateur.surgery.tokens import silenced
 from secateur.surgery.unrouted import unrouted
 from secateur.types import DependencyGraph, NodeGroup
 
-MASKABLE = ("ffn", "attention", "query")
-"""Kinds of groups whose units can be zeroed for good, one by one, while a model trains."""
 _ZEROED = (*MASKABLE, "hidden", "state")
 """Kinds of groups whose units are removed exactly by zeroing what consumes them, with norms over the survivors."""
 
@@ -57,13 +54,13 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
 @contextmanager
 def _zeroed(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """The part of ``masked`` that zeroes what consumes the units."""
-    consumers, norms = _prepare(model, graph, kept)
+    consumers, norms = _consumers(model, graph, kept), norms_over(model, graph, kept)
     saved = [rows.tensor.detach().index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in consumers]
     try:
         for rows in consumers:
             _zero(rows)
-        for module, names in norms.items():
-            module.forward = over_survivors(module, names)
+        for module, norm in norms.items():
+            module.forward = over_survivors(module, norm.counting)
         yield
     finally:
         for module in norms:
@@ -77,30 +74,22 @@ def _zeroed(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequenc
 def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
     """Set what consumes the units that do not stay to zero, for good: a step of a progressive method.
 
-    Removing these units afterwards changes nothing, except where a norm runs over the axis: its statistics will then
-    be those of the survivors. Raises ModelError for groups where zeroing is not removing.
+    Removing these units afterwards changes nothing, except where a norm runs over the axis and what produces them is
+    not zero as well: its statistics will then be those of the survivors. Raises ModelError for groups where zeroing
+    is not removing.
     """
     for group, _ in cut_groups(graph, kept):
         require_maskable(group)
-    for rows in _prepare(model, graph, kept)[0]:
+    for rows in _consumers(model, graph, kept):
         _zero(rows)
 
 
-def _prepare(
-    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
-) -> tuple[list[Rows], dict[nn.Module, dict[str, torch.Tensor]]]:
-    """What to zero, and the norms over a cut axis with the surviving rows of each of their parameters."""
+def _consumers(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[Rows]:
+    """What to zero."""
     graph.check_kept(kept)
     for group, _ in cut_groups(graph, kept):
         _require_consumers(group)
-    consumers = removed_rows(model, graph, kept, role="in")
-    norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
-    modules = dict(model.named_modules())
-    for rows in removed_rows(model, graph, kept, role="out"):
-        path, _, name = rows.name.rpartition(".")
-        if "norm" in type(modules[path]).__name__.lower():
-            norms.setdefault(modules[path], {})[name] = rows.kept
-    return consumers, norms
+    return removed_rows(model, graph, kept, role="in")
 
 
 def require_maskable(group: NodeGroup) -> None:
@@ -121,33 +110,3 @@ def _require_consumers(group: NodeGroup) -> None:
 def _zero(rows: Rows) -> None:
     with torch.no_grad():
         rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)
-
-
-def over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A forward of a norm over the last axis that looks at the surviving entries only; the others become zero.
-
-    Further inputs as wide as the first (the gate of a gated norm) are narrowed alike. Gradients reach the module's own
-    parameters.
-    """
-    rows = next(iter(kept.values()))
-
-    def forward(states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        index, width = rows.to(states.device), states.shape[-1]
-
-        def narrow(value: Any) -> Any:
-            wide = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == width
-            return value.index_select(-1, index) if wide else value
-
-        small = copy.copy(module)
-        weights: dict[str, Any] = dict(module._parameters)
-        weights.update((name, weights[name].index_select(0, index)) for name in kept)
-        small._parameters = weights
-        if isinstance(small, (nn.LayerNorm, nn.RMSNorm)):
-            small.normalized_shape = (len(index),)
-        if vars(small).get("group_size") == width:  # one group over all units (Mamba2's gated norm)
-            vars(small)["group_size"] = len(index)
-        inputs = [narrow(value) for value in (states, *others)]
-        normed = type(module).forward(small, *inputs, **{name: narrow(value) for name, value in named.items()})
-        return torch.zeros_like(states, dtype=normed.dtype).index_copy(-1, index, normed)
-
-    return forward

@@ -23,6 +23,7 @@ from secateur.surgery.attributes import (
 )
 from secateur.surgery.blocks import remove_layers
 from secateur.surgery.configs import changed_configs, renumber_special_tokens
+from secateur.surgery.norms import norms_over, restore_epsilon
 from secateur.surgery.rows import Rows, cut_groups, removed_rows
 from secateur.types import DependencyGraph
 
@@ -33,10 +34,12 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
     """Keep only the units in ``kept`` of each listed group, in place; a group that is not listed stays whole.
 
     Parameters and buffers are replaced by smaller ones of the same dtype, device and ``requires_grad``, without
-    gradients; tied ones stay tied. Attributes that follow the axes are set. Works on meta tensors. Everything is
-    checked before the first change. Where whole layers, hidden dimensions or tokens go, the model gets a config that
-    says so, since its code looks there; otherwise its config stays as it was. Raises PlanError when ``kept`` or
-    ``graph`` does not fit the model, and ModelError when such a config would build what stays in another way.
+    gradients; tied ones stay tied. Attributes that follow the axes are set. Values change in one case: where a norm
+    runs over the axis and the units that go are zero already, its weights make up for the smaller divisor (``norms``).
+    Works on meta tensors. Everything is checked before the first change. Where whole layers, hidden dimensions or
+    tokens go, the model gets a config that says so, since its code looks there; otherwise its config stays as it was.
+    Raises PlanError when ``kept`` or ``graph`` does not fit the model, and ModelError when such a config would build
+    what stays in another way.
     """
     graph.check_kept(kept)
     cuts: dict[int, list[Rows]] = {}
@@ -46,6 +49,7 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
     wrappers = _adapted(model, cuts)
     changes = attribute_changes(model, graph, kept)
     configs = changed_configs(model, graph, kept)
+    norms = norms_over(model, graph, kept)
 
     for module, config in configs.items():  # first: some modules will get a config of their own
         module.config = config  # type: ignore[assignment]
@@ -53,6 +57,11 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
         small = _smaller(cuts.pop(key))  # drops the last reference here, so that the large one is freed now
         for module, name in owners[key]:
             setattr(module, name, small)
+    for norm, cut in norms.items():
+        if cut.factor != 1:
+            with torch.no_grad():
+                norm.get_parameter("weight").mul_(cut.factor)
+            restore_epsilon(norm)
     for module in {id(module): module for places in owners.values() for module, _ in places}.values():
         refresh_sizes(module)
     for wrapper in wrappers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -109,3 +111,30 @@ def fisher(model: nn.Module, graph: DependencyGraph, ids: torch.Tensor) -> dict[
         for name, gradient in zip(switches, torch.autograd.grad(loss, list(switches.values())), strict=True):
             total[name] += gradient**2 / len(ids)
     return {name: values.tolist() for name, values in total.items()}
+
+
+def hesso(model: nn.Module, group: NodeGroup, proxy: str, downhill: Mapping[str, torch.Tensor]) -> list[float]:
+    """``downhill``: parameter → the direction in which the loss falls. Unit by unit, as flat vectors."""
+    parameters = dict(model.named_parameters())
+    scores = []
+    for unit in range(group.size):
+        x: list[float] = []
+        d: list[float] = []
+        for member in group.members:
+            if member.role == "out" and ".lora_" not in member.parameter:
+                pieces = slices(parameters[member.parameter].detach(), member, unit)
+                x += [float(value) for piece in pieces for value in piece.flatten()]
+                way = downhill.get(member.parameter, torch.zeros_like(parameters[member.parameter]))
+                d += [float(value) for piece in slices(way, member, unit) for value in piece.flatten()]
+        dot = sum(a * b for a, b in zip(x, d, strict=True))
+        x_norm, d_norm = (sum(value**2 for value in values) ** 0.5 for values in (x, d))
+        scores.append(
+            {
+                "magnitude": x_norm,
+                "average-magnitude": x_norm / len(x),
+                "cosine": 1 + (dot / (x_norm * d_norm) if d_norm else 0.0),
+                "first-order": abs(dot),
+                "second-order": dot**2 / 2,
+            }[proxy]
+        )
+    return scores

@@ -188,7 +188,7 @@ def test_the_model_is_left_exactly_as_it_was(criterion: str, broken: bool, monke
     text = blocks()
     if broken:  # the second batch is out of the vocabulary
         text = TokenBlocks(text.ids + torch.tensor([0] * 4 + [VOCAB] * 2)[:, None], text.sources)
-        if CRITERIA[criterion].needs != "nothing":
+        if CRITERIA[criterion].needs != "nothing" and "hesso-lora" not in criterion:  # which reads no text
             with pytest.raises(IndexError):
                 CRITERIA[criterion].score(model, graph, text, seed=0)
     else:

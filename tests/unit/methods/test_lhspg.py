@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from secateur.graph import trace
-from secateur.methods.lhspg import LHSPGCallback, decay_factor, half_space_step
+from secateur.methods.lhspg import LHSPGCallback, decay_factor, half_space_factor
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, attach_lora, merge_lora
 
@@ -34,24 +35,23 @@ def _slow_half_space(x: list[float], update: list[float], shrink: float, epsilon
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.9])
 def test_half_space_step_agrees_with_the_paper_unit_by_unit(epsilon: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(6, 2, 5, generator=generator), torch.randn(6, 3, generator=generator)]
-    update = [0.8 * torch.randn(6, 2, 5, generator=generator), None]
+    x, update = (torch.randn(6, 13, generator=generator) for _ in range(2))
+    update = 0.8 * update
     shrink = torch.linspace(0.0, 5.0, 6)
-    result = half_space_step(x, update, shrink, epsilon)
+    factor, share = half_space_factor(x.square().sum(1), (x * update).sum(1), shrink, epsilon)
+    result = factor[:, None] * x + share[:, None] * update
     zeroed = 0
     for unit in range(6):
-        flat = torch.cat([x[0][unit].flatten(), x[1][unit].flatten()]).tolist()
-        extra = torch.cat([update[0][unit].flatten(), torch.zeros(3)]).tolist()  # type: ignore[index]
-        expected = _slow_half_space(flat, extra, float(shrink[unit]), epsilon)
-        actual = torch.cat([result[0][unit].flatten(), result[1][unit].flatten()]).tolist()
-        assert actual == pytest.approx(expected, abs=1e-5)
-        zeroed += not any(actual)
+        expected = _slow_half_space(x[unit].tolist(), update[unit].tolist(), float(shrink[unit]), epsilon)
+        assert result[unit].tolist() == pytest.approx(expected, abs=1e-5)
+        zeroed += not result[unit].any()
     assert 0 < zeroed < 6
 
 
 def test_half_space_keeps_zero_units_at_zero() -> None:
-    result = half_space_step([torch.zeros(2, 3)], [None], torch.ones(2), 0.0)
-    assert torch.equal(result[0], torch.zeros(2, 3))
+    factor, share = half_space_factor(torch.zeros(2), torch.zeros(2), torch.ones(2), 0.0)
+    assert not factor.any()
+    assert not share.any()
 
 
 def _adapted(name: str) -> Any:
@@ -131,3 +131,27 @@ def test_units_that_are_gone_do_not_grow_back() -> None:
     assert rows
     for member, weight in rows:
         assert not weight[member.rows([0])].any()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt-oss"])
+def test_a_half_space_step_is_the_slow_one_on_the_merged_rows(name: str) -> None:
+    adapted, steps, epsilon = _adapted(name), 5, 0.1
+    graph = trace(adapted)
+    group = next(group for group in graph.prunable if group.kind == "ffn")
+    places = [member for member in group.members if member.role == "out" and ".lora_" not in member.parameter]
+
+    def rows(model: Any, unit: int) -> list[float]:
+        parameters = dict(model.named_parameters())
+        parts = [parameters[m.parameter].detach().movedim(m.axis, 0)[m.rows([unit])].flatten() for m in places]
+        return torch.cat(parts).tolist()
+
+    plain = {unit: rows(adapted, unit) for unit in (0, 3)}
+    merged = copy.deepcopy(adapted)
+    merged.merge_adapter()
+    update = {unit: [m - p for m, p in zip(rows(merged, unit), plain[unit], strict=True)] for unit in (0, 3)}
+    callback = LHSPGCallback(graph, {group.name: [0, 3]}, {}, steps=steps, mode="half-space", epsilon=epsilon)
+    callback.on_train_begin(None, None, None, model=adapted)
+    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    for unit, x in plain.items():
+        shrink = math.sqrt(sum(value * value for value in x)) / steps
+        assert rows(adapted, unit) == pytest.approx(_slow_half_space(x, update[unit], shrink, epsilon), abs=1e-5)

@@ -1,0 +1,169 @@
+"""The saliency proxies of HESSO and LHSPG (arXiv 2409.09085; the optimisers that LoRAShear's authors released).
+
+``x_g`` is all that produces unit ``g`` (its rows of weights, biases and norms) as one vector, and ``d_g`` the direction
+in which the loss falls there. Five proxies look at them:
+
+* ``magnitude`` ``‖x_g‖`` and ``average-magnitude`` ``‖x_g‖ / numel``: a unit of small weights matters little;
+* ``cosine`` ``1 + cos(x_g, d_g)``: near 0 the loss falls towards the origin, where training would take the unit anyway;
+* ``first-order`` ``|⟨x_g, d_g⟩|`` and ``second-order`` ``½ ⟨x_g, d_g⟩²``: by how much the loss changes without it.
+
+``d_g`` is ``−∇f`` of calibration text, or ``γ B A``: what LoRA learned is about the sum of ``−∇f`` over its steps, so
+that it stands in for a gradient that is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError
+from secateur.importance.base import (
+    Needs,
+    borrowed,
+    calibration,
+    mean_loss_backward,
+    require_gradients,
+)
+from secateur.importance.weights import (
+    adapter_delta,
+    base_members,
+    base_parameters,
+    effective_weight,
+    is_adapter_parameter,
+    stored_weight,
+    sum_units,
+)
+from secateur.types import DependencyGraph, NodeGroup, Scores
+
+if TYPE_CHECKING:
+    from secateur.data import TokenBlocks
+
+Proxy = Literal["magnitude", "average-magnitude", "cosine", "first-order", "second-order"]
+Direction = Literal["gradient", "adapters"]
+Direct = Callable[[str], torch.Tensor | None]
+"""Parameter → d, of its shape; None where nothing is known, which counts as zero."""
+
+
+def proxy_scores(
+    proxy: Proxy, x2: torch.Tensor, d2: torch.Tensor, xd: torch.Tensor, elements: torch.Tensor
+) -> torch.Tensor:
+    """The proxy of each unit from ``‖x‖²``, ``‖d‖²``, ``⟨x, d⟩`` and the number of elements, all ``[units]``."""
+    if proxy == "magnitude":
+        return x2.sqrt()
+    if proxy == "average-magnitude":
+        return x2.sqrt() / elements
+    if proxy == "cosine":
+        norms = (x2 * d2).sqrt()
+        return 1 + torch.where(norms > 0, xd / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+    return xd.abs() if proxy == "first-order" else 0.5 * xd.square()
+
+
+@dataclass(frozen=True)
+class Hesso:
+    """One proxy, by the gradient of text or by adapters; ``magnitude`` and ``average-magnitude`` need neither.
+
+    Memory: by gradients, one for each weight that produces units; by adapters, one ``γ B A`` at a time.
+    """
+
+    proxy: Proxy
+    direction: Direction = "gradient"
+    batch_size: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"hesso-{'lora-' if self.direction == 'adapters' else ''}{self.proxy}"
+
+    @property
+    def needs(self) -> Needs:
+        if self.proxy in ("magnitude", "average-magnitude"):
+            return "nothing"
+        return "gradients" if self.direction == "gradient" else "adapters"
+
+    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+        """See ``Criterion.score``; by adapters no text is looked at."""
+        if not graph.prunable:
+            return Scores({})
+        # what is proportional to a change of the loss, and by the same factor everywhere
+        of_loss = self.needs == "gradients" and self.proxy != "cosine"
+        if self.needs == "nothing":
+            return self._scores(model, graph, lambda name: effective_weight(model, name), lambda name: None, of_loss)
+        if self.needs == "adapters":
+            if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
+                raise ModelError(f"'{self.name}' reads LoRA adapters, and there are none; attach and train them first.")
+            return self._scores(
+                model, graph, lambda name: stored_weight(model, name), lambda name: adapter_delta(model, name), of_loss
+            )
+        blocks = calibration(blocks, self.name)
+        parameters = dict(model.named_parameters())
+        wanted = {name for group in graph.prunable for name in _names(graph, group) if name in parameters}
+        require_gradients(graph, parameters, wanted, self.name)
+        with borrowed(model, wanted) as trained:
+            mean_loss_backward(model, blocks, self.batch_size)
+
+            def downhill(name: str) -> torch.Tensor | None:
+                gradient = trained[name].grad if name in trained else None  # None: no token reached it
+                return None if gradient is None else -gradient
+
+            return self._scores(model, graph, lambda name: effective_weight(model, name), downhill, of_loss)
+
+    def _scores(
+        self, model: nn.Module, graph: DependencyGraph, weight: Callable[[str], torch.Tensor], d: Direct, of_loss: bool
+    ) -> Scores:
+        found = {}
+        for group in graph.prunable:
+            sums = _module_sums if group.modules else _member_sums
+            found[group.name] = proxy_scores(self.proxy, *sums(graph, group, weight, d)).float()
+        return Scores(found, of_loss)
+
+
+HESSO = (
+    Hesso("magnitude"),
+    Hesso("average-magnitude"),
+    Hesso("cosine"),
+    Hesso("first-order"),
+    Hesso("second-order"),
+    Hesso("cosine", "adapters"),
+    Hesso("first-order", "adapters"),
+    Hesso("second-order", "adapters"),
+)
+"""The whole family."""
+
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _names(graph: DependencyGraph, group: NodeGroup) -> Iterable[str]:
+    if group.modules:
+        return [name for unit in base_parameters(graph, group) for name in unit]
+    return [member.parameter for member in base_members(group) if member.role == "out"]
+
+
+def _member_sums(graph: DependencyGraph, group: NodeGroup, weight: Callable[[str], torch.Tensor], d: Direct) -> Sums:
+    """``‖x‖²``, ``‖d‖²``, ``⟨x, d⟩`` and the elements of each unit, float64 on the CPU."""
+    x2, d2, xd, elements = torch.zeros(4, group.size, dtype=torch.float64)
+    for member in base_members(group):
+        if member.role == "out":
+            x, direction = weight(member.parameter), d(member.parameter)
+            x2 += sum_units(x.float().square(), member, group.size).cpu()
+            elements += x.numel() // x.shape[member.axis] * member.rows_per_unit
+            if direction is not None:
+                d2 += sum_units(direction.float().square(), member, group.size).cpu()
+                xd += sum_units(x.float() * direction.float(), member, group.size).cpu()
+    return x2, d2, xd, elements
+
+
+def _module_sums(graph: DependencyGraph, group: NodeGroup, weight: Callable[[str], torch.Tensor], d: Direct) -> Sums:
+    """The same, where a unit is a whole module."""
+    x2, d2, xd, elements = torch.zeros(4, group.size, dtype=torch.float64)
+    for unit, names in enumerate(base_parameters(graph, group)):
+        for name in names:
+            x, direction = weight(name).float(), d(name)
+            x2[unit] += float(x.square().sum())
+            elements[unit] += x.numel()
+            if direction is not None:
+                d2[unit] += float(direction.float().square().sum())
+                xd[unit] += float((x * direction.float()).sum())
+    return x2, d2, xd, elements
