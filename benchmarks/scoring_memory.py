@@ -1,4 +1,4 @@
-"""What scoring costs: peak memory of LoRA-guided scores against full-gradient Taylor, and LoRAPrune's training step.
+"""What scoring costs: peak memory of LoRA-guided scores against full-gradient Taylor.
 
     python benchmarks/scoring_memory.py --model smollm2-135m --json scoring.json
 
@@ -7,8 +7,7 @@ highest resident memory of the process (``VmHWM``), whole and without what Pytho
 is a model. Scores: first-order Taylor with gradients of all weights (as LLM-Pruner's code keeps them) or of the
 prunable ones alone, and the LoRA-guided estimate. Each is measured "plainly" (the whole batch at once) and "frugally"
 (one window at a time, activations recomputed layer by layer: how the criterion comes), since what both share hides what
-they differ in. Steps: a plain LoRA step and one under LoRAPrune's callback with its masks on; they alternate in one
-process, and the medians are compared.
+they differ in. What a whole training step costs: benchmarks/step_cost.py.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,67 +88,9 @@ def _check(scores: Any) -> None:
     assert all(bool(scores[name].isfinite().all()) for name in scores)
 
 
-def steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Steps of LoRA training, plain or (``arguments.what == "steps"``) in turns with steps under the callback."""
-    import torch
-
-    from secateur.importance.adapters import Options
-    from secateur.methods.guided import GuidedPruning
-    from secateur.methods.loraprune import LoRAPruneSettings
-    from secateur.planning import Budget
-
-    before = resident()
-    model, graph, ids = prepare(arguments, adapters=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4)
-    own = LoRAPruneSettings()
-    options = Options(own.form, own.normalise, own.sides)
-    pruning = GuidedPruning(
-        graph, Budget(ratio=0.2), lambda step: min(0.9, step / 1000), every=own.every, options=options
-    )
-    pruning.on_train_begin(_NoClip(), _State(0), None, model=model)  # type: ignore[arg-type]
-
-    def step(number: int, guided: bool) -> float:
-        started = time.monotonic()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        if guided:
-            pruning.on_pre_optimizer_step(None, _State(number), None, model=model)  # type: ignore[arg-type]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        if guided:
-            pruning.on_optimizer_step(None, _State(number), None)  # type: ignore[arg-type]
-        optimiser.zero_grad()
-        return time.monotonic() - started
-
-    guided_too = arguments.what == "steps"
-    step(0, guided_too)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    plain, guided = [], []
-    for number in range(1, arguments.steps + 1):
-        plain.append(step(number, False))
-        if guided_too:
-            guided.append(step(number, True))
-    found: dict[str, Any] = {"what": arguments.what, "peak_without_libraries": resident()["peak"] - before["now"]}
-    found["plain_seconds"] = round(statistics.median(plain), 3)
-    if guided:
-        found["guided_seconds"] = round(statistics.median(guided), 3)
-        found["time_ratio"] = round(statistics.median(g / p for g, p in zip(guided, plain, strict=True)), 3)
-    return found
-
-
-class _NoClip:
-    max_grad_norm = 0.0
-
-
-class _State:
-    def __init__(self, step: int) -> None:
-        self.global_step = step
-
-
 def in_a_process(arguments: argparse.Namespace, what: str, frugal: bool) -> dict[str, Any]:
     command = [sys.executable, __file__, "--what", what, "--model", arguments.model, "--dtype", arguments.dtype]
-    command += ["--batch", str(arguments.batch), "--window", str(arguments.window), "--steps", str(arguments.steps)]
+    command += ["--batch", str(arguments.batch), "--window", str(arguments.window)]
     run = subprocess.run([*command, *(["--frugal"] if frugal else [])], capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
@@ -166,14 +105,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each kind; 0 leaves them out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--what", help=argparse.SUPPRESS)
     parser.add_argument("--frugal", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what is not None:
-        work: Callable[[argparse.Namespace], dict[str, Any]] = steps if arguments.what.endswith("steps") else score
-        print(json.dumps(work(arguments)))
+        print(json.dumps(score(arguments)))
         return
     rows = [in_a_process(arguments, what, frugal) for frugal in (False, True) for what in SCORES]
     found = {(row["what"], row["how"]): row for row in rows}
@@ -185,11 +122,6 @@ def main() -> None:
                 f"LoRA-guided {lora} / {what} {taylor}: memory {ratios[0]:.3f} "
                 f"(with Python and libraries {ratios[1]:.3f}), time {ratios[2]:.2f}"
             )
-    if arguments.steps:
-        plain, both = (in_a_process(arguments, what, False) for what in ("plain steps", "steps"))
-        memory = both["peak_without_libraries"] / plain["peak_without_libraries"]
-        print(f"A step under LoRAPrune / a plain LoRA step: {both['time_ratio']:.3f} in time, {memory:.3f} in memory")
-        rows += [plain, both]
     if arguments.json is not None:
         settings = {key: getattr(arguments, key) for key in ("model", "batch", "window", "dtype")}
         arguments.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")

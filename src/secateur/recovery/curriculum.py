@@ -125,7 +125,7 @@ class Curriculum(StatefulCallback):
 
     def _beginning(self) -> dict[str, float]:
         sources = self.stages[self._stage].sources
-        return {name: self.initial[name] for name in sources}
+        return floored({name: self.initial[name] for name in sources}, self.floor)
 
     def _next_stage(self, step: int, model: Any) -> bool:
         """Whether there was one more stage, which begins now."""
@@ -142,7 +142,8 @@ class Curriculum(StatefulCallback):
         losses: dict[str, float] = {}
         if self.measure is not None and self.round_steps > 0:
             losses = _agreed(self.measure(model), next(model.parameters()).device)
-            self._weights = reweigh(self._weights, losses, self.reference)
+            # the floor is part of the weights, so that a source that was ahead can come back soon
+            self._weights = floored(reweigh(self._weights, losses, self.reference), self.floor)
         shares = self._shares()
         # the batch of the next step may have been asked for already, in part and not by all processes alike
         self.order.set_weights(shares, (step + 1) * self._batch if step > 0 else 0)
@@ -154,7 +155,7 @@ class Curriculum(StatefulCallback):
         own = self.stages[self._stage].sources
         earlier = [name for stage in self.stages[: self._stage] for name in stage.sources if name not in own]
         kept = min(self.floor * len(earlier), 0.5)
-        shares = {name: share * (1 - kept) for name, share in floored(self._weights, self.floor).items()}
+        shares = {name: share * (1 - kept) for name, share in self._weights.items()}
         return {name: kept / len(earlier) for name in earlier} | shares
 
     def _no_longer_helps(self, losses: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from secateur.data import TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
-from secateur.recovery.curriculum import Curriculum, floored, reweigh
+from secateur.recovery.curriculum import Curriculum, Stage, floored, reweigh
 from secateur.recovery.distill import Distillation
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings
@@ -109,6 +109,29 @@ def test_what_has_fallen_behind_is_read_more(read: list[str]) -> None:
     losses = [entry["losses"]["a"] for entry in done.rounds]
     assert losses[-1] < losses[0]
     assert [entry["learning_rate"] for entry in done.log][-1] < max(entry["learning_rate"] for entry in done.log)
+
+
+def test_a_source_at_the_floor_comes_back_when_it_falls_behind_later() -> None:
+    """Round after round w ∝ w · exp(max(0, loss − ref)), with the floor in w: nothing sinks out of reach."""
+    behind = [{"a": 3.0, "b": 0.0}] * 6 + [{"a": 0.0, "b": 3.0}] * 2
+    curriculum = Curriculum(
+        order=ReadingOrder(["a", "b"], {"a": 1.0, "b": 1.0}, 0),
+        stages=[Stage("text", ("a", "b"), 100)],
+        initial={"a": 1.0, "b": 1.0},
+        round_steps=1,
+        floor=0.1,
+        patience=0,
+        measure=lambda model: behind.pop(0),
+        reference={"a": 0.0, "b": 0.0},
+    )
+    model, weight = torch.nn.Linear(1, 1), 0.5
+    for step in range(8):
+        curriculum._round(step, model)
+        odds = weight / (1 - weight) * math.exp(3.0 if step < 6 else -3.0)
+        weight = 0.1 + 0.8 * odds / (1 + odds)
+        assert curriculum.rounds[-1]["weights"] == pytest.approx({"a": weight, "b": 1 - weight})
+    assert curriculum.rounds[5]["weights"]["b"] < 0.15
+    assert curriculum.rounds[7]["weights"]["b"] > 0.7
 
 
 def test_one_source_is_enough() -> None:
