@@ -25,11 +25,12 @@ secateur, and compares logits. How groups are found and what exact means: [The d
 * **ffn**, **attention**: in how many places the widths of feed-forward layers and experts, and the KV heads (query
   heads where there is one KV head, or one each), are cut exactly. `2 of 3`: the third place is protected. `-`: it has
   none.
-* **on request**: kinds that are protected by default and are cut exactly when `budget.kinds` names them.
+* **on request**: kinds that are protected by default and are cut exactly when `budget.kinds` names them; `query` are
+  query heads within their KV heads.
 * **stays**: why groups are protected that are not protected by default.
 * **saved**: how a model is written whose layers were cut alike, and whose layers differ. `plain` opens with nothing but
-  transformers; `uneven` carries its modelling file (`trust_remote_code=True`); `refused` is not written, and says why.
-  A dash: there was nothing to cut.
+  transformers; `uneven` carries sizes of layers and `listed` a list of the tensors that are smaller, both with a
+  modelling file (`trust_remote_code=True`); `refused` is not written, and says why. A dash: there was nothing to cut.
 
 | type | ffn | attention | on request | stays | saved |
 | --- | --- | --- | --- | --- | --- |
@@ -55,7 +56,9 @@ Wrong results: {len(mistakes)}.{f" ({named})" if named else ""}
 Generation with and without a cache agrees in {_count(built, "generate")} types; LoRA on all linears gives the same \
 groups and exact cuts in {_count(built, "lora")}.
 Saved and opened again with the same logits: {_saved(built, "same")} when all layers are cut alike, \
-{_saved(built, "differing")} when they differ.
+{_saved(built, "differing")} when they differ, \
+{_saved(built, "query")} with half of the query heads of every KV head, \
+{_saved(built, "asked")} with everything cut that is cut on request.
 All this took {minutes:.0f} minutes of one processor, besides opening the folders again."""
     return "\n".join(f"* {line}" for line in text.splitlines())
 
@@ -76,7 +79,7 @@ def wrong(results: Sequence[Facts]) -> list[tuple[Facts, str]]:
         silent = "no visible effect"
         failures = [message for message in facts.get("failures", {}).values() if silent not in message]
         found += [(facts, message) for message in failures]
-        for name in ("generate", "lora", "save_same", "save_differing"):
+        for name in ("generate", "lora", *(name for name in facts if name.startswith("save_"))):
             if str(facts.get(name, "")).startswith("FAILED"):
                 found.append((facts, f"{name}: {facts[name]}"))
         if "crashed" in facts:
@@ -86,8 +89,8 @@ def wrong(results: Sequence[Facts]) -> list[tuple[Facts, str]]:
 
 def _saved(built: Sequence[Facts], name: str) -> str:
     good = [facts for facts in built if isinstance(facts.get(f"reload_{name}"), float)]
-    ways = {way: sum(facts.get(f"save_{name}") == way for facts in good) for way in ("plain", "uneven")}
-    return f"{len(good)} types ({ways['plain']} plain, {ways['uneven']} with a modelling file)"
+    ways = {way: sum(facts.get(f"save_{name}") == way for facts in good) for way in ("plain", "uneven", "listed")}
+    return f"{len(good)} types ({', '.join(f'{count} {way}' for way, count in ways.items())})"
 
 
 def table(results: Sequence[Facts]) -> str:
@@ -129,14 +132,30 @@ def _stays(facts: Facts) -> str:
     return "; ".join(dict.fromkeys(reasons)) or "-"
 
 
+_REASONS: tuple[tuple[str, str], ...] = (
+    (r"shape '(\[.*?\])' is invalid for input", r"its code writes a shape down, \1"),
+    (r"split_sizes to sum exactly.*split_sizes=(\[.*?\])", r"its code writes the sizes of a split down, \1"),
+    (r"Given normalized_shape=(\[.*?\])", r"a norm without weights keeps its width, \1"),
+    (
+        r"The size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
+        r"its code keeps a size, \1 meets \2",
+    ),
+    (
+        r"(?:out of range|out of bounds|out of DATA bounds|source tensor shape must match)",
+        "its code keeps the old size",
+    ),
+    (r"would build layer \d+ in another way \((\S+) is", r"the index of a layer decides what it is (\1)"),
+)
+"""What is found in a message, and what a reader of the table is told."""
+
+
 def _short(reason: str) -> str:
-    reason = re.sub(
-        r"^(cutting it failed a check: )?(\\S+\\.\\S+: )?\\w*(Error|Exception): .*",
-        "its code has sizes of its own",
-        reason,
-    )
     reason = re.sub(r"^cutting it failed a check: (together: )?", "", reason)
-    return reason.replace("|", "/").split(": shape")[0][:90]
+    for message, meaning in _REASONS:
+        found = re.search(message, reason)
+        if found is not None:
+            return found.expand(meaning).replace("|", "/")
+    return re.sub(r"^(\S+: )?\w*(Error|Exception): ", "", reason).replace("|", "/")[:110]
 
 
 def _ways(facts: Facts) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, VerificationError
@@ -75,11 +76,20 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
     same, differing = halves(graph), halves(graph, seed + 1, differing=True)
     facts["generate"] = generates_alike(model, graph, differing)
     facts["lora"] = adapts(model, run, seed)
-    for name, kept in (("same", same), ("differing", differing)):
+    cuts = [("same", graph, same), ("differing", graph, differing)]
+    if facts["on_request"].get("query") == "exact":
+        opened = only(graph, "query")
+        cuts.append(("query", opened, halves(opened)))
+    exact = [kind for kind, answer in facts["on_request"].items() if answer == "exact" and kind != "query"]
+    opened = graph.opened(exact)
+    cuts.append(
+        ("asked", opened, {name: units for name, units in halves(opened).items() if opened[name].kind in exact})
+    )
+    for name, asked, kept in cuts:
         if kept:
             try:
-                references.append((name, _write(model, graph, kept, folder / f"{model_type}-{name}")))
-                facts[f"save_{name}"] = "uneven" if "auto_map" in _config(folder / f"{model_type}-{name}") else "plain"
+                references.append((name, _write(model, asked, kept, folder / f"{model_type}-{name}")))
+                facts[f"save_{name}"] = way(folder / f"{model_type}-{name}")
             except SecateurError as error:
                 facts[f"save_{name}"] = f"refused: {_line(error)}"
             except Exception as error:
@@ -93,9 +103,10 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
+def way(folder: Path) -> str:
+    """How a saved model is described: ``plain``, by sizes of layers (``uneven``), or by tensors (``listed``)."""
+    pruned = json.loads((folder / "config.json").read_text()).get("pruned_layers")
+    return "plain" if pruned is None else "listed" if "tensors" in pruned else "uneven"
 
 
 def _seeded(seed: int, what: Callable[[], Any]) -> Any:
@@ -129,11 +140,18 @@ def _requestable(graph: DependencyGraph) -> list[Kind]:
 
 def on_request(model: PreTrainedModel, run: Trace, kind: Kind, seed: int) -> str:
     """What comes of cutting the groups of a kind that is protected by default."""
-    graph = run.graph.opened([kind])
-    groups = tuple(group if group.kind == kind or group.protected else replace(group, protected="") for group in graph)
-    run = replace(run, graph=replace(graph, groups=groups))
+    run = replace(run, graph=only(run.graph, kind))
     failures = [check for check in _seeded(seed, partial(checks, model, 0.5, run)) if not check.ok]
     return f"{failures[0].group}: {failures[0].message}"[:200] if failures else "exact"
+
+
+def only(graph: DependencyGraph, kind: Kind) -> DependencyGraph:
+    """``graph`` with the groups of a kind open to be cut, and no others."""
+    groups = (
+        group if group.kind == kind or group.protected else replace(group, protected="")
+        for group in graph.opened([kind])
+    )
+    return replace(graph, groups=tuple(groups))
 
 
 def halves(graph: DependencyGraph, seed: int = 0, differing: bool = False) -> Kept:
@@ -189,7 +207,7 @@ def _cache_difference(model: Any) -> float:
 def adapts(model: PreTrainedModel, plain: Trace, seed: int) -> str:
     """Whether the model with LoRA on all linears has the same groups, and is cut as exactly."""
     try:
-        adapted = with_adapters(sharing_copy(model))
+        adapted = _adapted(model)
         with torch.no_grad():
             adapted(input_ids=torch.arange(14).reshape(2, 7))
     except Exception as error:
@@ -208,6 +226,13 @@ def adapts(model: PreTrainedModel, plain: Trace, seed: int) -> str:
     except Exception as error:
         return f"FAILED: {_line(error)}"
     return f"FAILED: {failures[0].group}: {failures[0].message}" if failures else "same"
+
+
+def _adapted(model: PreTrainedModel) -> PeftModel:
+    try:
+        return with_adapters(sharing_copy(model))
+    except ValueError:  # peft leaves these alone in models with Mamba's kernels
+        return with_adapters(sharing_copy(model), exclude=("out_proj", "conv1d"))
 
 
 def _write(model: PreTrainedModel, graph: DependencyGraph, kept: Kept, folder: Path) -> Reference:
