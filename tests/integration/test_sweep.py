@@ -58,7 +58,7 @@ def test_saved_models_open_in_a_fresh_process_and_compute_the_same(results: dict
                 assert facts[f"reload_{name}"] <= 1e-4, facts["type"]
     ways = {facts[f"save_{name}"].partition(":")[0] for facts in results.values() for name in ("same", "differing")}
     assert ways >= {"plain", "uneven"}
-    assert {kind for kind, facts in results.items() if "save_query" in facts} == {"dbrx", "gemma3n_text"}
+    assert {kind for kind, facts in results.items() if "save_query" in facts} >= {"dbrx", "gemma3n_text"}
 
 
 def test_experts_that_are_chosen_one_by_one_are_experts(results: dict[str, Facts]) -> None:
