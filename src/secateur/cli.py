@@ -90,6 +90,14 @@ class Runtime(StrEnum):
     llama_cpp = "llama.cpp"
 
 
+class Form(StrEnum):
+    """What a saved model can be turned into."""
+
+    gguf = "gguf"
+    uniform = "uniform"
+    onnx = "onnx"
+
+
 # What several commands take: the same names, with the same meaning, in all of them.
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a built-in name.", metavar="MODEL")]
 RecipeFile = Annotated[
@@ -327,6 +335,31 @@ def apply(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="A folder that a model was saved to.", metavar="DIR")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="gguf: a file for llama.cpp; uniform: layers filled up with zeros to equal sizes, opened by all that "
+            "know the family; onnx: a graph for ONNX Runtime."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New file (gguf) or folder.", metavar="PATH")],
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a saved model in a form for other programs, and let these open it where they are installed."""
+    from secateur import pipeline, progress
+
+    settings = _settings(recipe, overrides, _model_flags(folder, device, trust_remote_code))
+    progress.show()
+    progress.say(pipeline.convert(settings, to.value, output))
+    progress.say(f"It is in {output}")
+
+
+@app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="A folder that a model was saved to.", metavar="DIR")],
     recipe: RecipeFile = None,
@@ -523,6 +556,7 @@ def _quieten() -> None:
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import what it cannot speed up
+    for name in ("bitsandbytes", "torch.onnx"):  # say at import what they cannot speed up, or what is not installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.config import Recipe, identity, revise
 from secateur.data import read_texts
 from secateur.errors import InputError
-from secateur.export import check_describes_itself, check_output
+from secateur.export import FORMS, Form, check_describes_itself, check_output
 from secateur.loading import load
 from secateur.methods import METHODS
 from secateur.stages import (
@@ -132,6 +132,18 @@ def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     refuse_unsavable(result)
     save(result, output)
     return result
+
+
+def convert(recipe: Recipe, form: Form, output: Path) -> str:
+    """What ``secateur export`` does: write the recipe's model in another form; says how it was checked.
+
+    ``uniform``: layers of different sizes filled up with zeros, as a plain folder. ``gguf``: a file for llama.cpp.
+    ``onnx``: a folder with a graph for ONNX Runtime. ``output`` is a new folder, or a new file for ``gguf``.
+    Raises ModelError for what a form cannot hold, VerificationError when what was written computes something else.
+    """
+    target = FORMS[form].check(output)
+    model, tokenizer = load(**recipe.model.model_dump())
+    return FORMS[form].write(model, tokenizer, target, recipe.export)
 
 
 def _apply(

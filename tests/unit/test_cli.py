@@ -15,7 +15,7 @@ from secateur import pipeline
 from secateur.cli import app
 from secateur.errors import InputError
 
-COMMANDS = ["analyze", "apply", "compare", "data", "evaluate", "inspect", "methods", "prune", "verify"]
+COMMANDS = ["analyze", "apply", "compare", "data", "evaluate", "export", "inspect", "methods", "prune", "verify"]
 PRUNE_OPTIONS = """--debug --device --dry-run --help --method --output --ratio --recipe --resume --runs-on --set
     --trust-remote-code --version -h -o""".split()
 

@@ -4,6 +4,7 @@ from secateur.export.adopt import Architecture, adopt_config, check_describable,
 from secateur.export.analysis import write_analysis
 from secateur.export.artefacts import write_artefacts
 from secateur.export.card import licence_of
+from secateur.export.convert import FORMS, Form
 from secateur.export.huggingface import (
     ARTEFACTS,
     ExportSettings,
@@ -19,9 +20,11 @@ from secateur.export.verify import Verification, needs_trust, verify_folder
 
 __all__ = [
     "ARTEFACTS",
+    "FORMS",
     "Architecture",
     "Comparison",
     "ExportSettings",
+    "Form",
     "StandardForm",
     "Story",
     "Verification",

@@ -1,0 +1,122 @@
+"""A saved model in another form: with equal layers, as a GGUF file, or as an ONNX graph; there whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import InputError, VerificationError
+from secateur.export.huggingface import ExportSettings, check_output, sample_ids, save, written_dtype
+from secateur.graph import trace
+from secateur.progress import say
+
+Form = Literal["uniform", "gguf", "onnx"]
+_TOLERANCE = 1e-4
+"""Largest difference of logits that zeros may make in fp32, as a fraction of the largest."""
+
+
+class FormInfo(NamedTuple):
+    """One form: where it is written to, and how."""
+
+    check: Callable[[Path], Path]
+    """Raises InputError for a place that cannot become one; returns its absolute path. Writes nothing."""
+    write: Callable[[PreTrainedModel, PreTrainedTokenizerBase | None, Path, ExportSettings], str]
+    """Writes the model there and says what was checked."""
+
+
+def _to_uniform(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, settings: ExportSettings
+) -> str:
+    from secateur.export.uniform import uniform_model
+
+    even = uniform_model(model)
+    ids = sample_ids(model.config).to(model.device)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        difference = float((even(input_ids=ids, use_cache=False).logits.float() - expected).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())) and model.dtype == torch.float32:
+        raise VerificationError(f"Filled up with zeros, the model computes something else: by {difference:.3g}.")
+    even.stored_dtype = written_dtype(model, settings)  # type: ignore[assignment]
+    found = save(even, tokenizer, folder, graph=trace(even), kept={}, settings=settings)
+    return (
+        f"AutoModelForCausalLM.from_pretrained opens it without more: {found.parameters:,} parameters; logits differ "
+        f"by at most {difference:.1e} from those of the model that was filled up."
+    )
+
+
+def _to_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, settings: ExportSettings
+) -> str:
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("gguf is not installed. GGUF files are written with: pip install gguf")
+    from secateur.export.gguf import write_gguf
+
+    with _scratch(file) as scratch:
+        name = Path(model.config._name_or_path or model.config.model_type).name
+        return write_gguf(model, tokenizer, scratch, written_dtype(model, settings), name)
+
+
+def _to_onnx(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, settings: ExportSettings
+) -> str:
+    from secateur.export.onnx import write_onnx
+
+    with _scratch(folder) as scratch:
+        scratch.mkdir(parents=True)
+        said = write_onnx(model, scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if folder.is_dir():
+            folder.rmdir()  # empty, as checked
+    return said
+
+
+def _check_file(file: Path) -> Path:
+    """Refuse early a place that cannot become a new file."""
+    path = file.expanduser().absolute()
+    if path.exists():
+        raise InputError(f"{file} exists already. Name a new file.")
+    if not path.parent.is_dir():
+        raise InputError(f"{file} cannot be made: there is no folder {path.parent}. Name a file in one that exists.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{file} cannot be written: no permission for {path.parent}. Name a file elsewhere.")
+    return path
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A place beside ``target`` that gets its name when all went well, and goes when it did not."""
+    scratch = target.with_name(f".{target.name}.saving")
+    _remove(scratch)
+    try:
+        say(f"Writing {target}")
+        yield scratch
+        scratch.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}. Make room, or name another place."
+        ) from error
+    finally:
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+FORMS: Mapping[Form, FormInfo] = {
+    "uniform": FormInfo(check_output, _to_uniform),
+    "gguf": FormInfo(_check_file, _to_gguf),
+    "onnx": FormInfo(check_output, _to_onnx),
+}

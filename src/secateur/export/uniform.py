@@ -1,0 +1,166 @@
+"""A model whose layers differ in size, filled up with zeros until they do not: a plain checkpoint for every loader.
+
+The reverse of slicing: of the even model, a plan that keeps the first units of each group makes the uneven one, and the
+units that such a plan would remove are zero here, so that both compute the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.errors import ModelError, SecateurError
+from secateur.export.huggingface import on_meta, shapes_of
+from secateur.export.layers import LayerSizes
+from secateur.export.sizes import OWN_NAME, place_of, query_heads_name
+from secateur.graph import trace
+from secateur.surgery import slice_model
+from secateur.surgery.rebuild import family_of, is_listed, is_uneven
+from secateur.surgery.rows import Rows, removed_rows
+from secateur.types import DependencyGraph
+
+_BIASES = ("attention_bias", "mlp_bias")
+"""Switches of families that can have biases; methods that compensate for what goes (FLAP) bring some."""
+
+
+def uniform_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same function whose config is a plain one of its family, in the type of ``model``.
+
+    Every size becomes that of the largest layer, or the next that the family takes. ``model``, which has sizes of
+    layers in its config, is not changed.
+
+    Raises ModelError for a model that is even already, and where zeros would not be exact: for experts (a router
+    counts them), for units that a norm runs over, and for models whose config lists tensors.
+    """
+    if not is_uneven(model.config):
+        raise ModelError(
+            "All layers of this model have the same sizes already: it opens as it is wherever its family does."
+        )
+    if is_listed(model.config):
+        raise ModelError(
+            f"What was cut out of this {model.config.model_type} model is not one size by layer, so that it cannot be "
+            "filled up. Prune it with --runs-on everywhere instead."
+        )
+    family, sizes = family_of(model), LayerSizes(model.config, trace(model), {})
+    for config in _even_configs(sizes):
+        even = on_meta(family, config)
+        graph = trace(even)
+        kept = _first_units(graph, sizes)
+        if _holds(even, graph, kept, model):
+            _refuse_inexact(graph, kept)
+            return _filled(model, even, removed_rows(even, graph, kept))
+    raise ModelError(
+        f"No plain config of {model.config.model_type} holds this model, even filled up. Prune it with --runs-on "
+        "everywhere instead."
+    )
+
+
+def _even_configs(sizes: LayerSizes) -> Iterator[PreTrainedConfig]:
+    """Plain configs that are large enough: without biases, and then, where the family can have some, with."""
+    even = copy.deepcopy(sizes.whole)
+    for name in dict.fromkeys(sizes.names.values()):
+        _fill_up(even, name, sizes)
+    for name in [name for name in vars(even) if name.startswith(OWN_NAME)]:
+        delattr(even, name)  # the family computes this size, so that it is the one from before pruning
+    yield even
+    for name in _BIASES:
+        if getattr(even, name, None) is False:
+            even = copy.deepcopy(even)
+            setattr(even, name, True)
+            yield even
+
+
+def _fill_up(even: PreTrainedConfig, name: str, sizes: LayerSizes) -> None:
+    """Set one size of ``even`` to the smallest that its family takes and that holds every layer."""
+    whole, query = getattr(sizes.whole, name), query_heads_name(sizes.whole, name)
+    if name.startswith(OWN_NAME):
+        return
+    layers = range(sizes.whole.num_hidden_layers)
+    least = max(sizes.of(layer, name) for layer in layers)
+    each = max(sizes.of(layer, query) // sizes.of(layer, name) for layer in layers) if query is not None else 1
+    for size in range(least, whole + 1):
+        setattr(even, name, size)
+        if query is not None:
+            setattr(even, query, size * each)
+        try:
+            type(even).from_dict(even.to_dict())
+        except (StrictDataclassError, ValueError):  # Llama's, for one, wants hidden size / heads to be whole
+            continue
+        return
+    raise ModelError(f"The config of {even.model_type} takes no {name} from {least} to {whole}.")
+
+
+def _first_units(graph: DependencyGraph, sizes: LayerSizes) -> dict[str, list[int]]:
+    """The units of the even model's ``graph`` that the uneven one's go to: the first ones of every run."""
+    kept: dict[str, list[int]] = {}
+    for group in graph:
+        place = place_of(group) if group.members else None
+        if place not in sizes.names or group.layer is None or group.within in kept:
+            continue  # a KV head takes its query heads along
+        length, each = group.size // group.runs, sizes.of(group.layer, sizes.names[place]) // group.runs
+        if each < length:
+            kept[group.name] = [run * length + unit for run in range(group.runs) for unit in range(each)]
+    return kept
+
+
+def _holds(
+    even: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], model: PreTrainedModel
+) -> bool:
+    """Whether ``model`` is what is left of ``even`` when only ``kept`` stays; biases may be more."""
+    sliced = copy.deepcopy(even)
+    try:
+        slice_model(sliced, graph, kept)
+    except SecateurError:
+        return False
+    left, wanted = shapes_of(sliced), shapes_of(model)
+    more = left.keys() - wanted.keys()
+    return all(left.get(name) == shape for name, shape in wanted.items()) and all(n.endswith(".bias") for n in more)
+
+
+def _refuse_inexact(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    """Raise ModelError when a group that is filled up is one that zeros would change."""
+    for name in kept:
+        group = graph[name]
+        if group.renormalised or not any(member.role == "in" for member in group.members):
+            why = f"{', '.join(group.renormalised)} counts its units" if group.renormalised else "nothing consumes it"
+            raise ModelError(
+                f"{name} cannot be filled up with zeros without a change: {why}. Prune it with --runs-on everywhere, "
+                "or with --set budget.ranking=layer."
+            )
+
+
+def _filled(model: PreTrainedModel, even: PreTrainedModel, lacking: Sequence[Rows]) -> PreTrainedModel:
+    """``even``, which is without weights, with those of ``model`` where it has them, and zeros in ``lacking``."""
+    rows: dict[int, list[Rows]] = {}
+    for one in lacking:
+        rows.setdefault(id(one.tensor), []).append(one)
+    own = model.state_dict()
+    weights = {}
+    for name, whole in even.state_dict(keep_vars=True).items():
+        tensor = own.get(name)
+        if tensor is None:
+            tensor = torch.zeros(whole.shape, dtype=model.dtype, device=model.device)
+            rows.pop(id(whole), None)
+        for one in rows.get(id(whole), ()):
+            shape = list(tensor.shape)
+            shape[one.axis] = whole.shape[one.axis]
+            tensor = tensor.new_zeros(shape).index_copy_(one.axis, one.kept.to(tensor.device), tensor)
+        weights[name] = tensor
+    even.load_state_dict(weights, strict=True, assign=True)
+    even.tie_weights()
+    even.generation_config = copy.deepcopy(model.generation_config)
+    _restore_buffers(even, model)
+    return even.eval()
+
+
+def _restore_buffers(even: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give ``even`` the buffers that no checkpoint holds (frequencies of rotary embeddings): they are of one size."""
+    theirs = dict(model.named_buffers())
+    for path, module in even.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, theirs[f"{path}.{name}".lstrip(".")].clone(), persistent=False)
