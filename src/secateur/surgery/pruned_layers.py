@@ -75,8 +75,9 @@ class PrunedLayers:
         for module in self.modules():  # type: ignore[attr-defined]
             for name, value in pruned["built_with"].items() if "config" in vars(module) else ():
                 part, _, size = name.rpartition(".")
-                if getattr(module.config, size, None) == value:  # What is read later on is what is there.
-                    setattr(module.config, size, getattr(getattr(config, part) if part else config, size))
+                own = getattr(config, part) if part else config
+                if type(module.config) is type(own) and getattr(module.config, size) == value:
+                    setattr(module.config, size, getattr(own, size))  # What is read later on is what is there.
 
     def _shrink(self, layer: Any, follower: str, amount: int) -> None:
         name, _, axis = follower.partition(":")

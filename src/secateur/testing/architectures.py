@@ -155,7 +155,7 @@ def _short(reason: str) -> str:
         found = re.search(message, reason)
         if found is not None:
             return found.expand(meaning).replace("|", "/")
-    return re.sub(r"^(\S+: )?\w*(Error|Exception): ", "", reason).replace("|", "/")[:110]
+    return re.sub(r"^(\S+: )?(\w*(Error|Exception): )?", "", reason).replace("|", "/")[:110]
 
 
 def _ways(facts: Facts) -> str:

@@ -143,13 +143,9 @@ class ArchitectureContract:
 def with_adapters(model: PreTrainedModel, exclude: Sequence[str] = ()) -> PeftModel:
     """LoRA of rank 4 on every linear but modules called ``exclude``; B is random, so that the adapters matter.
 
-    Linears with a forward of their own (routers that return several things) are left out: peft takes them for plain.
+    Linears that do something else (routers that return several things) are left out: peft takes them for plain.
     """
-    own = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    ]
+    own = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_plain(module)]
     excluded = [*own, *exclude] or None
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM")
@@ -157,6 +153,17 @@ def with_adapters(model: PreTrainedModel, exclude: Sequence[str] = ()) -> PeftMo
     adapters = nn.ParameterList(parameter for name, parameter in adapted.named_parameters() if "lora_" in name)
     randomise(adapters, seed=1)
     return adapted.eval()
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether it makes one tensor of its outputs from one of its inputs, with a forward of its own or not."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    try:
+        outputs: Any = linear(linear.weight.new_zeros(1, linear.in_features))
+    except Exception:  # whatever its code raises for inputs that are not what it expects
+        return False
+    return isinstance(outputs, torch.Tensor) and outputs.shape == (1, linear.out_features)
 
 
 def ids(model: Any) -> torch.Tensor:

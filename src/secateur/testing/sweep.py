@@ -73,22 +73,12 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
     ]
     facts["failures"] = {check.group: check.message for check in verified if not check.ok}
     facts["difference"] = max((check.max_difference for check in verified), default=0.0)
-    same, differing = halves(graph), halves(graph, seed + 1, differing=True)
-    facts["generate"] = generates_alike(model, graph, differing)
+    facts["generate"] = generates_alike(model, graph, halves(graph, seed + 1, differing=True))
     facts["lora"] = adapts(model, run, seed)
-    cuts = [("same", graph, same), ("differing", graph, differing)]
-    if facts["on_request"].get("query") == "exact":
-        opened = only(graph, "query")
-        cuts.append(("query", opened, halves(opened)))
-    exact = [kind for kind, answer in facts["on_request"].items() if answer == "exact" and kind != "query"]
-    opened = graph.opened(exact)
-    cuts.append(
-        ("asked", opened, {name: units for name, units in halves(opened).items() if opened[name].kind in exact})
-    )
-    for name, asked, kept in cuts:
+    for name, opened, kept in _cuts(graph, facts["on_request"], seed):
         if kept:
             try:
-                references.append((name, _write(model, asked, kept, folder / f"{model_type}-{name}")))
+                references.append((name, _write(model, opened, kept, folder / f"{model_type}-{name}")))
                 facts[f"save_{name}"] = way(folder / f"{model_type}-{name}")
             except SecateurError as error:
                 facts[f"save_{name}"] = f"refused: {_line(error)}"
@@ -96,6 +86,21 @@ def examine(model_type: str, seed: int, folder: Path) -> tuple[dict[str, Any], l
                 facts[f"save_{name}"] = f"FAILED: {_line(error)}"
     facts["seconds"] = round(time.process_time() - started, 2)
     return facts, references
+
+
+def _cuts(
+    graph: DependencyGraph, on_request: Mapping[Kind, str], seed: int
+) -> Iterator[tuple[str, DependencyGraph, Kept]]:
+    """What is saved, and opened again: the name of the cut, the graph that allows it, and what stays."""
+    yield "same", graph, halves(graph)
+    yield "differing", graph, halves(graph, seed + 1, differing=True)
+    exact = [kind for kind, answer in on_request.items() if answer == "exact"]
+    for name, kinds in (
+        ("query", [kind for kind in exact if kind == "query"]),
+        ("asked", [kind for kind in exact if kind != "query"]),
+    ):
+        opened = graph.opened(kinds)
+        yield name, opened, {group: units for group, units in halves(opened).items() if opened[group].kind in kinds}
 
 
 def _line(error: BaseException) -> str:

@@ -246,6 +246,7 @@ _EXCEPTIONS: Mapping[str, Callable[[Shape], dict[str, Any]]] = {
         "shape_vocab_size": 30,
     },
     "roformer": lambda shape: {"embedding_size": 26},
+    "stablelm": lambda shape: {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "xmod": lambda shape: {"default_language": "en_XX"},
     "zamba": lambda shape: {
         "layers_block_type": list(_HYBRID),
