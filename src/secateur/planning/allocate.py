@@ -64,12 +64,15 @@ def allocate(
 
 
 def _smallest_step(problem: _Problem) -> int:
-    """Parameters of the cheapest step: one unit, or as many as a group must lose at once."""
-    steps = []
+    """Parameters of the cheapest step: one unit, or as many as a group, or all of equal widths, must lose at once."""
+    steps: dict[object, int] = {}
     for stack in problem.stacks:
-        below = [count for count in problem.legal[stack.group.name] if count < stack.left]
-        steps += [stack.parameters * (stack.left - below[-1])] if below else []
-    return min(steps, default=0)
+        group = stack.group
+        below = [count for count in problem.legal[group.name] if count < stack.left]
+        together = (group.kind, group.size) if problem.budget.equal_widths else group.name
+        if below:
+            steps[together] = steps.get(together, 0) + stack.parameters * (stack.left - below[-1])
+    return min(steps.values(), default=0)
 
 
 def countable(graph: DependencyGraph) -> DependencyGraph:

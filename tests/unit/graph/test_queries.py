@@ -39,6 +39,7 @@ def test_every_layer_has_them_beside_its_kv_heads(name: str) -> None:
             )
             assert group.on_request
             assert group.protected == "protected by default: query"
+            assert group.within is not None
             assert graph[group.within].size == kv_heads
 
 

@@ -62,9 +62,13 @@ EXACT: Sequence[tuple[Kind, str]] = (
     *(("layer", name) for name in ("llama-odd", "gemma2", "qwen3-moe", "gpt2", "qwen3-next")),
     *(("hidden", name) for name in ("llama-gqa", "llama-tied", "qwen3", "mixtral", "mamba")),
     *(("vocab", name) for name in ("llama-gqa", "llama-tied", "gpt2")),
+    *(("query", name) for name in ("llama-gqa", "llama-odd", "phi3", "olmo2", "falcon-new", "gpt-oss", "nemotron")),
     *(("state", name) for name in ("mamba", "mamba2", "mamba2 groups", "qwen3-next")),
 )  # type: ignore[assignment]
-WITH_ADAPTERS = {"mixtral", "gpt-oss", "grouped experts", "llama-odd", "qwen3-moe", "llama-tied", "qwen3-next"}
+WITH_ADAPTERS = {
+    *("phi3", "olmo2", "falcon-new", "mixtral", "gpt-oss", "grouped experts"),
+    *("llama-odd", "qwen3-moe", "llama-tied", "qwen3-next"),
+}
 
 
 def of_kind(graph: DependencyGraph, kind: Kind) -> DependencyGraph:
