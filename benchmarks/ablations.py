@@ -59,6 +59,14 @@ def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
         "rank x 4": {"lora.rank": 4 * rank, "lora.alpha": 4 * default.lora.alpha},
         "one shot with repair": {"method": criterion, "recovery.steps": whole, "recovery.repair": True},
     }
+    proxies = ("magnitude", "average-magnitude", "cosine", "first-order", "second-order")
+    every["saliency, five proxies"] = {"method.saliency": {f"hesso-{name}": 0.2 for name in proxies}}
+    if own["warmup_steps"] == 0 and own["periods"] == 1:  # what LoRA learned needs some steps before
+        first = max(1, steps // 4)
+        warm = {"method.warmup_steps": first, "method.period_steps": steps - first}
+        by_lora = {f"hesso-{'lora-' if name in proxies[2:] else ''}{name}": 0.2 for name in proxies}
+        every["warm-up"] = warm
+        every["warm-up, saliency by LoRA"] = {**warm, "method.saliency": by_lora}
     if analysis is not None:
         for share in (0.05, 0.1, 0.2):
             protect = {"budget.protect_from": str(analysis), "budget.protect_share": share}

@@ -59,7 +59,11 @@ def run(arguments: argparse.Namespace, text: Path) -> list[dict[str, Any]]:
         recipe = revise(default, {**common, "calibration.text": sources, "recovery.text": sources})
         model, tokenizer = secateur.load(**recipe.model.model_dump())
         metrics = secateur.prune(model, tokenizer, recipe=recipe).metrics
-        states = {state: metrics[state]["perplexity"] for state in ("dense", "pruned", "recovered") if state in metrics}
+        states = {
+            state: {Path(source).stem: value for source, value in metrics[state]["perplexity"].items()}
+            for state in ("dense", "pruned", "recovered")
+            if state in metrics
+        }
         rows.append({"looked at": name, "ratio": arguments.ratio, "perplexity": states})
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json is not None:
@@ -70,7 +74,7 @@ def run(arguments: argparse.Namespace, text: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each state of each run, a column for each text that was measured."""
-    names = [Path(name).stem for name in rows[0]["perplexity"]["dense"]]
+    names = list(rows[0]["perplexity"]["dense"])
     lines = [f"| calibration and training on | state | {' | '.join(names)} |", f"| --- | --- |{' ---: |' * len(names)}"]
     for row in rows:
         for state, values in row["perplexity"].items():
