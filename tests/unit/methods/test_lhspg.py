@@ -12,8 +12,12 @@ import torch
 
 from secateur.graph import trace
 from secateur.methods.lhspg import LHSPGCallback, decay_factor, half_space_factor
+from secateur.surgery import masked, scales_with_zeros, slice_model, zero_units
 from secateur.testing.tiny import TINY
+from secateur.testing.zoo import Shape
+from secateur.testing.zoo import build as build_any
 from secateur.training import LoraSettings, attach_lora, merge_lora
+from secateur.types import removed_to_kept
 
 
 def test_decay_is_linear_and_ends_at_exact_zero() -> None:
@@ -155,3 +159,55 @@ def test_a_half_space_step_is_the_slow_one_on_the_merged_rows(name: str) -> None
     for unit, x in plain.items():
         shrink = math.sqrt(sum(value * value for value in x)) / steps
         assert rows(adapted, unit) == pytest.approx(_slow_half_space(x, update[unit], shrink, epsilon), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bitnet", "minimax", "olmoe", "olmo3"])
+def test_zeros_are_cut_out_of_every_norm_that_runs_over_units(name: str) -> None:
+    """Norms of queries and keys, of what attention gives (MiniMax), and of FFN channels (BitNet)."""
+    model = build_any(name, Shape())
+    graph = trace(model)
+    adapted = attach_lora(model, LoraSettings(rank=3), seed=0)
+    for path, parameter in adapted.named_parameters():
+        if ".lora_B." in path:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(path)))
+    redundant = {group.name: list(range(0, group.size - 1, 3)) for group in graph.prunable if group.size > 1}
+    callback = LHSPGCallback(trace(adapted), redundant, {}, steps=3, mode="half-space", epsilon=0.0)
+    callback.on_train_begin(None, None, None, model=adapted)
+    for _ in range(3):
+        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    small = merge_lora(adapted).eval()
+    kept = removed_to_kept(graph, redundant)
+    zero_units(small, graph, kept)
+    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        zeroed = small(ids).logits
+        with masked(small, graph, kept):
+            torch.testing.assert_close(small(ids).logits, zeroed, atol=1e-5, rtol=0)
+        slice_model(small, graph, kept)
+        torch.testing.assert_close(small(ids).logits, zeroed, atol=1e-4, rtol=0)
+
+
+def test_as_units_shrink_a_norm_over_all_heads_stays_one_over_those_that_are_left() -> None:
+    """Half-way, with squares a quarter of what they were, the norm divides by what these count for."""
+    adapted = _adapted("olmo2")
+    graph = trace(adapted)
+    callback = LHSPGCallback(graph, {"layers.0.attention": [0]}, {}, steps=4, mode="decay", epsilon=0.0)
+    norm = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_norm")
+    before = norm.weight.detach().clone()
+    callback.on_train_begin(None, None, None, model=adapted)
+    assert torch.equal(norm.weight, before)
+    for _ in range(2):
+        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    share = (24 + 24 * 0.5**2) / 48
+    torch.testing.assert_close(norm.weight[24:], before[24:] * share**0.5)
+    states = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    states[:, :24] *= 0.5
+    expected = states * (states.square().sum(1, keepdim=True) / 30 + 1e-5).rsqrt()
+    torch.testing.assert_close(norm(states)[:, 24:], (expected * before)[:, 24:])
+
+
+def test_norms_that_zeros_cannot_leave_by_a_factor_are_told_from_those_that_they_can() -> None:
+    rows = {"weight": torch.arange(0, 12, 2)}
+    assert scales_with_zeros(torch.nn.RMSNorm(12), rows)
+    assert not scales_with_zeros(torch.nn.LayerNorm(12, bias=False), rows)
+    assert not scales_with_zeros(TINY["gemma"]().model.norm, {"weight": torch.arange(0, 48, 2)})  # 1 + weight
