@@ -64,9 +64,19 @@ def _advice(error: Exception) -> str | None:
     """What to do about a failure of the machine rather than of the program; None for the latter."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "Not enough memory: lower batch sizes or windows, or --set training.gradient_checkpointing=true."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk is full. Make room, and add --resume to go on after the last finished stage."
+    if _is_full(error):
+        return "The disk is full. Make room; what can be resumed goes on with --resume after the last finished stage."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "This place cannot be written or read. Mend its permissions, or name another one."
     return None
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers) or "inline_container.cc" in str(error)
 
 
 app = typer.Typer(
@@ -504,11 +514,13 @@ def _check_writable(file: Path) -> None:
 
 
 def _write_whole(file: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file that is there as a whole or not at all; raises InputError when it cannot be."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror or error}. The numbers are: {text}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

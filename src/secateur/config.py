@@ -204,10 +204,21 @@ def _read(path: Path) -> dict[str, Any]:
     return {section: value for section, value in tree.items() if value is not None}
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_value(text: str, where: str) -> Any:
     """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{where} is not YAML: {reason}") from error

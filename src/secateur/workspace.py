@@ -40,7 +40,7 @@ class Workspace:
                 f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
                 "or delete that folder to start anew."
             )
-        if written.exists() and written.read_text() != recipe:
+        if written.exists() and written.read_text(encoding="utf-8") != recipe:
             raise InputError(
                 f"The unfinished run in {folder} was started with another recipe ({written}). Repeat its settings "
                 "to resume it, or delete that folder to start anew."
@@ -68,10 +68,12 @@ class Workspace:
             space = cls(folder)
             space.write_text("recipe.yaml", recipe)
         except OSError as error:
+            if folder.is_dir() and not _begun(folder):
+                shutil.rmtree(folder, ignore_errors=True)
             raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another folder.") from error
         if (folder / "run.jsonl").exists():
             # a kill may have cut the last line short
-            lines = (folder / "run.jsonl").read_text().splitlines()
+            lines = (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()
             space.events = [json.loads(line) for line in lines if line.endswith("}")]
         return space
 
@@ -85,16 +87,15 @@ class Workspace:
 
     def write_text(self, name: str, text: str) -> None:
         if self.folder is not None:
-            temporary = self.folder / f"{name}.tmp"
-            temporary.write_text(text)
-            os.replace(temporary, self.folder / name)
+            with _whole(self.folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
         assert self.folder is not None
-        return json.loads((self.folder / name).read_text())
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of the stages that are finished."""
@@ -103,9 +104,8 @@ class Workspace:
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:
-            temporary = self.folder / f"{name}.tmp"
-            save_file(tensors, temporary)
-            os.replace(temporary, self.folder / name)
+            with _whole(self.folder / name) as temporary:
+                save_file(tensors, temporary)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         assert self.folder is not None
@@ -114,9 +114,8 @@ class Workspace:
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Keep all weights of ``model``; tied ones once."""
         if self.folder is not None:
-            temporary = self.folder / f"{name}.tmp"
-            save_model(model, str(temporary))
-            os.replace(temporary, self.folder / name)
+            with _whole(self.folder / name) as temporary:
+                save_model(model, str(temporary))
 
     def read_weights(self, name: str, model: nn.Module) -> None:
         """Load what ``write_weights`` kept into a model of the same shapes."""
@@ -128,7 +127,7 @@ class Workspace:
         entry = {"time": round(time.time(), 1), **event}
         self.events.append(entry)
         if self.folder is not None:
-            with (self.folder / "run.jsonl").open("a") as file:
+            with (self.folder / "run.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
     @contextmanager
@@ -146,6 +145,17 @@ class Workspace:
         """The run is finished and its results are in the output folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes ``path`` when all went well and goes when it did not."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _begun(folder: Path) -> bool:

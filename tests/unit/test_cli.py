@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from secateur import pipeline
@@ -50,6 +52,18 @@ def test_the_commands_and_the_options_of_prune_are_frozen() -> None:
     listed = [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.startswith("  ")]
     assert sorted(name for name in listed if name.islower()) == COMMANDS
     assert options(text) | options(call("prune", "--help").stdout) == set(PRUNE_OPTIONS)
+
+
+def test_commands_that_open_a_model_take_the_same_options_with_the_same_help() -> None:
+    shared = ("--recipe FILE", "--device DEVICE", "--trust-remote-code", "--set SECTION.KEY=VALUE")
+    commands = sorted({*COMMANDS} - {"data", "methods"})
+    lines: dict[str, set[str]] = {option: set() for option in shared}
+    for command in commands:
+        text = " ".join(call(command, "--help").stdout.split())
+        for option in shared:
+            assert option in text, f"{command} lacks {option}"
+            lines[option].add(text.partition(f" {option} ")[2].partition(" -")[0])
+    assert [len(lines[option]) for option in shared] == [1, 1, 1, 2], "compare's --set may name a method"
 
 
 def test_version() -> None:
@@ -154,6 +168,45 @@ def test_a_bug_is_one_message_and_a_traceback_only_with_debug(tmp_path: Path, mo
     monkeypatch.setenv("SECATEUR_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         call("prune", "-o", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
+        (OSError(errno.EFBIG, "File too large"), "The disk is full"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 63040 vs 62932"), "disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+        (MemoryError(), "Not enough memory"),
+    ],
+    ids=str,
+)
+def test_what_the_machine_lacks_is_not_called_a_bug(
+    error: Exception, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.delenv("SECATEUR_DEBUG", raising=False)
+    result = call("prune", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert advice in result.stderr
+    assert "bug" not in result.stderr
+
+
+def test_numbers_that_cannot_be_written_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.cli import _write_whole
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _write_whole(tmp_path / "numbers.json", "1")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"No space left on device\. The numbers are: 42"):
+        _write_whole(tmp_path / "numbers.json", "42")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_methods_lists_every_method_with_its_paper() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,23 @@ def test_without_output_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert not space.has("metrics.json")
     assert not list(tmp_path.iterdir())
     assert space.events[0]["stage"] == "dense"
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    space = Workspace.open(tmp_path / "kept", "recipe", resume=False)
+    space.write_json("metrics.json", {"a": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        Workspace.open(tmp_path / "out", "recipe", resume=False)
+    with pytest.raises(OSError, match="No space left"):
+        space.write_json("metrics.json", {"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == [".kept.secateur"]
+    assert {path.name for path in (tmp_path / ".kept.secateur").iterdir()} == {"recipe.yaml", "metrics.json"}
+    assert space.read_json("metrics.json") == {"a": 1}
 
 
 def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -315,11 +316,13 @@ def _check_folder(output: Path, identity: str, resume: bool) -> None:
 
 def _open(output: Path, identity: str) -> Path:
     """The folder of the finished rows, made if need be."""
-    folder = output / "rows"
+    folder, new = output / "rows", not output.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "comparison.json", identity)
     except OSError as error:
+        if new:  # so that the next attempt does not find a folder in use
+            shutil.rmtree(output, ignore_errors=True)
         raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
     return folder
 
@@ -337,5 +340,8 @@ def _kept(path: Path, recipe: Recipe) -> Row:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
