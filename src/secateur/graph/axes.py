@@ -61,10 +61,6 @@ class Atom:
         self.refusals: dict[str, None] = {}
         self.marks: set[str] = set()
 
-    @property
-    def is_leaf(self) -> bool:
-        return self.link is None and self.factors is None and self.pieces is None
-
     def __repr__(self) -> str:
         if self.link is not None:
             return repr(find(self))
