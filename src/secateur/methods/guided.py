@@ -142,7 +142,9 @@ class GuidedPruning(StatefulCallback):
 
 
 def _finite(model: torch.nn.Module) -> bool:
-    return all(bool(torch.isfinite(p.grad.sum())) for p in model.parameters() if p.grad is not None)
+    """One number is looked at, so that a GPU is waited for once."""
+    sums = [p.grad.sum().float() for p in model.parameters() if p.grad is not None]
+    return not sums or bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all())
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
