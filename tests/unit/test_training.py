@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from secateur.errors import InputError
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
+from secateur.training.checkpoints import SaveStates
 
 IDS = torch.randint(0, VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 
@@ -36,6 +40,22 @@ def test_the_same_seed_trains_the_same() -> None:
         train(adapted, IDS, TrainingSettings(precision="fp32"), steps=3, seed=1, description="training")
         results.append(merge_lora(adapted).state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_nothing_is_written_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    on_save = SaveStates.on_save
+
+    def watched(self: SaveStates, args: Any, state: Any, control: Any, **more: Any) -> None:
+        on_save(self, args, state, control, **more)
+        written.append(state.global_step)
+
+    monkeypatch.setattr(SaveStates, "on_save", watched)
+    adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=1)
+    settings = TrainingSettings(precision="fp32", checkpoint_steps=2)
+    train(adapted, IDS, settings, steps=4, seed=1, description="training", checkpoints=tmp_path / "steps")
+    assert written == [2]
+    assert not (tmp_path / "steps").exists()
 
 
 def test_an_adapter_on_a_tied_head_is_refused() -> None:
