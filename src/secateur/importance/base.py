@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from secateur.errors import DataError, ModelError
+from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Criterion(Protocol):
     @property
     def needs(self) -> Needs:
         """``nothing``: only weights; ``activations``: a forward pass over text; ``gradients``: a backward pass with
-        gradients of the weights; ``adapters``: a backward pass with gradients of LoRA's A and B alone."""
+        gradients of the weights; ``adapters``: LoRA adapters, their values or the gradients of A and B alone."""
         ...
 
     def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
@@ -138,13 +139,12 @@ def input_device(model: nn.Module) -> torch.device:
 def mean_loss_backward(model: nn.Module, blocks: TokenBlocks, batch_size: int) -> float:
     """Accumulate in ``.grad`` the gradient of the mean next-token loss over all of ``blocks``; return that loss.
 
-    Every block weighs the same, whatever the batch size. One batch of activations is held at a time.
+    Every block weighs the same, whatever the batch size. One batch of activations is held at a time, and the logits of
+    a few of its positions.
     """
+    loss = TokenLoss(model, blocks.ids.to(input_device(model)))
     total = 0.0
     with torch.enable_grad():
         for ids in blocks.batches(batch_size):
-            ids = ids.to(input_device(model))
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss * (len(ids) / len(blocks))
-            loss.backward()
-            total += float(loss.detach())
+            total += loss.backward(ids.to(input_device(model)), len(ids) / len(blocks))
     return total

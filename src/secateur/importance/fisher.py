@@ -16,6 +16,7 @@ from secateur.importance.base import Needs, borrowed, calibration, input_device,
 from secateur.importance.taylor import first_order
 from secateur.importance.weights import base_members, effective_weight, sum_units
 from secateur.progress import track
+from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class Fisher:
         require_gradients(graph, parameters, wanted, self.name)
         total = {group.name: torch.zeros(group.size) for group in graph.prunable}
         with borrowed(model, wanted) as trained, torch.enable_grad():
+            loss = TokenLoss(model, blocks.ids.to(input_device(model)))
             for ids in track(blocks.batches(1), "gradients", len(blocks)):
-                ids = ids.to(input_device(model))
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                loss.backward(ids.to(input_device(model)))
                 for name, members in consumers.items():
                     total[name] += _switch_gradient(model, trained, members, graph[name].size).square()
                 for parameter in trained.values():

@@ -20,6 +20,7 @@ from secateur.importance.base import (
 )
 from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows
 from secateur.progress import track
+from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 
 if TYPE_CHECKING:
@@ -120,10 +121,10 @@ def _gradients_and_squares(
     """Leave the gradient of the mean loss in ``.grad``, and return the mean of the blocks' squared gradients."""
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
+    loss = TokenLoss(model, blocks.ids.to(input_device(model)))
     with torch.enable_grad():
         for ids in track(blocks.batches(1), "gradients", len(blocks)):
-            ids = ids.to(input_device(model))
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            loss.backward(ids.to(input_device(model)))
             for name, parameter in trained.items():
                 gradient = parameter.grad
                 if gradient is not None:
