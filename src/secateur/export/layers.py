@@ -83,7 +83,9 @@ class LayerSizes:
             self.sizes[int(layer)] = {self._plain_name(name): size for name, size in own.items()}
         for name, followers in config.pruned_layers["follows"].items():
             rows = frozenset((key, rows) for key, rows in followers.items() if ":" in key)
-            self.names[Place(config.pruned_layers["path"], rows)] = self._plain_name(name)
+            least = min(followers.values())
+            runs = round(1 / least) if least < 1 else 1
+            self.names[Place(config.pruned_layers["path"], rows, runs)] = self._plain_name(name)
 
     def _plain_name(self, name: str) -> str:
         """The family's name for a size that was written under ours because its validator wanted that."""

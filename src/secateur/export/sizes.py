@@ -70,6 +70,9 @@ class Place:
     """Of the list of layers, as ``model.layers``."""
     rows: frozenset[tuple[str, int]]
     """``"path inside the layer:axis"`` of each member, with the rows of one unit."""
+    runs: int = 1
+    """Of units within those of another group: query heads go from so many KV heads in step, and what counts those of
+    a KV head loses so much less."""
 
 
 def place_of(group: NodeGroup) -> Place | None:
@@ -82,4 +85,4 @@ def place_of(group: NodeGroup) -> Place | None:
     for member in group.members:
         key = f"{member.parameter.removeprefix(prefix)}:{member.axis}"
         rows[key] = rows.get(key, 0) + member.rows_per_unit  # several members on one axis: fused projections
-    return Place(path, frozenset(rows.items()))
+    return Place(path, frozenset(rows.items()), group.runs if group.within is not None else 1)
