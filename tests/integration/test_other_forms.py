@@ -20,7 +20,7 @@ from secateur.export import FORMS, adopt_config
 from secateur.export.uniform import uniform_model
 from secateur.graph import trace
 from secateur.loading import load
-from secateur.surgery import slice_model
+from secateur.surgery import add_biases, slice_model
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -57,6 +57,20 @@ def test_layers_filled_up_with_zeros_compute_the_same(name: str) -> None:
     even = uniform_model(model)
     assert type(even) is type(build(name))
     assert not hasattr(even.config, "pruned_layers")
+    torch.testing.assert_close(logits(even), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_that_a_method_has_brought_are_kept(tmp_path: Path) -> None:
+    model = build("llama-gqa")
+    graph = trace(model)
+    kept = {"layers.0.mlp": list(range(3, 40))}
+    slice_model(model, graph, kept)
+    torch.manual_seed(0)
+    width = model.config.hidden_size
+    add_biases(model, {f"model.layers.{layer}.mlp.down_proj": torch.randn(width) for layer in (0, 1)})
+    adopt_config(model, graph, kept)
+    even = uniform_model(model)
+    assert even.config.mlp_bias
     torch.testing.assert_close(logits(even), logits(model), atol=1e-5, rtol=1e-5)
 
 
@@ -123,6 +137,36 @@ def test_a_gguf_file_holds_every_weight_under_the_name_that_llama_cpp_reads(name
     assert file.get_field("general.architecture").contents() == (
         "deci" if " " in name else name if name.startswith("qwen") else "llama"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_gguf_file_is_of_the_type_that_was_asked_for(dtype: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = build("llama-gqa")
+    model.save_pretrained(tmp_path / "model")
+    recipe = load_recipe(flags={"model.name": str(tmp_path / "model"), "model.device": "cpu", "export.dtype": dtype})
+    pipeline.convert(recipe, "gguf", tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+    down = tensors["blk.0.ffn_down.weight"]
+    assert down.tensor_type.name == {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    stored = torch.tensor(down.data).view(getattr(torch, dtype))
+    assert torch.equal(stored, model.model.layers[0].mlp.down_proj.weight.to(stored.dtype))
+
+
+def test_positions_of_llama_3_are_divided_as_transformers_divides_them() -> None:
+    pytest.importorskip("gguf")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from secateur.export.gguf import _llama3_factors
+
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500.0 ** (torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / _llama3_factors(rope, 16), theirs)
 
 
 def test_what_llama_cpp_would_read_wrongly_is_not_written(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _to_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, settings: ExportSettings
 ) -> str:
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("gguf is not installed. GGUF files are written with: pip install gguf")
+        raise InputError("gguf is not installed. GGUF files are written with: pip install 'secateur[formats]'")
     from secateur.export.gguf import write_gguf
 
     with _scratch(file) as scratch:

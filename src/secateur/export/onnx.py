@@ -36,7 +36,7 @@ def write_onnx(model: PreTrainedModel, folder: Path) -> str:
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed. ONNX graphs are made with: pip install onnx onnxscript")
+            raise InputError(f"{package} is not installed. ONNX graphs are made with: pip install 'secateur[formats]'")
     model = model.float().cpu().eval()
     ids = sample_ids(model.config)
     mask = torch.ones_like(ids)

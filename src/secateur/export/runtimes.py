@@ -42,19 +42,22 @@ _UNEVEN = (
         opens="unknown",
         basis="by rule",
         why="its own model classes build all layers alike; its Transformers backend (--model-impl transformers "
-        "--trust-remote-code) reads sizes of layers in recent versions, which was not tried",
+        "--trust-remote-code) reads sizes of layers in recent versions, which was not tried; "
+        "secateur export --to uniform fills the layers up to a plain folder",
     ),
     Verdict(
         runtime="llama.cpp",
         opens="no",
         basis="by rule",
-        why="the standard converter writes one size for all layers, and the loader then reports wrong shapes",
+        why="its converter writes one size for all layers, and the loader then reports wrong shapes; secateur export "
+        "--to gguf writes layers of llama, mistral and qwen2 models as they are, --to uniform fills up those of others",
     ),
     Verdict(
         runtime="ONNX Runtime",
         opens="no",
         basis="by rule",
-        why="optimum and onnxruntime-genai build one number of heads and one width for all layers",
+        why="optimum and onnxruntime-genai build one number of heads and one width for all layers; secateur export "
+        "--to onnx writes a graph without a cache",
     ),
 )
 

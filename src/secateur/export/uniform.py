@@ -21,7 +21,7 @@ from secateur.graph import trace
 from secateur.surgery import slice_model
 from secateur.surgery.rebuild import family_of, is_listed, is_uneven
 from secateur.surgery.rows import Rows, removed_rows
-from secateur.types import DependencyGraph
+from secateur.types import DependencyGraph, NodeGroup
 
 _BIASES = ("attention_bias", "mlp_bias")
 """Switches of families that can have biases; methods that compensate for what goes (FLAP) bring some."""
@@ -98,13 +98,21 @@ def _first_units(graph: DependencyGraph, sizes: LayerSizes) -> dict[str, list[in
     """The units of the even model's ``graph`` that the uneven one's go to: the first ones of every run."""
     kept: dict[str, list[int]] = {}
     for group in graph:
-        place = place_of(group) if group.members else None
-        if place not in sizes.names or group.layer is None or group.within in kept:
+        name = _name_of(group, sizes)
+        if name is None or group.layer is None or group.within in kept:
             continue  # a KV head takes its query heads along
-        length, each = group.size // group.runs, sizes.of(group.layer, sizes.names[place]) // group.runs
+        length, each = group.size // group.runs, sizes.of(group.layer, name) // group.runs
         if each < length:
             kept[group.name] = [run * length + unit for run in range(group.runs) for unit in range(each)]
     return kept
+
+
+def _name_of(group: NodeGroup, sizes: LayerSizes) -> str | None:
+    """The name of the size that counts the units of ``group``, which may have biases more than the uneven model."""
+    place = place_of(group) if group.members else None
+    if place is None:
+        return None
+    return next((n for known, n in sizes.names.items() if known.path == place.path and known.rows <= place.rows), None)
 
 
 def _holds(

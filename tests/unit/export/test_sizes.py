@@ -95,6 +95,6 @@ def test_runtimes_are_judged_by_the_shapes() -> None:
     for family, expected in (("phi3", ("likely", "no")), ("qwen3", ("likely", "likely")), ("olmo", ("unknown",) * 2)):
         of_family = {v.runtime: v.opens for v in runtimes_of({**fewer_heads, "model_type": family})}
         assert (of_family["vLLM"], of_family["llama.cpp"]) == expected
-    uneven = {verdict.runtime: verdict for verdict in runtimes_of({**plain, "per_layer_config": {}})}
+    uneven = {verdict.runtime: verdict for verdict in runtimes_of({**plain, "pruned_layers": {}})}
     assert uneven["llama.cpp"].opens == "no"
     assert [name for name, verdict in uneven.items() if verdict.basis == "run here"] == ["transformers"]

@@ -76,7 +76,7 @@ def story() -> Story:
         seconds_to_open=1.0,
         versions={"transformers": "5.23"},
         sample=NASTY,
-        runtimes=runtimes_of({"per_layer_config": {}}),
+        runtimes=runtimes_of({"pruned_layers": {}}),
     )
     return Story(plan, graph, verification, recipe=f"model:\n  name: {NASTY}\n", metrics=METRICS)
 
