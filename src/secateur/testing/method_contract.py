@@ -100,6 +100,15 @@ class MethodContract:
         for kind in ("ffn", "attention"):
             assert len({len(removed.get(group.name, ())) for group in task.graph.prunable if group.kind == kind}) == 1
 
+    def test_query_heads_go_in_step_from_each_kv_head(self) -> None:
+        task = self.task(0.05, kinds=("query",), floor=0)
+        if not any(group.kind == "query" for group in task.graph):
+            pytest.skip(f"{self.family} has no query heads within KV heads")
+        decision = self.decide(task)
+        kept = removed_to_kept(task.graph, decision.removed)
+        task.graph.check_kept(kept)
+        assert {task.graph[name].kind for name in kept} == {"query"}
+
     def test_scores_cover_what_can_go(self) -> None:
         task = self.task()
         scores = self.decide(task).scores

@@ -56,6 +56,19 @@ def test_it_finds_what_slicing_each_group_and_running_the_whole_model_finds(name
         assert trial.kl > 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama-odd", "olmo2"])
+def test_query_heads_are_analysed_in_step_from_each_kv_head(name: str) -> None:
+    model = TINY[name]()
+    graph, blocks = trace(model).opened(["query"]), _blocks()
+    chosen = [cut for cut in _cuts(model, graph, (0.1, 0.4, 0.9)) if cut.group.kind == "query"]
+    assert len(chosen) == 3 * model.config.num_hidden_layers
+    _, trials = knowledge.measure_cuts(model, graph, blocks, chosen)
+    for cut, trial in zip(chosen, trials, strict=True):
+        assert 0 < trial.removed < trial.units
+        assert trial.removed % cut.group.runs == 0
+        assert (trial.loss, trial.kl) == pytest.approx(_naive(model, graph, blocks, cut), abs=2e-5)
+
+
 @pytest.mark.parametrize("name", FAMILIES[:4])
 def test_cached_and_whole_passes_agree_and_the_model_is_restored_bit_by_bit(name: str) -> None:
     model = TINY[name]()
