@@ -67,6 +67,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("attention", "n_groups", "units", classes="DeepseekV4GroupedLinear"),
     Pattern("attention", "o_groups", "units", classes="DeepseekV4Attention", in_config=True),
     Pattern("attention", "num_attention_heads", classes="Phi3|Phi4", in_config=True),
+    Pattern("attention", "num_heads", classes="xLSTMLayer", in_config=True),
+    Pattern("attention", "v_dim", classes="xLSTMLayer"),
     Pattern("ffn", "intermediate_size"),
     Pattern("ffn", "intermediate_dim"),
     Pattern("ffn", "ffn_hidden_size"),

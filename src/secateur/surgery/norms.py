@@ -146,6 +146,8 @@ def over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Calla
 
     def forward(states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         index, width = rows.to(states.device), states.shape[-1]
+        if any(getattr(module, name).shape != (width,) for name in kept):
+            return type(module).forward(module, states, *others, **named)  # head by head: those that stay do not see it
 
         def narrow(value: Any) -> Any:
             wide = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[-1] == width

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
@@ -78,9 +77,9 @@ def _built(model: Any, base: Any, config: PretrainedConfig, graph: DependencyGra
         raise ModelError(f"Cannot build a {type(base).__name__} with few layers to check: {error}") from error
     if isinstance(model, PeftModel):
         small = get_peft_model(small, copy.deepcopy(model.active_peft_config))
-    for name, parameter in small.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:  # zero at first, which would hide mistakes
-            nn.init.normal_(parameter, std=0.02)
+    for parameter in small.parameters():
+        if (parameter == parameter.flatten()[0]).all():  # zero or one at first, which would hide mistakes
+            parameter.data += 0.02 * torch.randn_like(parameter)
 
     def facts(group: NodeGroup) -> tuple[Any, ...]:
         return (group.name, group.size if sizes else None, signature(group))
