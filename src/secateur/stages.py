@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -28,13 +28,15 @@ from secateur.export import (
     written_dtype,
 )
 from secateur.export import save as save_folder
+from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
-from secateur.methods import METHODS, PruningTask
+from secateur.methods import METHODS, Checked, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
 from secateur.surgery import add_biases, masked, slice_model
+from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
 
@@ -64,13 +66,21 @@ class Result:
 
 
 def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
-    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment."""
+    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment.
+
+    Also what the method cannot do, and adapters that find no place, on a weightless twin of the model.
+    """
     scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
     plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
     if recipe.recovery.repair:
         check_repairable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
+    method = METHODS[recipe.method.name](recipe.method.settings)
+    if method.needs == "training" or recipe.recovery.steps > 0:
+        attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
+    if isinstance(method, Checked):
+        method.check(_task(Result(model, None, plan, graph, recipe), Texts(), Workspace(None)))
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     return plan

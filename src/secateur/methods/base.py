@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -77,6 +77,18 @@ class Method(Protocol):
 
     def run(self, task: PruningTask) -> Decision:
         """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A method that cannot do everything that a budget may ask for, and says so before anything slow begins."""
+
+    def check(self, task: PruningTask) -> None:
+        """Raise the SecateurError that ``run`` would end with: impossible kinds, groups, settings, adapters.
+
+        Takes a moment, changes nothing, and reads no text: the task has none yet.
+        """
         ...
 
 

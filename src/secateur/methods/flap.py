@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from secateur.errors import InputError
-from secateur.importance.flap import Fluctuation, compensation
+from secateur.importance.flap import Fluctuation, compensation, consumers
 from secateur.methods.base import Decision, MethodNeeds, PruningTask
 from secateur.planning import allocate, restrict
 from secateur.planning.shapes import needs_equal_widths
@@ -39,11 +39,7 @@ class FLAP:
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
-        if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
-            raise InputError(
-                f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
-                "method.compensate=false, or budget.runs_on=transformers."
-            )
+        self.check(task)
         criterion = Fluctuation(self.settings.batch_size)
         graph = restrict(task.graph, task.budget)
         with autocast(task.training.precision, task.model.device):
@@ -55,3 +51,13 @@ class FLAP:
         removed = allocate(task.graph, scores, budget)
         biases = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
         return Decision(removed, scores, biases=biases)
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Checked.check``: linears consume what goes, and may be given a bias."""
+        if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
+            raise InputError(
+                f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
+                "method.compensate=false, or budget.runs_on=transformers."
+            )
+        for group in restrict(task.graph, task.budget).prunable:
+            consumers(task.model, group, self.name)

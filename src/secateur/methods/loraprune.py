@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import Field, model_validator
+from transformers import PreTrainedModel
 
-from secateur.importance.adapters import Form, Options, Sides
+from secateur.graph.twin import twin_of
+from secateur.importance.adapters import Form, Options, Sides, check_scorable
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
 from secateur.training import Schedule, attach_lora, merge_lora, train
-from secateur.training.quantised import BaseWeights, quantised_base
+from secateur.training.quantised import BaseWeights, backend, quantised_base
 from secateur.types import Settings
 
 
@@ -76,7 +78,7 @@ class LoRAPrune:
             partial(cubic, steps=settings.steps, warm_up=settings.warm_up, cool_down=settings.cool_down),
             every=settings.every,
             moving_average=settings.moving_average,
-            options=Options(settings.form, settings.normalise, settings.sides),
+            options=self._options,
         )
         with quantised_base(adapted, settings.base):
             log = train(
@@ -96,3 +98,13 @@ class LoRAPrune:
             task.log(entry)
         metrics = {"training": entries, "skipped_steps": pruning.skipped}
         return Decision(removed=pruning.removed, scores=pruning.scores, metrics=metrics)
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Checked.check``: every group has a matrix with an adapter; tried on a twin that shares the weights."""
+        backend(self.settings.base)
+        adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
+        check_scorable(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
+
+    @property
+    def _options(self) -> Options:
+        return Options(self.settings.form, self.settings.normalise, self.settings.sides)

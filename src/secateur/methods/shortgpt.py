@@ -35,9 +35,13 @@ class ShortGPT:
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
+        self.check(task)
+        return one_shot(task, BlockInfluence(self.settings.batch_size))
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Checked.check``: layers, and nothing else."""
         if set(task.budget.kinds) != set(self.kinds):
             raise InputError(
                 f"ShortGPT removes whole layers, and the budget allows {', '.join(task.budget.kinds)}. "
                 "Set budget.kinds=[layer]."
             )
-        return one_shot(task, BlockInfluence(self.settings.batch_size))

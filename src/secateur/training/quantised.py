@@ -16,6 +16,17 @@ from secateur.errors import InputError
 BaseWeights = Literal["as-is", "int8", "nf4"]
 
 
+def backend(weights: BaseWeights) -> Any:
+    """The module that computes with such weights: None for ``as-is``; InputError when it is not installed."""
+    if weights == "as-is":
+        return None
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError(f"A base in {weights} needs bitsandbytes: pip install 'secateur[quantised]'.") from error
+    return bitsandbytes
+
+
 @contextmanager
 def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
     """While it lasts, every linear below an adapter computes with its weights in 8 (``int8``) or 4 bits (``nf4``).
@@ -45,10 +56,7 @@ def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
 
 
 def _quantise(linear: nn.Linear, weights: BaseWeights) -> nn.Module:
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise InputError(f"A base in {weights} needs bitsandbytes: pip install 'secateur[quantised]'.") from error
+    bnb = backend(weights)
     device, dtype = linear.weight.device, linear.weight.dtype
     shape: dict[str, Any] = {
         "input_features": linear.in_features,
