@@ -45,8 +45,8 @@ class _Commands(TyperGroup):
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(130) from interrupt
         except Exception as error:
-            # what the parser raises (usage errors, --help) brings its own exit code
-            if _debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+            # what the parser raises (usage errors, --help) brings its own exit code; who closes a pipe has seen enough
+            if _debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
                 raise
             reason = " ".join(str(error).split())
             if (advice := _advice(error)) is not None:

@@ -167,3 +167,20 @@ def test_inspect_as_json_is_json(place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(place)
     graph = json.loads(call("inspect", "tiny", "--json").stdout)
     assert {group["name"] for group in graph["groups"]} >= {"layers.0.mlp", "layers.1.attention", "hidden", "vocab"}
+
+
+def test_settings_reach_every_command(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(finished.parent)
+    graph = json.loads(call("inspect", "tiny", "--json", "--set", "budget.kinds=[hidden]").stdout)
+    assert {group["name"]: group["protected"] for group in graph["groups"]}["hidden"] is None
+    plan, folder = "out/secateur/plan.json", tmp_path / "half"
+    result = call("apply", plan, "tiny", "-o", str(folder), "--set", "export.dtype=bfloat16")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    result = call("verify", str(folder), "--set", "model.trust_remote_code=true")
+    assert result.exit_code == 0, result.stderr
+    assert "bfloat16" in result.stdout
+    numbers = tmp_path / "numbers.json"
+    options = ["--recipe", "small.yaml", "--set", "evaluation.speed=false", "--json", str(numbers)]
+    assert call("evaluate", "tiny", *options).exit_code == 0
+    assert json.loads(numbers.read_text())["tokens"] == {"letters.txt": 16 * 31}, "the recipe's window and tokens"
