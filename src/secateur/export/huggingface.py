@@ -282,17 +282,21 @@ def write(
             "Tokens were cut from the vocabulary, so that every id means another token than to this tokenizer. Save "
             "without a tokenizer: secateur/tokens.json in the folder says which token each id was."
         )
-    form = standard_form(model, graph, kept)
-    weights = _weights(model, written_dtype(model, settings))
-    standard = empty_model(form, like=model)
-    standard.load_state_dict(weights, strict=True, assign=True)
-    standard.tie_weights()
-    if model.can_generate():
-        standard.generation_config = copy.deepcopy(model.generation_config)
-    with quiet_transformers():
-        standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    try:
+        form = standard_form(model, graph, kept)
+        weights = _weights(model, written_dtype(model, settings))
+        standard = empty_model(form, like=model)
+        standard.load_state_dict(weights, strict=True, assign=True)
+        standard.tie_weights()
+        if model.can_generate():
+            standard.generation_config = copy.deepcopy(model.generation_config)
+        with quiet_transformers():
+            standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error)
+        raise ModelError(f"The config of {model.config.model_type} models refuses what is left: {reason}") from error
     _open_permissions(folder)
     ids = sample_ids(model.config)
     return Reference(folder, ids, *_answers(model, weights, ids), form.note)

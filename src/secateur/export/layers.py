@@ -151,5 +151,5 @@ def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
 def _make_head_dim_explicit(config: PreTrainedConfig) -> None:
     """transformers would otherwise take hidden size / heads, which changes with the heads."""
     computed = isinstance(getattr(type(config), "head_dim", None), property)
-    if not computed and getattr(config, "head_dim", None) is None:
+    if not computed and getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
         config.head_dim = config.hidden_size // config.num_attention_heads
