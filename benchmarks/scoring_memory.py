@@ -70,6 +70,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     from secateur.data import TokenBlocks
     from secateur.importance import Adapters, Taylor
     from secateur.importance.base import borrowed, mean_loss_backward, recomputed
+    from secateur.training import attach_lora  # noqa: F401  what it imports is no memory of the model
 
     before = resident()
     model, graph, ids = prepare(arguments, adapters=arguments.what == "lora")
