@@ -15,6 +15,8 @@ def of_pairs(member: Member, outer: int, inner: int) -> Member | None:
     ``inner``.
     """
     starts = sorted(member.offsets)
+    if len(starts) < outer:  # one KV head after the other, over and over: no run of units belongs to one of them
+        return None
     firsts, step = starts[::outer], starts[1] - starts[0]
     gap = step - inner * member.width
     if gap < 0 or starts != [first + number * step for first in firsts for number in range(outer)]:

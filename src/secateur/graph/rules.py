@@ -10,7 +10,7 @@ from secateur.graph import (
     rules_layout,
     rules_reduction,
 )
-from secateur.graph.axes import Axis, leaf, sever
+from secateur.graph.axes import Axis, leaf, sever, size_of
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -33,7 +33,8 @@ def protect(table: SymbolTable, call: Call, reason: str) -> None:
     shapes: dict[tuple[int, ...], tuple[Axis, ...]] = {}
     for tensor in call.tensors:
         symbol = table[tensor]
-        shapes.setdefault(tuple(tensor.shape), symbol.axes)
+        if tuple(size_of(axis) for axis in symbol.axes) == tuple(tensor.shape):  # not reshaped in place meanwhile
+            shapes.setdefault(tuple(tensor.shape), symbol.axes)
         for axis in (*symbol.axes, symbol.domain or ()):
             sever(axis, reason)
     for out in call.outputs:

@@ -202,6 +202,8 @@ def unbind(table: SymbolTable, call: Call) -> None:
 def cat(table: SymbolTable, call: Call) -> None:
     """The dimension is the concatenation of those of the operands; the others are the same."""
     tensors = [tensor for tensor in call["tensors"] if tensor.numel()]
+    if not tensors:
+        raise NotImplementedError("nothing but empty tensors")
     dim = _wrap(call["dim"], call.out.dim())
     _join(table, call, tensors, dim, join([table[tensor].axes[dim] for tensor in tensors]))
 

@@ -143,11 +143,14 @@ def _patterns(kind: Kind) -> list[Pattern]:
 def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.Module, bool]]:
     """The modules that hold the group: owners of its members, and what encloses them up to their common ancestor.
 
-    With True the one around that.
+    With True the one around that. The vocabulary and the hidden width are the whole model's, also where tied embeddings
+    leave only one owner.
     """
     owners = [member.parameter.split(".")[:-1] for member in group.members]
     shared = 0
-    while all(len(path) > shared and path[shared] == owners[0][shared] for path in owners):
+    while group.kind not in ("vocab", "hidden") and all(
+        len(path) > shared and path[shared] == owners[0][shared] for path in owners
+    ):
         shared += 1
     paths = {".".join(path[:length]) for path in owners for length in range(shared, len(path) + 1)}
     own = {id(modules[path]): modules[path] for path in sorted(paths)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
@@ -77,9 +78,7 @@ def _built(model: Any, base: Any, config: PretrainedConfig, graph: DependencyGra
         raise ModelError(f"Cannot build a {type(base).__name__} with few layers to check: {error}") from error
     if isinstance(model, PeftModel):
         small = get_peft_model(small, copy.deepcopy(model.active_peft_config))
-    for parameter in small.parameters():
-        if (parameter == parameter.flatten()[0]).all():  # zero or one at first, which would hide mistakes
-            parameter.data += 0.02 * torch.randn_like(parameter)
+    randomise(small)
 
     def facts(group: NodeGroup) -> tuple[Any, ...]:
         return (group.name, group.size if sizes else None, signature(group))
@@ -89,6 +88,22 @@ def _built(model: Any, base: Any, config: PretrainedConfig, graph: DependencyGra
         if group.layer is not None and facts(group) not in known:
             raise ModelError(f"{group.name} of a model with few layers is not that of this {graph.model_type} model.")
     return small.eval()
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Redraw every parameter, in place: weights of unit gain, biases and norm weights off their neutral values.
+
+    Weights as small as most configs draw them would hide mistakes: attention scores are then so near to zero that
+    softmax is flat, whatever a cut does to them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
+            if parameter.dim() < 2:
+                parameter.add_(noise, alpha=0.3)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
 
 
 def _narrower(config: PretrainedConfig) -> PretrainedConfig:

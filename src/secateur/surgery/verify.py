@@ -21,6 +21,7 @@ from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
 from secateur.graph.trace import logits_of
 from secateur.progress import track
+from secateur.surgery.configs import changed_configs
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.stand_in import signature, stand_in
@@ -154,7 +155,7 @@ def checks(model: Any, ratio: float, run: Trace | None = None, *, alone: bool = 
     ``run`` is a record of ``model``; of its graph only the groups that may be cut are tried, each ``alone`` as well.
     """
     run = record(model) if run is None else run
-    choices = {name: kept for name, kept in _choices(run.graph, ratio).items() if alone or name in (ALL, SOME)}
+    choices = {name: kept for name, kept in _choices(model, run.graph, ratio).items() if alone or name in (ALL, SOME)}
     if not choices:
         return []
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -167,12 +168,14 @@ def checks(model: Any, ratio: float, run: Trace | None = None, *, alone: bool = 
     ]
 
 
-def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[int]]]:
+def _choices(model: Any, graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[int]]]:
     """Name of a check → units to keep."""
     kept = {}
     for group in graph.prunable:
         goes = min(max(1, round(ratio * group.size)), group.size - 1)
         units = legal_units(group, group.size - goes)
+        if group.modules:
+            units = _layers_in_a_pattern(model, graph, group, units)
         if len(units) < group.size:
             kept[group.name] = units
     choices = {name: {name: units} for name, units in kept.items()}
@@ -182,8 +185,25 @@ def _choices(graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[i
         some = [name for name in together if torch.rand(()) < 0.5] or together[:1]
         # every group its own number of units, as in a globally ranked plan
         stay = {name: int(torch.randint(1, len(kept[name]) + 1, ())) for name in some}
-        choices[SOME] = {name: legal_units(graph[name], count) for name, count in stay.items()}
+        choices[SOME] = {
+            name: kept[name] if graph[name].modules else legal_units(graph[name], count) for name, count in stay.items()
+        }
     return choices
+
+
+def _layers_in_a_pattern(model: Any, graph: DependencyGraph, group: NodeGroup, units: list[int]) -> list[int]:
+    """``units``, or where the config cannot describe what they leave, the first layers that it can describe.
+
+    Families that compute from a layer's index what the layer is can lose whole periods of the pattern only; that some
+    choice breaks it says nothing against the others, which are refused one by one when they are cut.
+    """
+    for kept in (units, *(list(range(stay)) for stay in range(group.size - 1, group.least - 1, -1))):
+        try:
+            changed_configs(model, graph, {group.name: kept})
+        except ModelError:
+            continue
+        return kept
+    return units
 
 
 def _compatible(graph: DependencyGraph, names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from secateur.errors import PlanError
 from secateur.graph import trace
 from secateur.surgery import masked, sharing_copy, slice_model
-from secateur.testing.tiny import randomise
+from secateur.surgery.stand_in import randomise
 from secateur.types import DependencyGraph, PruningPlan
 
 TOLERANCE = 1e-4

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from secateur.surgery.stand_in import randomise
 
 HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, VOCAB = 48, 4, 12, 40, 2, 97
 
@@ -165,18 +166,6 @@ def build(name: str, seed: int = 0, attention: str | None = None) -> PreTrainedM
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     randomise(model, seed)
     return model.eval()
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Redraw every parameter, in place: weights of unit gain, biases and norm weights off their neutral values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
-            if parameter.dim() < 2:
-                parameter.add_(noise, alpha=0.3)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {name: partial(build, name) for name in SPECS}
