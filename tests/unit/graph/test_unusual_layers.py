@@ -18,8 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from secateur.errors import SecateurError
 from secateur.graph import record
 from secateur.surgery import protect_failing
+from secateur.surgery.stand_in import randomise
 from secateur.surgery.verify import checks
-from secateur.testing.tiny import randomise
 
 VOCAB, HIDDEN, WIDTH, HEADS = 61, 24, 36, 3
 
@@ -286,3 +286,26 @@ def test_layers(name: str) -> None:
 def test_models(name: str) -> None:
     torch.manual_seed(0)
     right_or_refused(MODELS[name]())
+
+
+def tiled_keys(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Four query heads share two keys and values in turns, and not in runs: the n-th uses the one of n mod 2."""
+    q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in x.split([32, 16, 16], -1))
+    k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+    return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2)
+
+
+ODD_CALLS: dict[str, Callable[[], Layer]] = {
+    "a dimension added in place": lambda: Layer(lambda s, x: x.clone().unsqueeze_(1).squeeze_(1).relu()),
+    "a quantile": lambda: Layer(lambda s, x: x.relu() - x.quantile(0.5)),
+    "nothing joined with nothing": lambda: Layer(lambda s, x: x.relu() + torch.cat([x[:, :0], x[:, :0]], 1).sum()),
+    "keys in turns": lambda: Layer(tiled_keys, 64, 32),
+}
+
+
+@pytest.mark.parametrize("name", ODD_CALLS)
+def test_what_is_not_understood_is_protected_and_the_rest_can_be_cut(name: str) -> None:
+    torch.manual_seed(0)
+    toy = Toy(ODD_CALLS[name]())
+    right_or_refused(toy)
+    assert {"layers.0.mlp", "layers.2.mlp"} <= {group.name for group in record(toy).graph.prunable}

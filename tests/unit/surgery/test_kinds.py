@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from secateur.errors import ModelError, PlanError
 from secateur.graph import record, trace
 from secateur.surgery import masked, sharing_copy, slice_model
+from secateur.surgery.stand_in import randomise
 from secateur.surgery.tokens import kept_tokens, new_ids
 from secateur.surgery.verify import checks, legal_units
 from secateur.surgery.verify import trace as checked_trace
 from secateur.testing.contracts import ids, logits, with_adapters
-from secateur.testing.tiny import SPECS, TINY, randomise
+from secateur.testing.tiny import SPECS, TINY
 from secateur.types import DependencyGraph, Kind
 
 _MIXED: dict[str, Any] = {
@@ -235,3 +236,19 @@ def test_what_is_open_on_request_is_checked_first() -> None:
     graph = checked_trace(MODELS["mixtral"](), ["expert", "hidden", "layer"])
     assert {group.kind for group in graph.prunable} == {"ffn", "attention", "expert", "hidden", "layer"}
     assert graph["vocab"].protected == "protected by default: vocab"
+
+
+def test_that_some_layers_cannot_go_says_nothing_against_the_others() -> None:
+    options = {**SPECS["qwen3-moe"][1], "num_hidden_layers": 6, "mlp_only_layers": [], "decoder_sparse_step": 2}
+    assert all(
+        checked_trace(built("qwen3_moe", {**options, "num_hidden_layers": layers})(), ["layer"])["layers"].protected
+        is None
+        for layers in range(3, 7)
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_smaller_vocabulary_is_that_of_the_loss_too(tied: bool) -> None:
+    model = built("mixtral", {**SPECS["mixtral"][1], "tie_word_embeddings": tied})()
+    slice_model(model, checked_trace(model, ["vocab"]), {"vocab": list(range(90))})
+    assert model(input_ids=ids(model), labels=ids(model)).loss.isfinite()

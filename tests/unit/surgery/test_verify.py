@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from secateur.export import standard_form
 from secateur.graph import record, trace
@@ -150,3 +151,37 @@ def test_what_fails_a_check_is_protected_in_every_layer(monkeypatch: pytest.Monk
     assert [group.name for group in safe.prunable] == [f"layers.{layer}.mlp" for layer in range(5)]
     assert "cutting it failed a check: " in str(safe["layers.4.attention"].protected)
     assert safe.fingerprint == graph.fingerprint
+
+
+class _ScaledByAllHeads(nn.Module):
+    """Attention that divides by the root of what all heads have together: right for the whole, wrong after a cut."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        wide = [linear(hidden_states) for linear in (self.q, self.k, self.v)]
+        scale = wide[0].shape[-1] ** -0.5
+        q, k, v = (states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in wide)
+        states = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return self.o(states.transpose(1, 2).flatten(-2)), None
+
+
+class _Scaled(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn = _ScaledByAllHeads(config)  # type: ignore[assignment]
+        self.post_init()
+
+
+@pytest.mark.parametrize("initial", [0.02, 0.002])
+def test_small_weights_of_a_config_hide_no_mistake(initial: float) -> None:
+    config = TINY["llama-mha"]().config
+    config.initializer_range = initial
+    model = _Scaled(config).eval()
+    graph = protect_failing(model, trace(model))
+    assert "slicing differs from masking" in str(graph["layers.0.attention"].protected)
+    assert graph["layers.0.mlp"].protected is None
