@@ -197,7 +197,9 @@ def _layers_in_a_pattern(model: Any, graph: DependencyGraph, group: NodeGroup, u
     Families that compute from a layer's index what the layer is can lose whole periods of the pattern only; that some
     choice breaks it says nothing against the others, which are refused one by one when they are cut.
     """
-    for kept in (units, *(list(range(stay)) for stay in range(group.size - 1, group.least - 1, -1))):
+    first = [list(range(stay)) for stay in range(group.size - 1, group.least - 1, -1)]
+    fixed = {unit for unit, _ in group.fixed}
+    for kept in (units, *(some for some in first if fixed <= set(some))):
         try:
             changed_configs(model, graph, {group.name: kept})
         except ModelError:
