@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError, model_validator
 
 from secateur.errors import PlanError
 
@@ -361,7 +361,7 @@ class PruningPlan(BaseModel):
     versions: dict[str, str] = {}
     sizes: dict[str, int] = {}
     """Group name → units before the cut, for every group in ``kept``."""
-    kept: dict[str, list[int]] = {}
+    kept: dict[str, list[StrictInt]] = {}
     """Group name → indices of the units that stay, ascending; a group that is not listed stays whole."""
 
     def removed(self, name: str) -> list[int]:

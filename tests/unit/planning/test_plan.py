@@ -76,3 +76,15 @@ def test_periods_are_equal() -> None:
     assert [by_period(period, 4) for period in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     with pytest.raises(ValueError, match="at least one"):
         by_period(0, 0)
+
+
+@pytest.mark.parametrize("unit", ["true", '"0"', "0.0"])
+def test_a_unit_is_a_whole_number_and_nothing_like_it(tmp_path: Path, unit: str) -> None:
+    budget = Budget(ratio=0.3)
+    plan = make_plan(GRAPH, allocate(GRAPH, SCORES, budget), budget, method="magnitude")
+    name = next(iter(plan.kept))
+    plan.model_copy(update={"kept": {name: [0]}}).save(tmp_path / "plan.json")
+    text = "".join((tmp_path / "plan.json").read_text().split())
+    (tmp_path / "plan.json").write_text(text.replace('"kept":{"' + name + '":[0]', '"kept":{"' + name + f'":[{unit}]'))
+    with pytest.raises(PlanError, match=f"kept.*{name}"):
+        PruningPlan.load(tmp_path / "plan.json")
