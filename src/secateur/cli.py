@@ -121,7 +121,7 @@ Trust = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", metavar="DEVICE")]
 Tasks = Annotated[
-    str | None, typer.Option(help="Tasks of lm-eval, by name or folder, with commas between them.", metavar="A,B")
+    str | None, typer.Option(help="Tasks of lm-eval: names, task files or folders of them.", metavar="A,B")
 ]
 Window = Annotated[int | None, typer.Option(help="Tokens per window.", metavar="N")]
 

@@ -13,7 +13,7 @@ from secateur.config import Recipe, dump, revise
 from secateur.data import check_sources, check_window, load_whole, read_texts
 from secateur.errors import InputError
 from secateur.evaluation import as_written, compare_speed, machine
-from secateur.evaluation.tasks import evaluate_tasks
+from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import Verification, check_output, needs_trust, verify_saved, write_analysis, written_dtype
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
@@ -27,12 +27,13 @@ from secateur.workspace import Workspace
 
 
 def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
-    """What ``secateur evaluate`` does: scores on ``tasks`` (names or folders, see ``evaluation.tasks``), perplexity by
-    source, parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
+    """What ``secateur evaluate`` does: scores on ``tasks`` (see ``evaluation.tasks``), perplexity by source,
+    parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
 
     Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
     """
     check_sources(recipe.evaluation)
+    check_tasks(tasks)
     model, tokenizer = load(**recipe.model.model_dump())
     check_window(recipe.evaluation, model, "evaluation")
     blocks = load_whole(recipe.evaluation, tokenizer, recipe.seed, max_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe, dump
 from secateur.data import Texts, TokenBlocks
-from secateur.errors import InputError, ModelError
+from secateur.errors import InputError, ModelError, SecateurError
 from secateur.evaluation import TextLoss, as_written, compare_speed, losses_by_source, machine, parameter_count
 from secateur.export import (
     Architecture,
@@ -68,7 +68,7 @@ class Result:
 def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
     """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment.
 
-    Also what the method cannot do, and adapters that find no place, on a weightless twin of the model.
+    Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
     """
     scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
     plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
@@ -79,10 +79,17 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     method = METHODS[recipe.method.name](recipe.method.settings)
     if method.needs == "training" or recipe.recovery.steps > 0:
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
+    task = _task(Result(model, None, plan, graph, recipe), Texts(), Workspace(None))
     if isinstance(method, Checked):
-        method.check(_task(Result(model, None, plan, graph, recipe), Texts(), Workspace(None)))
-    before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
-    say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
+        method.check(task)
+    baseline = METHODS[recipe.baseline]() if recipe.baseline else None
+    if isinstance(baseline, Checked):
+        try:
+            baseline.check(replace(task, repair=False))
+        except SecateurError as error:
+            raise InputError(
+                f"The baseline {recipe.baseline} cannot be measured (evaluation.baseline): {error}"
+            ) from error
     return plan
 
 
@@ -115,7 +122,7 @@ def measure_baseline(result: Result, texts: Texts) -> None:
         return
     assert name is not None
     assert texts.evaluation is not None
-    decision = METHODS[name]().run(_task(result, texts, Workspace(None)))
+    decision = METHODS[name]().run(replace(_task(result, texts, Workspace(None)), repair=False))
     with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
         measured = losses(result.model, result.recipe, texts.evaluation)
     perplexity = {source: loss.perplexity for source, loss in measured.items()}
@@ -327,6 +334,7 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
         lora=recipe.lora,
         training=recipe.training,
         seed=recipe.seed,
+        repair=recipe.recovery.repair,
         work=work.path("method"),
         log=work.log,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 import secateur
-from secateur import pipeline
+from secateur import inspection, pipeline
 from secateur.cli import app
 from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_overrides
+from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.planning import make_plan
@@ -206,6 +208,59 @@ def test_mistakes_are_found_before_anything_is_read(
     with pytest.raises(InputError, match=message):
         compare(recipe, methods, ratios, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_and_text_are_looked_at_before_a_model_is_opened(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load", lambda **_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(inspection, "load", lambda **_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="lm-eval"):
+        compare(recipe_of(model), ["magnitude"], [0.2], tmp_path / "out", tasks=["arc_easy"])
+    with pytest.raises(InputError, match="lm-eval"):
+        inspection.evaluate(recipe_of(model), ["arc_easy"])
+    (model / "text.md").write_text("A hedge.")
+    with pytest.raises(SecateurError, match=r"ending \.md"):
+        compare(recipe_of(model, f"evaluation.text={model / 'text.md'}"), ["magnitude"], [0.2], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_are_in_the_same_order_whatever_failed_first(tmp_path: Path) -> None:
+    board = Leaderboard(
+        model="<b>m</b>",
+        seed=0,
+        recipe="",
+        window=1,
+        tokens={"a": 3},
+        steps=0,
+        tokens_per_step=1,
+        dense={"a": 2.0},
+        dense_parameters=1,
+        dense_tasks={"four": {"acc": 0.65, "acc_stderr": 0.1}},
+        chance={"four": 0.25},
+    )
+    board.rows.append(Row(method="flap", ratio=0.125, error="</td><script>alert(1)</script>"))
+    speed = {"batch 1": {"prefill_tokens_per_s": 2.0, "dense_prefill_tokens_per_s": 1.0}}
+    tasks = {"four": {"acc": 0.45, "acc_stderr": 0.1}}
+    done = Row(method="shortgpt", ratio=0.1, kinds=["layer"], settings={"batch_size": 3}, pruned={"a": 3.0})
+    done.recovered, done.tasks, done.speed = {"a": 2.5}, tasks, speed
+    board.rows += [done, done.model_copy(update={"ratio": 0.2})]
+    write_report(board, tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    names = list(lines[0])
+    assert names[-1] == "error"
+    assert names.index("recovered, a") == names.index("pruned, a") + 1
+    assert names[names.index("four") :][:4] == ["four", "four_stderr", "four_retention", "retention"]
+    assert float(lines[2]["four_retention"]) == pytest.approx(0.5)
+    assert lines[1]["error"].startswith("</td>")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "<b>m" not in page
+    assert "12.5%" in page
+    assert "shortgpt (batch_size=3)" in page
+    assert page.count("shortgpt (layer)") == 1
 
 
 def test_retention_is_corrected_for_chance() -> None:

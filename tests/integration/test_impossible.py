@@ -25,6 +25,8 @@ from secateur.testing.tiny import build
         ("llama-gqa", "lorashear", {"lora.targets": "[nothing]"}, "finds no linear module"),
         ("llama-gqa", "magnitude", {"lora.targets": "[nothing]"}, "finds no linear module"),  # recovery needs it
         ("mixtral", "loraprune", {}, "none of its weights has a LoRA adapter"),
+        ("llama-gqa", "flap", {"recovery.repair": "true"}, r"twice.*method\.compensate=false"),
+        ("llama-gqa", "loraprune", {"evaluation.baseline": "shortgpt"}, r"baseline shortgpt.*evaluation\.baseline"),
     ],
 )
 def test_the_rehearsal_refuses(family: str, method: str, settings: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secateur.compare.rows import Leaderboard, Row, metric_of
@@ -18,7 +19,7 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
     table = flat(comparison)
     temporary = folder / "results.csv.tmp"
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for line in table for key in line)))
+        writer = csv.DictWriter(file, fieldnames=_names(table))
         writer.writeheader()
         writer.writerows(table)
     os.replace(temporary, folder / "results.csv")
@@ -29,6 +30,8 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
         "columns": columns_of(comparison),
         "lines": shown(comparison),
         "picture": picture,
+        "own_settings": {row.method: row.settings for row in comparison.rows},
+        "other_kinds": {row.method: row.kinds for row in comparison.rows if "layer" in row.kinds},
     }
     _replace(folder / "report.html", html_page("secateur.compare", "page.html.jinja", values).encode())
 
@@ -51,22 +54,30 @@ def flat(comparison: Leaderboard) -> list[dict[str, object]]:
             "perplexity_pruned": comparison.mean(row.pruned),
             "perplexity_recovered": comparison.mean(row.recovered),
         }
-        line |= {f"pruned, {source}": value for source, value in row.pruned.items()}
-        line |= {f"recovered, {source}": value for source, value in row.recovered.items()}
-        for task, values in row.tasks.items():
-            metric = metric_of(values)
+        line |= {f"pruned, {source}": row.pruned.get(source) for source in comparison.tokens}
+        line |= {f"recovered, {source}": row.recovered.get(source) for source in comparison.tokens}
+        for task, dense_values in comparison.dense_tasks.items():
+            metric, values = metric_of(dense_values), row.tasks.get(task, {})
             if metric is not None:
-                line |= {f"{task}": values[metric], f"{task}_stderr": values.get(f"{metric}_stderr")}
+                line |= {task: values.get(metric), f"{task}_stderr": values.get(f"{metric}_stderr")}
                 line[f"{task}_retention"] = comparison.retention(row, task)
-        line["retention"] = comparison.mean_retention(row)
+        if comparison.dense_tasks:
+            line["retention"] = comparison.mean_retention(row)
         line["scoring_seconds"] = row.scoring_seconds
         line["scoring_peak_bytes"] = row.scoring_peak_bytes
         line["scoring_extra_bytes"] = row.scoring_extra_bytes
         for batch, speed in row.speed.items():
             line |= {f"{key}, {batch}": value for key, value in speed.items()}
-        line["error"] = row.error
         table.append(line)
+    for line, row in zip(table, (dense, *comparison.rows), strict=True):
+        line["error"] = row.error
     return table
+
+
+def _names(table: Sequence[Mapping[str, object]]) -> list[str]:
+    """The columns of all lines in order, the error last; a line without a result lacks those of speed."""
+    names = dict.fromkeys(key for line in table for key in line if key != "error")
+    return [*names, "error"]
 
 
 def columns_of(comparison: Leaderboard) -> list[str]:
@@ -85,7 +96,7 @@ def shown(comparison: Leaderboard) -> list[list[str]]:
 
 def _cells(comparison: Leaderboard, row: Row) -> list[str]:
     if row.error is not None:
-        return [row.method, f"{row.ratio:.0%}", row.error]
+        return [row.method, f"{row.ratio:.1%}", row.error]
     cells = [
         row.method,
         "" if row.reached is None else f"{row.reached:.1%}",
@@ -121,6 +132,7 @@ def plot(comparison: Leaderboard, path: Path) -> None:
     """Perplexity against the ratio, before and after recovery, a line for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -140,6 +152,8 @@ def plot(comparison: Leaderboard, path: Path) -> None:
             ax.axhline(dense, color="grey", linewidth=1, linestyle=":", label="dense")
         ax.set(title=title, xlabel="% of all parameters removed", yscale="log")
         ax.grid(alpha=0.3, which="both")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes[0].set_ylabel("perplexity")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     temporary = path.with_name(f".{path.name}.tmp.png")

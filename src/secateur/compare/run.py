@@ -18,11 +18,11 @@ from secateur import stages
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
 from secateur.config import Recipe, dump, parse_value, revise
-from secateur.data import Texts, load_whole, read_texts
+from secateur.data import Texts, check_sources, load_whole, read_texts
 from secateur.errors import InputError, SecateurError
 from secateur.evaluation import machine
 from secateur.evaluation.memory import PeakMemory
-from secateur.evaluation.tasks import chance_levels, evaluate_tasks
+from secateur.evaluation.tasks import chance_levels, check_tasks, evaluate_tasks
 from secateur.loading import load
 from secateur.methods import METHODS
 from secateur.planning import decoder_ratio, versions
@@ -73,9 +73,9 @@ def compare(
         tasks: see ``evaluation.evaluate_tasks``.
         resume: go on with the rows that ``output`` lacks.
 
-    Raises InputError, before anything is measured or written, for unknown methods and ratios, and for a folder that
-    holds another comparison. A row whose method fails (a ratio that it cannot reach) carries the message instead of
-    numbers; when that is so for every row, the first message is raised, again before anything is measured or written.
+    Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, and for a
+    folder that holds another comparison. A row whose method fails (a ratio that it cannot reach) carries the message
+    instead of numbers; when that is so for every row, the first message is raised, before anything is written.
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
@@ -83,10 +83,12 @@ def compare(
     recipes = schedule_of(recipe, names, ratios, settings or {})
     identity = _identity(recipes, tasks)
     _check_folder(output, identity, resume)
+    for text in {purpose: text for planned in recipes for purpose, text in planned.texts.items()}.values():
+        check_sources(text)
+    check_tasks(tasks)
     result, graphs = _rehearse(recipe, recipes)
     texts = _read_texts(result.model, result.tokenizer, recipes)
     rows_folder = _open(output, identity)
-    say("Measuring the dense model")
     comparison = _measure_dense(recipe, result, texts, tasks, rows_folder)
     shared = Shared(graphs, texts, result.metrics, tasks)
     del result  # with the model: every row opens its own
@@ -115,7 +117,7 @@ def schedule_of(
     chosen = {name: _with_method(recipe, name, settings.get(name, {})) for name in methods}
     longest = max(pruning_steps(planned) for planned in chosen.values())
     planned = []
-    for ratio in ratios:
+    for ratio in dict.fromkeys(ratios):
         for row in chosen.values():
             steps = recipe.recovery.steps + longest - pruning_steps(row)
             planned.append(revise(row, {"budget.ratio": ratio, "recovery.steps": steps}))
@@ -167,6 +169,8 @@ def _rehearse(
             found = found or stages.Result(model, tokenizer, plan, graph, row)
     if found is None:
         raise failures[0]
+    groups = len({group.name for graph in graphs.values() for group in graph.prunable})
+    say(f"Found {groups} node groups that can be cut; {len(recipes)} rows to fill.")
     return found, graphs
 
 
@@ -178,12 +182,14 @@ def _measure_dense(
     if kept.exists():
         result.metrics = json.loads(kept.read_text())
     else:
+        if tasks:  # first: it reads the data of the tasks, which may be missing
+            result.metrics["chance"] = chance_levels(tasks)
+        say("Measuring the dense model")
         stages.measure(result, texts, "dense")
         stages.look_ahead(result, texts)
         result.teacher = None
         if tasks:
             result.metrics["tasks"] = _evaluate_tasks(result, tasks)
-            result.metrics["chance"] = chance_levels(tasks)
         _write(kept, json.dumps(result.metrics))
     return Leaderboard(
         model=recipe.model.name,

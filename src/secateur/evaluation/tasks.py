@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def evaluate_tasks(
     """Scores of the model on tasks.
 
     Args:
-        names: tasks of the harness (most fetch their data from the hub), or folders of task files in its YAML format,
-            of which every task is run; those can name local data and need no network.
+        names: tasks of the harness (most fetch their data from the hub), or task files in its YAML format, or folders
+            of them, of which every task is run; those can name local data and need no network.
         limit: only the first so many items of each task.
         batch_size: sequences per forward pass.
 
@@ -48,14 +49,21 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager, tasks = _resolve(names)
+    manager, tasks = _resolve(tuple(names))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         # errors of means have a formula; the harness leaves them out when it is told to draw no samples for others
-        found = simple_evaluate(harness, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=1)
+        found = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1)
     except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
         raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
     return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise InputError unless lm-eval is installed and every name stands for a task; reads no data."""
+    if names:
+        _require_harness()
+        _resolve(tuple(names))
 
 
 def chance_levels(names: Sequence[str]) -> dict[str, float]:
@@ -66,9 +74,9 @@ def chance_levels(names: Sequence[str]) -> dict[str, float]:
     _require_harness()
     from lm_eval.tasks import get_task_dict
 
-    manager, tasks = _resolve(names)
+    manager, tasks = _resolve(tuple(names))
     try:
-        found = {name: task for name, task in get_task_dict(tasks, manager).items() if isinstance(name, str)}
+        found = {name: task for name, task in get_task_dict(list(tasks), manager).items() if isinstance(name, str)}
         levels = {}
         for name, task in found.items():
             if getattr(task, "OUTPUT_TYPE", "") == "multiple_choice":
@@ -84,25 +92,40 @@ def _require_harness() -> None:
         raise InputError("Tasks need lm-eval, which is not installed. Install it with: pip install 'secateur[tasks]'")
 
 
-def _resolve(names: Sequence[str]) -> tuple[Any, list[str]]:
-    """The harness's task manager, and the tasks that ``names`` stand for; InputError for one that does not exist."""
+@lru_cache
+def _resolve(names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """The harness's task manager, and the tasks that ``names`` stand for; InputError for one that does not exist.
+
+    Kept for the process: reading the thousands of task files that the harness brings takes it up to minutes.
+    They are left alone where all tasks are of the user's own files.
+    """
     from lm_eval.tasks import TaskManager
 
-    folders = [name for name in names if Path(name).expanduser().is_dir()]
-    manager = TaskManager(include_path=[str(Path(folder).expanduser()) for folder in folders] or None)
-    tasks = [task for name in names for task in (tasks_in(Path(name)) if name in folders else [name])]
+    own = {name: Path(name).expanduser() for name in names if Path(name).expanduser().exists()}
+    folders = sorted({str(path if path.is_dir() else path.parent) for path in own.values()})
+    tasks = [task for name in names for task in (tasks_in(own[name]) if name in own else [name])]
+    manager = TaskManager(include_path=folders or None, include_defaults=len(own) < len(names))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise InputError(f"There is no task or folder {', '.join(unknown)}. `lm-eval ls tasks` lists the known ones.")
-    return manager, tasks
+        raise InputError(
+            f"There is no task, task file or folder {', '.join(unknown)}. `lm-eval ls tasks` lists the known ones."
+        )
+    return manager, tuple(tasks)
 
 
-def tasks_in(folder: Path) -> list[str]:
-    """Names of the tasks that the YAML files of a folder define, sorted; raises InputError when there are none."""
-    files = sorted(folder.expanduser().glob("*.y*ml"))
-    names = sorted({name for file in files for name in _TASK_NAME.findall(file.read_text(encoding="utf-8"))})
+def tasks_in(path: Path) -> list[str]:
+    """Names of the tasks that a YAML file, or those of a folder, define, sorted; InputError when there are none."""
+    path = path.expanduser()
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if files == [path] and path.suffix != ".yaml":
+        raise InputError(f"{path} has the ending {path.suffix or '(none)'}; task files end in .yaml.")
+    try:
+        names = sorted({name for file in files for name in _TASK_NAME.findall(file.read_text(encoding="utf-8"))})
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The task files of {path} cannot be read: {error}") from error
     if not names:
-        raise InputError(f"{folder} has no task files (*.yaml with a line `task: NAME`).")
+        what = "has no task files (*.yaml" if path.is_dir() else "is no task file (YAML"
+        raise InputError(f"{path} {what} with a line `task: NAME`).")
     return names
 
 

@@ -41,6 +41,8 @@ class PruningTask:
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     seed: int = 0
+    repair: bool = False
+    """Whether what consumes the units that stay is refitted after the cut (``recovery.repair``)."""
     work: Path | None = None
     """Folder for the checkpoints that a long method resumes from; None to keep none."""
     log: Callable[[Mapping[str, Any]], None] = _ignore

@@ -53,7 +53,12 @@ class FLAP:
         return Decision(removed, scores, biases=biases)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check``: linears consume what goes, and may be given a bias."""
+        """See ``Checked.check``: linears consume what goes, and may be given a bias that nothing else makes up for."""
+        if self.settings.compensate and task.repair:
+            raise InputError(
+                "Both FLAP's biases and recovery.repair make up for what goes, and together they would do it twice. "
+                "Set recovery.repair=false or method.compensate=false."
+            )
         if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
             raise InputError(
                 f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "

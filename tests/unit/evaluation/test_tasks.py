@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import DataError, InputError
-from secateur.evaluation.tasks import chance_levels, evaluate_tasks, tasks_in
+from secateur.evaluation.tasks import chance_levels, check_tasks, evaluate_tasks, tasks_in
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -45,6 +45,18 @@ def test_a_folder_names_its_tasks(folder: Path, tmp_path: Path) -> None:
         tasks_in(tmp_path / "empty")
 
 
+def test_a_file_names_its_own_task_alone(folder: Path) -> None:
+    assert tasks_in(folder / "parity_again.yaml") == ["parity_again"]
+    with pytest.raises(InputError, match=r"end in \.yaml"):
+        tasks_in(folder / "items.jsonl")
+    (folder / "other.yaml").write_text("group: many\n")
+    with pytest.raises(InputError, match="no task file"):
+        tasks_in(folder / "other.yaml")
+    (folder / "other.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        tasks_in(folder / "other.yaml")
+
+
 def test_without_the_extra_there_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'secateur\[tasks\]'"):
@@ -67,6 +79,14 @@ def test_local_tasks_run_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 <= scores["parity"]["acc"] <= 1
     accuracy = scores["parity"]["acc"]
     assert scores["parity"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 5) ** 0.5)
+
+
+@needs_harness
+def test_one_task_file_runs_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    file = str(folder / "parity.yaml")
+    check_tasks([file])
+    assert set(evaluate_tasks(build("llama-gqa"), tiny_tokenizer(), [file], limit=2)) == {"parity"}
 
 
 @needs_harness
