@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from secateur.compare import Leaderboard, columns_of, shown
 from secateur.export import Comparison, Verification
@@ -36,9 +37,12 @@ def leaderboard(found: Leaderboard) -> Table:
     table = Table(box=SIMPLE_HEAD)
     columns = columns_of(found)
     for name in columns:
-        table.add_column(name, justify="left" if name == columns[0] else "right", overflow="fold")
+        first = name == columns[0]
+        table.add_column(name, justify="left" if first else "right", overflow="fold", no_wrap=first)
     for line in shown(found):
-        table.add_row(*line)
+        table.add_row(*(line if len(line) == len(columns) else [*line[:2], "failed"]))
+    failed = [f"{row.method} at {row.ratio:.1%}: {row.error}" for row in found.rows if row.error is not None]
+    table.caption = Text("\n".join(failed), justify="left") if failed else None
     return table
 
 

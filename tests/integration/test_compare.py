@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import secateur
-from secateur import inspection, pipeline
+from secateur import inspection, pipeline, tables
 from secateur.cli import app
 from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_overrides
 from secateur.compare.report import write_report
@@ -284,3 +286,24 @@ def test_retention_is_corrected_for_chance() -> None:
     assert board.mean_retention(row) == pytest.approx(0.25)
     assert board.mean(board.dense) == pytest.approx((2.0**3 * 4.0) ** 0.25)
     assert board.mean({"a": 2.0}) is None
+
+
+def test_the_terminal_says_below_the_table_why_a_row_failed() -> None:
+    board = Leaderboard(
+        model="m",
+        seed=0,
+        recipe="",
+        window=1,
+        tokens={"a": 3},
+        steps=0,
+        tokens_per_step=1,
+        dense={"a": 2.0},
+        dense_parameters=1,
+    )
+    board.rows.append(Row(method="shortgpt", ratio=0.2, error="Set budget.kinds=[layer]."))
+    console = Console(markup=False, width=100, record=True, file=io.StringIO())
+    console.print(tables.leaderboard(board))
+    lines = console.export_text().splitlines()
+    assert any(line.split() == ["shortgpt", "20.0%", "failed"] for line in lines)
+    assert any("shortgpt at 20.0%: Set budget.kinds=[layer]." in line for line in lines)
+    assert not any("prefill" in line for line in lines)  # nothing was timed

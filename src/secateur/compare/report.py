@@ -84,7 +84,12 @@ def columns_of(comparison: Leaderboard) -> list[str]:
     """Headings of ``shown``."""
     columns = ["method", "ratio", "parameters", "steps", "perplexity before", "after recovery"]
     columns += [*comparison.dense_tasks, "retention"] if comparison.dense_tasks else []
-    return [*columns, "scoring", "scoring memory", "prefill", "decode"]
+    columns += ["scoring", "scoring memory"]
+    return [*columns, "prefill", "decode"] if _timed(comparison) else columns
+
+
+def _timed(comparison: Leaderboard) -> bool:
+    return any(row.speed for row in comparison.rows)
 
 
 def shown(comparison: Leaderboard) -> list[list[str]]:
@@ -116,7 +121,8 @@ def _cells(comparison: Leaderboard, row: Row) -> list[str]:
     speed = row.speed.get("batch 1", {})
     cells.append("" if row.scoring_seconds is None else f"{row.scoring_seconds:.0f} s")
     cells.append("" if row.scoring_extra_bytes is None else f"+{show_bytes(row.scoring_extra_bytes)}")
-    cells += [_times(speed, "prefill_tokens_per_s"), _times(speed, "decode_tokens_per_s")]
+    if _timed(comparison):
+        cells += [_times(speed, "prefill_tokens_per_s"), _times(speed, "decode_tokens_per_s")]
     return cells
 
 
