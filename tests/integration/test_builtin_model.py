@@ -36,7 +36,7 @@ def graph(real: tuple[Any, Any]) -> secateur.DependencyGraph:
 def test_every_layer_has_its_channels_and_kv_heads(graph: secateur.DependencyGraph) -> None:
     assert graph.parameter_count() == 134_515_008
     assert [(g.kind, g.size) for g in graph.prunable] == [("attention", 3), ("ffn", 1536)] * 30
-    assert {group.kind for group in graph if group.protected} == {"hidden", "layer", "vocab"}
+    assert {group.kind for group in graph if group.protected} == {"hidden", "layer", "query", "vocab"}
 
 
 def test_slicing_is_masking(real: tuple[Any, Any], graph: secateur.DependencyGraph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,7 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
             "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
         )
     graph, kept = without_layers(graph, kept)
+    _check_cut_by(model, graph, kept)
     family, narrowed = family_of(model), any(group.kind == "hidden" for group, _ in cut_groups(graph, kept))
 
     def fits(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
@@ -126,6 +128,19 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
         form = StandardForm(pruned_class(family), listed_config(model, family, graph, kept), _LISTED)
         _check_built(form.config.model_type, shapes_of(model), _shapes(form.model_class, form.config))
     return form
+
+
+def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    """Raise ModelError when tensors of ``model`` have other sizes than ``kept`` leaves of them."""
+    if any(graph[name].modules for name in kept):  # the names of modules that stay are others now
+        return
+    here = shapes_of(model)
+    for parameter in {member.parameter for name in kept for member in graph[name].members} & here.keys():
+        if math.prod(here[parameter]) != graph.numel(parameter, kept):
+            raise ModelError(
+                f"{parameter} has shape {list(here[parameter])}, which is not what the plan leaves of it. Save a model "
+                "with the graph from before the cut, and the plan that it was cut by."
+            )
 
 
 def _by_sizes(
