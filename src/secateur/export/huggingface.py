@@ -135,7 +135,8 @@ def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     if any(graph[name].modules for name in kept):  # the names of modules that stay are others now
         return
     here = shapes_of(model)
-    for parameter in {member.parameter for name in kept for member in graph[name].members} & here.keys():
+    members = {member.parameter for name in kept for member in graph[name].members}
+    for parameter in members & here.keys() & graph.shapes.keys():  # buffers are not counted
         if math.prod(here[parameter]) != graph.numel(parameter, kept):
             raise ModelError(
                 f"{parameter} has shape {list(here[parameter])}, which is not what the plan leaves of it. Save a model "
