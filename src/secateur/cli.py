@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from secateur.errors import InputError, SecateurError, VerificationError
+from secateur.whole import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -515,14 +516,10 @@ def _check_writable(file: Path) -> None:
 
 def _write_whole(file: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all; raises InputError when it cannot be."""
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, text)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}. The numbers are: {text}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _header(recipe: Recipe) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.progress import say
+from secateur.whole import whole, write_whole
 
 
 class Workspace:
@@ -87,8 +87,7 @@ class Workspace:
 
     def write_text(self, name: str, text: str) -> None:
         if self.folder is not None:
-            with _whole(self.folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_whole(self.folder / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
@@ -104,8 +103,8 @@ class Workspace:
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:
-            with _whole(self.folder / name) as temporary:
-                save_file(tensors, temporary)
+            with whole(self.folder / name) as scratch:
+                save_file(tensors, scratch)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
         assert self.folder is not None
@@ -114,8 +113,8 @@ class Workspace:
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Keep all weights of ``model``; tied ones once."""
         if self.folder is not None:
-            with _whole(self.folder / name) as temporary:
-                save_model(model, str(temporary))
+            with whole(self.folder / name) as scratch:
+                save_model(model, str(scratch))
 
     def read_weights(self, name: str, model: nn.Module) -> None:
         """Load what ``write_weights`` kept into a model of the same shapes."""
@@ -145,17 +144,6 @@ class Workspace:
         """The run is finished and its results are in the output folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes ``path`` when all went well and goes when it did not."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _begun(folder: Path) -> bool:

@@ -161,14 +161,14 @@ def test_a_comparison_that_cannot_start_leaves_nothing(model: Path, tmp_path: Pa
 
 
 def test_a_comparison_that_failed_before_anything_was_measured_is_begun_anew(tmp_path: Path) -> None:
-    run._check_folder(tmp_path, "a", resume=False)
-    rows = run._open(tmp_path, "a")
-    run._check_folder(tmp_path, "b", resume=False)
+    run._check_folder(tmp_path, {"seed": 0}, resume=False)
+    rows = run._open(tmp_path, {"seed": 0})
+    run._check_folder(tmp_path, {"seed": 1}, resume=False)
     (rows / "dense.json").touch()
     with pytest.raises(InputError, match="--resume"):
-        run._check_folder(tmp_path, "a", resume=False)
-    with pytest.raises(InputError, match="other settings"):
-        run._check_folder(tmp_path, "b", resume=True)
+        run._check_folder(tmp_path, {"seed": 0}, resume=False)
+    with pytest.raises(InputError, match=r"seed 0 there, 1 here"):
+        run._check_folder(tmp_path, {"seed": 1}, resume=True)
 
 
 def test_layers_are_tried_before_they_are_cut(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import base64
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secateur.compare.rows import Leaderboard, Row, metric_of
 from secateur.export.story import show_bytes, show_count, show_number
 from secateur.pages import html_page
+from secateur.whole import whole, write_whole
 
 
 def write_report(comparison: Leaderboard, folder: Path) -> None:
     """Write ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; each is whole or the one before."""
-    _replace(folder / "results.json", comparison.model_dump_json(indent=1).encode() + b"\n")
+    write_whole(folder / "results.json", comparison.model_dump_json(indent=1) + "\n")
     table = flat(comparison)
-    temporary = folder / "results.csv.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with whole(folder / "results.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=_names(table))
         writer.writeheader()
         writer.writerows(table)
-    os.replace(temporary, folder / "results.csv")
     plot(comparison, folder / "quality.png")
     picture = base64.b64encode((folder / "quality.png").read_bytes()).decode()
     values = {
@@ -33,7 +31,7 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
         "own_settings": {row.method: row.settings for row in comparison.rows},
         "other_kinds": {row.method: row.kinds for row in comparison.rows if "layer" in row.kinds},
     }
-    _replace(folder / "report.html", html_page("secateur.compare", "page.html.jinja", values).encode())
+    write_whole(folder / "report.html", html_page("secateur.compare", "page.html.jinja", values))
 
 
 def flat(comparison: Leaderboard) -> list[dict[str, object]]:
@@ -162,12 +160,5 @@ def plot(comparison: Leaderboard, path: Path) -> None:
         ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes[0].set_ylabel("perplexity")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")

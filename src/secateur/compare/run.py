@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
 from secateur.surgery import trace
 from secateur.types import DependencyGraph, Kind
+from secateur.whole import write_whole
 from secateur.workspace import Workspace
 
 FLOOR = "random"
@@ -98,7 +98,7 @@ def compare(
             row = _kept(kept, planned)
         else:
             row = _run(planned, shared)
-            _write(kept, row.model_dump_json(indent=1))
+            write_whole(kept, row.model_dump_json(indent=1))
         comparison.rows.append(row)
         write_report(comparison, output)
     return comparison
@@ -190,7 +190,7 @@ def _measure_dense(
         result.teacher = None
         if tasks:
             result.metrics["tasks"] = _evaluate_tasks(result, tasks)
-        _write(kept, json.dumps(result.metrics))
+        write_whole(kept, json.dumps(result.metrics))
     return Leaderboard(
         model=recipe.model.name,
         seed=recipe.seed,
@@ -295,13 +295,13 @@ def _speed(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 # The folder
 
 
-def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> str:
-    """What decides the numbers of all rows, as text; ratios and methods are those of single rows."""
-    first = dump(revise(recipes[0], {"budget.ratio": 0.5}))
-    return json.dumps({"recipe": first, "tasks": list(tasks), "steps": recipes[0].recovery.steps}, indent=1)
+def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, Any]:
+    """What decides the numbers of all rows; ratios and methods are those of single rows."""
+    shared = recipes[0].model_dump(mode="json", exclude={"method": True, "budget": {"ratio"}})
+    return {**shared, "tasks": list(tasks)}
 
 
-def _check_folder(output: Path, identity: str, resume: bool) -> None:
+def _check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Raise InputError for a folder in use. Rows may be added to a comparison; what they share may not change."""
     folder = output / "rows"
     written = folder / "comparison.json"
@@ -309,10 +309,17 @@ def _check_folder(output: Path, identity: str, resume: bool) -> None:
         return  # it failed before anything was measured
     if written.exists() and not resume:
         raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
-    if written.exists() and written.read_text() != identity:
+    before = _leaves(json.loads(written.read_text())) if written.exists() else {}
+    now = _leaves(identity)
+    if written.exists() and before != now:
+        other = [
+            f"{key} {before.get(key)} there, {now.get(key)} here"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
         raise InputError(
-            f"{output} holds a comparison with other settings (or another number of training steps, which the longest "
-            "method decides). Repeat its settings, or name another folder."
+            f"{output} holds a comparison with other settings ({'; '.join(other[:3])}). Repeat its settings, or name "
+            "another folder. Steps add up to the same for all, so that the longest method must be among them again."
         )
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file. Name a new folder.")
@@ -320,12 +327,20 @@ def _check_folder(output: Path, identity: str, resume: bool) -> None:
         raise InputError(f"{output} is not empty. Name a new folder.")
 
 
-def _open(output: Path, identity: str) -> Path:
+def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted key → value."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return leaves
+
+
+def _open(output: Path, identity: Mapping[str, Any]) -> Path:
     """The folder of the finished rows, made if need be."""
     folder, new = output / "rows", not output.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "comparison.json", identity)
+        write_whole(folder / "comparison.json", json.dumps(identity, indent=1))
     except OSError as error:
         if new:  # so that the next attempt does not find a folder in use
             shutil.rmtree(output, ignore_errors=True)
@@ -342,12 +357,3 @@ def _kept(path: Path, recipe: Recipe) -> Row:
             "folder."
         )
     return row
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

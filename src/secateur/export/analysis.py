@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from secateur.importance.analysis import Analysis, Deviation
+from secateur.whole import whole
 
 _LABEL = {"kl": "KL(dense || cut), nats", "perplexity": "change of perplexity"}
 _LEAST = 1e-4
@@ -33,8 +33,8 @@ def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: fl
                 + [f"{number:.6g}" for number in numbers]
             )
     heat_map(analysis, folder / "heatmap.png", by=by, protected=analysis.sensitive(share, by))
-    analysis.save(folder / "analysis.json.tmp")
-    os.replace(folder / "analysis.json.tmp", folder / "analysis.json")
+    with whole(folder / "analysis.json") as scratch:
+        analysis.save(scratch)
 
 
 def heat_map(analysis: Analysis, file: Path, *, by: Deviation, protected: Sequence[str] = ()) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from secateur.errors import InputError, VerificationError
 from secateur.export.huggingface import ExportSettings, check_output, sample_ids, save, written_dtype
 from secateur.graph import trace
 from secateur.progress import say
+from secateur.whole import whole
 
 Form = Literal["uniform", "gguf", "onnx"]
 _TOLERANCE = 1e-4
@@ -74,8 +74,6 @@ def _to_onnx(
         said = write_onnx(model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        if folder.is_dir():
-            folder.rmdir()  # empty, as checked
     return said
 
 
@@ -93,26 +91,15 @@ def _check_file(file: Path) -> Path:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A place beside ``target`` that gets its name when all went well, and goes when it did not."""
-    scratch = target.with_name(f".{target.name}.saving")
-    _remove(scratch)
+    """``whole``, with the message for a place that cannot be written."""
+    say(f"Writing {target}")
     try:
-        say(f"Writing {target}")
-        yield scratch
-        scratch.rename(target)
+        with whole(target) as scratch:
+            yield scratch
     except OSError as error:
         raise InputError(
             f"{target} cannot be written: {error.strerror or error}. Make room, or name another place."
         ) from error
-    finally:
-        _remove(scratch)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 FORMS: Mapping[Form, FormInfo] = {

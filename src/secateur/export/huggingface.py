@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_cla
 from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
 from secateur.types import DependencyGraph, Settings
+from secateur.whole import whole
 
 ARTEFACTS = "secateur"
 """Subfolder with what secateur knows about the model."""
@@ -255,30 +255,24 @@ def save(
         VerificationError: the folder does not open, or computes something else.
     """
     target = check_output(folder)
-    scratch = target.with_name(f".{target.name}.saving")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
-        scratch.mkdir(parents=True)
-        say(f"Writing {target}")
-        reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
-        say("Opening it in a fresh process, without secateur")
-        verification = verify_folder(reference)
-        (scratch / ARTEFACTS).mkdir()
-        verification.save(scratch / ARTEFACTS / "verification.json")
-        tokens = kept_tokens(graph, kept)
-        if tokens is not None:
-            (scratch / ARTEFACTS / "tokens.json").write_text(json.dumps(tokens.tolist()) + "\n")
-        if complete is not None:
-            complete(scratch, verification)
-        if target.is_dir():
-            target.rmdir()  # empty, as checked above
-        scratch.rename(target)
+        with whole(target) as scratch:
+            scratch.mkdir(parents=True)
+            say(f"Writing {target}")
+            reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
+            say("Opening it in a fresh process, without secateur")
+            verification = verify_folder(reference)
+            (scratch / ARTEFACTS).mkdir()
+            verification.save(scratch / ARTEFACTS / "verification.json")
+            tokens = kept_tokens(graph, kept)
+            if tokens is not None:
+                (scratch / ARTEFACTS / "tokens.json").write_text(json.dumps(tokens.tolist()) + "\n")
+            if complete is not None:
+                complete(scratch, verification)
     except OSError as error:
         raise InputError(
             f"{target} cannot be written: {error.strerror or error}. Make room, or another folder."
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return verification
 
 

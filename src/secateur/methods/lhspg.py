@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import ModelError
-from secateur.importance.weights import lora_layer
+from secateur.importance.weights import base_members, lora_layer
 from secateur.surgery import norms_over, scales_with_zeros, set_epsilon
 from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, NodeGroup, removed_to_kept
@@ -168,9 +168,8 @@ def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Seq
 
     def rows_of(group: NodeGroup) -> list[_Rows]:
         found = []
-        for member in group.members:
-            # B's own rows go through the composed operator, not as a member of their own
-            if member.role == "out" and ".lora_" not in member.parameter:
+        for member in base_members(group):  # B's own rows go through the composed operator
+            if member.role == "out":
                 weight = parameters[member.parameter].detach()
                 index = member.rows(units[group.name]).flatten().to(weight.device)
                 adapter = _adapter_of(model, member.parameter)

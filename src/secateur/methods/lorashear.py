@@ -22,6 +22,7 @@ from secateur.planning import allocate, by_period
 from secateur.surgery import zero_units
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.types import Scores, Settings, removed_to_kept
+from secateur.whole import write_whole
 
 Removed = dict[str, list[int]]
 
@@ -212,10 +213,9 @@ class _Book:
         if weights_changed:
             save_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
         save_file(dict(begun.scores.values), self.folder / f"scores-{number}.safetensors")
-        note = self.folder / "period.json.tmp"
         facts = {"number": number, "removed": begun.removed, "chosen": begun.chosen, "of_loss": begun.scores.of_loss}
-        note.write_text(json.dumps({**facts, "weights_changed": weights_changed, "log": self.log}))
-        note.replace(self.folder / "period.json")
+        note = json.dumps({**facts, "weights_changed": weights_changed, "log": self.log})
+        write_whole(self.folder / "period.json", note)
         for name in ("weights", "scores"):
             (self.folder / f"{name}-{number - 1}.safetensors").unlink(missing_ok=True)
 

@@ -55,9 +55,8 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises ModelError for a config that transformers knows no causal language model for.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        name = config.auto_map["AutoModelForCausalLM"].rpartition(".Pruned")[
-            2
-        ]  # its config is a part of that of its type
+        # its config is a part of that of its type, so that the class must be named
+        name = config.auto_map["AutoModelForCausalLM"].split(".Pruned")[-1]
         family = getattr(transformers, name, None)
         if isinstance(family, type) and issubclass(family, PreTrainedModel) and family.config_class is type(config):
             return pruned_class(family)

@@ -247,9 +247,9 @@ def _check(
             ids = tokens[ids % len(tokens)]
             dense = _logits(model, ids)[..., tokens]
         scale = max(1.0, _largest(dense))
-        difference, expected = _sliced_and_masked(model, graph, kept, ids, cache)
+        difference, expected = _sliced_and_masked(model, graph, kept, ids, tokens, cache)
         if TOLERANCE * scale < difference < _ROUNDING * scale:  # a deep recurrence makes rounding errors grow
-            difference, _ = _sliced_and_masked(copy.deepcopy(model).double(), graph, kept, ids, cache)
+            difference, _ = _sliced_and_masked(copy.deepcopy(model).double(), graph, kept, ids, tokens, cache)
         effect = _largest(expected - dense)
         # once over for the graph as a whole: replaying every group would take several times as long as the rest
         replayed = _replayed(model, run, kept, TOLERANCE * scale) if name in (ALL, SOME) else 0.0
@@ -267,10 +267,14 @@ def _check(
 
 
 def _sliced_and_masked(
-    model: Any, graph: DependencyGraph, kept: Mapping[str, list[int]], ids: torch.Tensor, cache: bool
+    model: Any,
+    graph: DependencyGraph,
+    kept: Mapping[str, list[int]],
+    ids: torch.Tensor,
+    tokens: torch.Tensor | None,
+    cache: bool,
 ) -> tuple[float, torch.Tensor]:
     """The largest difference between the logits of the sliced and of the masked model, and the latter's."""
-    tokens = kept_tokens(graph, kept)
     with masked(model, graph, kept):
         expected = _logits(model, ids)[..., tokens if tokens is not None else slice(None)]
     small = sharing_copy(model)

@@ -6,7 +6,6 @@ more file, ``callbacks.safetensors``, which is written last: only a folder that 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from secateur.whole import whole
 
 _STATE = "callbacks.safetensors"
 
@@ -50,8 +51,8 @@ class SaveStates(TrainerCallback):
             for name, tensor in callback.state_tensors().items()
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file(tensors, folder / f"{_STATE}.tmp", metadata={"step": str(state.global_step)})
-        os.replace(folder / f"{_STATE}.tmp", folder / _STATE)
+        with whole(folder / _STATE) as scratch:
+            save_file(tensors, scratch, metadata={"step": str(state.global_step)})
 
     def restore(self, checkpoint: Path) -> None:
         """Give every callback the state that it had at this checkpoint."""
