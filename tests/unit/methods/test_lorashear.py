@@ -12,21 +12,16 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
-from secateur.data import TokenBlocks
 from secateur.graph import trace
 from secateur.methods.base import PruningTask
 from secateur.methods.lhspg import LHSPGCallback
 from secateur.methods.lorashear import LoRAShear, LoRAShearSettings, combine
 from secateur.planning import Budget, make_plan
 from secateur.surgery import masked, slice_model
-from secateur.testing.tiny import TINY, VOCAB
+from secateur.testing.method_contract import noise
+from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Scores, removed_to_kept
-
-
-def _blocks(count: int, seed: int) -> TokenBlocks:
-    ids = torch.randint(0, VOCAB, (count, 12), generator=torch.Generator().manual_seed(seed))
-    return TokenBlocks(ids, ("random",) * count)
 
 
 def _task(name: str = "llama-gqa", **changes: Any) -> PruningTask:
@@ -36,8 +31,8 @@ def _task(name: str = "llama-gqa", **changes: Any) -> PruningTask:
         tokenizer=None,
         graph=trace(model),
         budget=Budget(ratio=0.2),
-        calibration=_blocks(4, 1),
-        training_blocks=_blocks(16, 2),
+        calibration=noise(4, 1),
+        training_blocks=noise(16, 2),
         training=TrainingSettings(batch_size=2, micro_batch_size=2, precision="fp32"),
         seed=3,
     )
@@ -63,7 +58,7 @@ def test_what_goes_is_exactly_zero_so_that_cutting_changes_nothing(name: str, pr
         for member in task.graph[group].members:
             assert not parameters[member.parameter].movedim(member.axis, 0)[member.rows(units)].any()
     assert sum(map(len, decision.removed.values())) > 1
-    ids = _blocks(2, 5).ids
+    ids = noise(2, 5).ids
     kept = removed_to_kept(task.graph, decision.removed)
     with torch.no_grad():
         before = task.model(ids).logits
