@@ -75,8 +75,8 @@ class Stage:
 class Curriculum(StatefulCallback):
     """Sets the weights of a ``ReadingOrder`` at the beginning of each stage and between rounds.
 
-    A stage ends at its last step, or when ``patience`` rounds in a row lowered the mean loss of its sources by less
-    than ``min_gain`` (relative); the training ends with the last stage.
+    A stage ends at its last step, or when ``patience`` rounds in a row did not bring the mean loss of its sources
+    below the best of the stage so far by ``min_gain`` (relative); the training ends with the last stage.
     """
 
     order: ReadingOrder
@@ -98,7 +98,7 @@ class Curriculum(StatefulCallback):
 
     def __post_init__(self) -> None:
         self._stage, self._began, self._idle = 0, 0, 0
-        self._last = math.inf
+        self._best = math.inf
         self._batch = 0
         self._weights = self._beginning()
 
@@ -131,7 +131,7 @@ class Curriculum(StatefulCallback):
         """Whether there was one more stage, which begins now."""
         if self._stage + 1 >= len(self.stages):
             return False
-        self._stage, self._began, self._idle, self._last = self._stage + 1, step, 0, math.inf
+        self._stage, self._began, self._idle, self._best = self._stage + 1, step, 0, math.inf
         self._weights = self._beginning()
         self._round(step, model)
         return True
@@ -162,9 +162,9 @@ class Curriculum(StatefulCallback):
         if not losses or self.patience == 0:
             return False
         mean = sum(losses) / len(losses)
-        gained = mean < self._last * (1 - self.min_gain)
+        gained = mean < self._best * (1 - self.min_gain)
         self._idle = 0 if gained else self._idle + 1
-        self._last = mean
+        self._best = min(self._best, mean)  # the round before says nothing when losses go up and down
         return self._idle >= self.patience
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -173,7 +173,7 @@ class Curriculum(StatefulCallback):
             "stage": self._stage,
             "began": self._began,
             "idle": self._idle,
-            "last": self._last,
+            "best": self._best,
             "weights": self._weights,
             "rounds": self.rounds,
         }
@@ -184,5 +184,5 @@ class Curriculum(StatefulCallback):
         """Go on where ``state_tensors`` was taken."""
         note = json.loads(bytes(tensors["note"].tolist()).decode())
         self._stage, self._began, self._idle = note["stage"], note["began"], note["idle"]
-        self._last, self._weights, self.rounds = note["last"], note["weights"], note["rounds"]
+        self._best, self._weights, self.rounds = note["best"], note["weights"], note["rounds"]
         self.order.load_state({name.partition(".")[2]: tensors[name] for name in tensors if name.startswith("order.")})

@@ -48,7 +48,7 @@ class RecoverySettings(TextSettings):
     """Tokens of all sources together that are measured between rounds; from the calibration split, so that they are
     neither trained on nor part of the evaluation."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
-    """A round helps when it lowers the mean loss by at least this fraction."""
+    """A round helps when its mean loss is lower than the best of the stage so far by more than this fraction."""
     patience: int = Field(default=2, ge=0)
     """Rounds in a row without help after which a stage ends; 0: it goes on to its last step."""
     instructions: list[str] = Field(default=[])

@@ -134,6 +134,43 @@ def test_a_source_at_the_floor_comes_back_when_it_falls_behind_later() -> None:
     assert curriculum.rounds[7]["weights"]["b"] > 0.7
 
 
+def _watching(losses: list[float], **settings: Any) -> Curriculum:
+    """A curriculum of one source whose rounds find these losses."""
+    found = list(losses)
+    return Curriculum(
+        order=ReadingOrder(["a"], {"a": 1.0}, 0),
+        stages=[Stage("text", ("a",), 100)],
+        initial={"a": 1.0},
+        round_steps=1,
+        measure=lambda model: {"a": found.pop(0)},
+        reference={"a": 1.0},
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends_at"),
+    [
+        pytest.param([3.0, 3.2] * 3, 2, id="up and down"),
+        pytest.param([3.0, 3.1, 2.999, 3.3, 3.2, 3.5], 2, id="rising with dips"),
+        pytest.param([3.0, 3.1, 2.9, 3.0, 2.8, 2.9], None, id="each second round is a new best"),
+        pytest.param([3.0, 2.9, 2.8, 2.79, 2.785], 4, id="levelling out"),
+    ],
+)
+def test_a_gain_is_measured_against_the_best_round_of_the_stage(losses: list[float], ends_at: int | None) -> None:
+    curriculum, model = _watching(losses, patience=2), torch.nn.Linear(1, 1)
+    ended = [step for step in range(len(losses)) if curriculum._round(step, model)]
+    assert (ended[0] if ended else None) == ends_at
+
+
+def test_the_best_round_is_part_of_a_checkpoint() -> None:
+    model = torch.nn.Linear(1, 1)
+    before, after = _watching([3.0, 3.2], patience=2), _watching([3.1], patience=2)
+    assert not any(before._round(step, model) for step in range(2))
+    after.load_state_tensors(before.state_tensors())
+    assert after._round(2, model)
+
+
 def test_one_source_is_enough() -> None:
     validation = _blocks(1, a=4)
     task = RecoveryTask(text=_blocks(a=10), validation=validation, reference={"a": 1.0})
