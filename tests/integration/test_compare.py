@@ -20,6 +20,7 @@ from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_
 from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
+from secateur.methods import METHODS
 from secateur.planning import make_plan
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -143,6 +144,32 @@ def test_a_row_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     assert flap.error is not None
     assert "compensate" in flap.error
     assert "compensate" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_whatever_a_method_raises_is_its_row_and_resuming_tries_it_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(self: Any, task: Any) -> Any:
+        raise RuntimeError("out of memory: you tried to allocate 12 GB")
+
+    recipe, out = recipe_of(model, "recovery.steps=0"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["magnitude"], "run", faulty)
+        board = compare(recipe, ["magnitude", "wanda"], [0.2], out)
+    errors = {row.method: row.error for row in board.rows}
+    assert errors.pop("magnitude") == "RuntimeError: out of memory: you tried to allocate 12 GB"
+    assert errors == {"random": None, "wanda": None}
+    tried: list[str] = []
+    original = run._run
+
+    def watched(row: Any, shared: Any) -> Row:
+        tried.append(row.method.name)
+        return original(row, shared)
+
+    monkeypatch.setattr(run, "_run", watched)
+    board = compare(recipe, ["magnitude", "wanda"], [0.2], out, resume=True)
+    assert tried == ["magnitude"]
+    assert [row.error for row in board.rows] == [None] * 3
 
 
 def test_a_ratio_out_of_reach_is_a_row_and_the_others_go_on(model: Path, tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ def compare(
         resume: go on with the rows that ``output`` lacks.
 
     Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, and for a
-    folder that holds another comparison. A row whose method fails (a ratio that it cannot reach) carries the message
-    instead of numbers; when that is so for every row, the first message is raised, before anything is written.
+    folder that holds another comparison. A row whose method fails (a ratio that it cannot reach, too little memory, a
+    fault in one's own method) carries the message instead of numbers, and is tried again by ``resume``; when the first
+    look at the budget fails for every row, the first error is raised, before anything is written.
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
@@ -94,9 +95,8 @@ def compare(
     del result  # with the model: every row opens its own
     for planned in recipes:
         kept = rows_folder / f"{planned.method.name}-{planned.budget.ratio:g}.json"
-        if kept.exists():
-            row = _kept(kept, planned)
-        else:
+        row = _kept(kept, planned) if kept.exists() else None
+        if row is None:
             row = _run(planned, shared)
             write_whole(kept, row.model_dump_json(indent=1))
         comparison.rows.append(row)
@@ -157,13 +157,13 @@ def _rehearse(
     """The dense model with the first row's recipe that it can obey, and its graphs; raises when it can obey none."""
     model, tokenizer = load(**recipe.model.model_dump())
     graphs = {kinds: trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
-    failures: list[SecateurError] = []
+    failures: list[Exception] = []
     found: stages.Result | None = None
     for row in recipes:
         graph = graphs[row.budget.kinds]
         try:
             plan = stages.rehearse(model, graph, row)
-        except SecateurError as error:  # the row will say so
+        except Exception as error:  # the row will say so
             failures.append(error)
         else:
             found = found or stages.Result(model, tokenizer, plan, graph, row)
@@ -226,7 +226,7 @@ def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: 
 
 
 def _run(recipe: Recipe, shared: Shared) -> Row:
-    """One row, from the dense model on; an error that is the user's to mend becomes its message."""
+    """One row, from the dense model on; what goes wrong in it becomes its message, so that the others go on."""
     name, ratio = recipe.method.name, recipe.budget.ratio
     say(f"{name} at {ratio:.0%}")
     row = Row(
@@ -239,9 +239,9 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
     )
     try:
         _measure(row, recipe, shared)
-    except SecateurError as error:
-        say(f"  {error}")
-        row.error = str(error)
+    except Exception as error:  # also a fault of a method, or too little memory for this one
+        row.error = str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+        say(f"  {row.error}")
     return row
 
 
@@ -348,9 +348,11 @@ def _open(output: Path, identity: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _kept(path: Path, recipe: Recipe) -> Row:
-    """A finished row; InputError when its method had other settings than ``recipe`` gives it."""
+def _kept(path: Path, recipe: Recipe) -> Row | None:
+    """A finished row, None for one that failed; InputError when its method had other settings than in ``recipe``."""
     row = Row.model_validate_json(path.read_text())
+    if row.error is not None:
+        return None
     if row.settings != recipe.method.settings.model_dump(mode="json"):
         raise InputError(
             f"{path} was made with other settings of {row.method}. Repeat those, delete that file, or name another "
