@@ -71,9 +71,10 @@ class Analysis(BaseModel):
         return abs(_perplexity(trial.loss) - _perplexity(self.dense_loss))
 
     def sensitive(self, share: float, by: Deviation) -> list[str]:
-        """The ``share`` of the analysed groups (rounded) with the largest deviation: G_unprunable of Alg. 3, line 7."""
+        """The ``share`` of the analysed groups (rounded, at least one) with the largest deviation: G_unprunable of
+        Alg. 3, line 7."""
         ranked = list(self.deviations(by))
-        return ranked[: round(share * len(ranked))]
+        return ranked[: max(1, round(share * len(ranked)))]
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
@@ -91,6 +92,11 @@ class Analysis(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PlanError(f"{path} is not an analysis: {where}: {first['msg']}. {advice}") from error
+
+
+def percent(fraction: float) -> str:
+    """As it was given: ``25%``, ``99.99%`` (never rounded up to 100)."""
+    return f"{100 * fraction:.10g}%"
 
 
 def _perplexity(loss: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from secateur.errors import PlanError
-from secateur.importance.analysis import Analysis, Deviation
+from secateur.importance.analysis import Analysis, Deviation, percent
 from secateur.planning.shapes import RunsOn, needs_equal_widths, refusal
 from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 
@@ -46,9 +46,11 @@ class Budget(Settings):
     protect_last: int = Field(default=0, ge=0)
     """The last so many decoder layers stay whole."""
     protect_from: Path | None = None
-    """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole."""
+    """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole,
+    and no layer that has one of them goes."""
     protect_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the analysed groups that protect_from keeps whole, most sensitive first (LoRAShear's γ_u)."""
+    """Share of the analysed groups that protect_from keeps whole, at least one, most sensitive first (LoRAShear's
+    γ_u)."""
     protect_by: Deviation = "kl"
     """What makes a group sensitive: ``kl``, how far the predictions move when a part of it goes, or ``perplexity``."""
     runs_on: RunsOn = "transformers"
@@ -131,7 +133,8 @@ def restrict(graph: DependencyGraph, budget: Budget) -> DependencyGraph:
             if reasons[group.name] is None and _width_class(group) in stuck:
                 other = stuck[_width_class(group)]
                 reasons[group.name] = f"{budget.runs_on} needs equal widths, and {other} must stay whole"
-    return replace(graph, groups=tuple(_narrowed(group, graph, budget, reasons[group.name]) for group in graph))
+    groups = (_narrowed(group, graph, budget, reasons[group.name], sensitive) for group in graph)
+    return replace(graph, groups=tuple(groups))
 
 
 def _require_some(graph: DependencyGraph, kind: Kind) -> None:
@@ -144,14 +147,17 @@ def _require_some(graph: DependencyGraph, kind: Kind) -> None:
         raise PlanError(f"budget.kinds names {kind}, which cannot be cut in this {graph.model_type} model: {reasons}.")
 
 
-def _narrowed(group: NodeGroup, graph: DependencyGraph, budget: Budget, reason: str | None) -> NodeGroup:
+def _narrowed(
+    group: NodeGroup, graph: DependencyGraph, budget: Budget, reason: str | None, sensitive: Mapping[str, str]
+) -> NodeGroup:
     """``group`` with the reason why it must stay whole; or, for whole layers, with those that the budget keeps."""
     if reason is not None:
         return replace(group, protected=reason, on_request=False)
     fixed = dict(group.fixed)
     for layer in range(len(group.modules)):
         names = [other.name for other in graph if other.layer == layer]
-        why = _kept_layer(layer, names, budget, len(group.modules) - 1)
+        found = next((sensitive[name] for name in names if name in sensitive), None)
+        why = _kept_layer(layer, names, budget, len(group.modules) - 1) or found
         if why is not None:
             fixed.setdefault(layer, why)
     if group.fixed != tuple(sorted(fixed.items())):
@@ -173,7 +179,11 @@ def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: in
 
 
 def _sensitive(graph: DependencyGraph, budget: Budget) -> dict[str, str]:
-    """Reasons for the groups that the analysis in ``budget.protect_from`` found to be the most sensitive."""
+    """Reasons for the groups that the analysis in ``budget.protect_from`` found to be the most sensitive.
+
+    A group whose units are parts of theirs (query heads of KV heads) has the reason as well, and the other way round:
+    both cut the same rows. Raises PlanError when the budget cuts nothing of them, so that they would stay in any case.
+    """
     if budget.protect_from is None:
         return {}
     analysis = Analysis.load(budget.protect_from)
@@ -183,12 +193,22 @@ def _sensitive(graph: DependencyGraph, budget: Budget) -> dict[str, str]:
             f"{analysis.fingerprint}); this {graph.model_type} model has fingerprint {graph.fingerprint}. "
             "Analyse this one with `secateur analyze`."
         )
-    deviations = analysis.deviations(budget.protect_by)
     share, by = budget.protect_share, budget.protect_by
-    return {
-        name: f"among the most sensitive {share:.0%} ({by} moves by {deviations[name]:.3g})"
+    deviations = analysis.deviations(by)
+    most = {
+        name: f"among the most sensitive {percent(share)} ({by} moves by {deviations[name]:.3g})"
         for name in analysis.sensitive(share, by)
     }
+    parts = {group.name: most[group.within] for group in graph if group.within in most}
+    wholes = {group.within: most[group.name] for group in graph if group.within is not None and group.name in most}
+    reasons = {**parts, **wholes, **most}
+    if "layer" not in budget.kinds and not any(graph[name].kind in budget.kinds for name in reasons):
+        raise PlanError(
+            f"budget.protect_from protects nothing: this budget cuts {', '.join(budget.kinds)}, and none of the most "
+            f"sensitive {percent(share)} is of that kind ({', '.join(list(most)[:4])} ...). "
+            "Raise budget.protect_share, or set budget.protect_from to null."
+        )
+    return reasons
 
 
 def _reason(group: NodeGroup, graph: DependencyGraph, budget: Budget, last_layer: int) -> str | None:
