@@ -45,10 +45,17 @@ def reweigh(weights: Losses, losses: Losses, reference: Losses) -> dict[str, flo
 
 
 def floored(weights: Losses, floor: float) -> dict[str, float]:
-    """The same shares, squeezed so that each is at least ``floor`` (at most 1 / their number); they add up to one."""
-    floor = min(floor, 1 / len(weights))
-    total = sum(weights.values())
-    return {name: floor + (1 - floor * len(weights)) * weight / total for name, weight in weights.items()}
+    """The shares, none below ``floor`` (at most 1 / their number); those above it stay in proportion; sum one."""
+    if floor * len(weights) >= 1 - 1e-9:
+        return dict.fromkeys(weights, 1 / len(weights))
+    low: set[str] = set()
+    while True:
+        rest = sum(weight for name, weight in weights.items() if name not in low)
+        scale = (1 - floor * len(low)) / rest
+        below = {name for name in weights if name not in low and weights[name] * scale < floor}
+        if not below:
+            return {name: floor if name in low else weight * scale for name, weight in weights.items()}
+        low |= below
 
 
 def _agreed(losses: Losses, device: torch.device) -> dict[str, float]:
@@ -124,8 +131,7 @@ class Curriculum(StatefulCallback):
             control.should_training_stop = True
 
     def _beginning(self) -> dict[str, float]:
-        sources = self.stages[self._stage].sources
-        return floored({name: self.initial[name] for name in sources}, self.floor)
+        return {name: self.initial[name] for name in self.stages[self._stage].sources}
 
     def _next_stage(self, step: int, model: Any) -> bool:
         """Whether there was one more stage, which begins now."""
@@ -142,9 +148,10 @@ class Curriculum(StatefulCallback):
         losses: dict[str, float] = {}
         if self.measure is not None and self.round_steps > 0:
             losses = _agreed(self.measure(model), next(model.parameters()).device)
-            # the floor is part of the weights, so that a source that was ahead can come back soon
-            self._weights = floored(reweigh(self._weights, losses, self.reference), self.floor)
+            self._weights = reweigh(self._weights, losses, self.reference)
         shares = self._shares()
+        # the floor is part of the weights, so that a source that was ahead can come back soon
+        self._weights = {name: shares[name] for name in stage.sources}
         # the batch of the next step may have been asked for already, in part and not by all processes alike
         self.order.set_weights(shares, (step + 1) * self._batch if step > 0 else 0)
         self.rounds.append({"step": step, "stage": stage.name, "weights": shares, "losses": losses})
@@ -154,9 +161,7 @@ class Curriculum(StatefulCallback):
         """Shares of all sources that are read: those of the stage by weight, earlier ones the floor."""
         own = self.stages[self._stage].sources
         earlier = [name for stage in self.stages[: self._stage] for name in stage.sources if name not in own]
-        kept = min(self.floor * len(earlier), 0.5)
-        shares = {name: share * (1 - kept) for name, share in self._weights.items()}
-        return {name: kept / len(earlier) for name in earlier} | shares
+        return floored(dict.fromkeys(earlier, 0.0) | self._weights, self.floor)
 
     def _no_longer_helps(self, losses: Sequence[float]) -> bool:
         if not losses or self.patience == 0:

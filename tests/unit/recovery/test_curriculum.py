@@ -69,6 +69,54 @@ def test_every_source_keeps_its_floor() -> None:
     assert shares == pytest.approx({"a": 0.9, "b": 0.05, "c": 0.05})
     assert floored({"a": 1.0, "b": 0.0}, 0.9) == pytest.approx({"a": 0.5, "b": 0.5})
     assert floored({"a": 3.0}, 0.02) == {"a": 1.0}
+    lifted = floored({"a": 0.939, "b": 0.051, "c": 0.01}, 0.05)  # with c at the floor, b falls below it as well
+    assert lifted == pytest.approx({"a": 0.9, "b": 0.05, "c": 0.05})
+
+
+def test_the_floor_leaves_what_is_above_it_in_proportion() -> None:
+    weights = {"a": 0.6, "b": 0.39, "c": 0.01}
+    once = floored(weights, 0.05)
+    assert once["c"] == 0.05
+    assert once["a"] / once["b"] == pytest.approx(0.6 / 0.39)
+    assert floored(once, 0.05) == pytest.approx(once)
+    assert floored({"a": 9.0, "b": 1.0}, 0.05) == pytest.approx({"a": 0.9, "b": 0.1})
+    assert floored({"a": 9.0, "b": 0.0}, 0.0) == pytest.approx({"a": 1.0, "b": 0.0})
+
+
+def _staged(stages: list[Stage], initial: dict[str, float], losses: dict[str, float], floor: float) -> Curriculum:
+    """A curriculum whose rounds always find these losses; the dense model's are 1."""
+    return Curriculum(
+        order=ReadingOrder(list(initial), initial, 0),
+        stages=stages,
+        initial=initial,
+        round_steps=1,
+        floor=floor,
+        patience=0,
+        measure=lambda model: losses,
+        reference=dict.fromkeys(initial, 1.0),
+    )
+
+
+@pytest.mark.parametrize("loss", [0.5, 1.0, 1.7])
+def test_where_all_are_equally_far_behind_the_shares_stay(loss: float) -> None:
+    shares = {"a": 9.0, "b": 1.0}
+    curriculum = _staged([Stage("text", ("a", "b"), 100)], shares, dict.fromkeys(shares, loss), floor=0.05)
+    model = torch.nn.Linear(1, 1)
+    for step in range(20):
+        curriculum._round(step, model)
+    assert curriculum.rounds[-1]["weights"] == pytest.approx({"a": 0.9, "b": 0.1})
+
+
+def test_in_the_second_stage_as_well_no_source_is_below_the_floor() -> None:
+    stages = [Stage("text", tuple("abcd"), 1), Stage("instructions", ("i", "j"), 100)]
+    losses = dict.fromkeys("abcdj", 1.0) | {"i": 9.0}  # i is far behind, j is not
+    curriculum, model = _staged(stages, dict.fromkeys("abcdij", 1.0), losses, floor=0.1), torch.nn.Linear(1, 1)
+    curriculum._round(0, model)
+    curriculum._next_stage(1, model)
+    for step in range(2, 6):
+        curriculum._round(step, model)
+        shares = curriculum.rounds[-1]["weights"]
+        assert shares == pytest.approx(dict.fromkeys("abcdj", 0.1) | {"i": 0.5})
 
 
 def test_shares_of_reading_follow_the_weights_and_nothing_is_repeated_early() -> None:
@@ -128,7 +176,7 @@ def test_a_source_at_the_floor_comes_back_when_it_falls_behind_later() -> None:
     for step in range(8):
         curriculum._round(step, model)
         odds = weight / (1 - weight) * math.exp(3.0 if step < 6 else -3.0)
-        weight = 0.1 + 0.8 * odds / (1 + odds)
+        weight = min(max(odds / (1 + odds), 0.1), 0.9)
         assert curriculum.rounds[-1]["weights"] == pytest.approx({"a": weight, "b": 1 - weight})
     assert curriculum.rounds[5]["weights"]["b"] < 0.15
     assert curriculum.rounds[7]["weights"]["b"] > 0.7
