@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import secateur
 from secateur import inspection, pipeline, tables
 from secateur.cli import app
-from secateur.compare import Leaderboard, Row, compare, run, schedule_of, split_overrides
+from secateur.compare import Leaderboard, Row, compare, folder, run, schedule_of, split_overrides
 from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
@@ -85,7 +85,7 @@ def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     assert "magnitude" in found.stdout
     board = Leaderboard.model_validate_json((tmp_path / "out" / "results.json").read_text())
     assert [(row.method, row.ratio) for row in board.rows] == [
-        (method, ratio) for ratio in (0.2, 0.3) for method in ("random", "magnitude", "loraprune")
+        (method, ratio) for ratio in (0.2, 0.3) for method in ("random", "loraprune", "magnitude")
     ]
     for row in board.rows:
         assert row.error is None
@@ -146,6 +146,30 @@ def test_a_row_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     assert "compensate" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_rows_are_added_to_those_that_are_there(model: Path, tmp_path: Path) -> None:
+    recipe, out = recipe_of(model, "recovery.steps=0"), tmp_path / "out"
+    compare(recipe, ["magnitude"], [0.3], out)
+    kept = (out / "rows" / "magnitude-0.3.json").read_text()
+    board = compare(recipe, ["wanda"], [0.3000001], out, resume=True)
+    assert [(row.method, row.ratio) for row in board.rows] == [
+        ("random", 0.3),
+        ("magnitude", 0.3),
+        ("random", 0.3000001),
+        ("wanda", 0.3000001),
+    ]
+    assert Leaderboard.model_validate_json((out / "results.json").read_text()) == board
+    assert (out / "rows" / "magnitude-0.3.json").read_text() == kept
+    assert board.rows[1] == Row.model_validate_json(kept)
+    with (out / "results.csv").open() as file:
+        assert [line["method"] for line in csv.DictReader(file)] == ["dense", "random", "magnitude", "random", "wanda"]
+    own = {"magnitude": {"over": "all"}}
+    board = compare(recipe, ["magnitude"], [0.2], out, settings=own, resume=True)
+    assert len(board.rows) == 6
+    page = (out / "report.html").read_text()
+    assert "magnitude at 20.0% (" in page
+    assert "magnitude at 30.0% (" in page
+
+
 def test_whatever_a_method_raises_is_its_row_and_resuming_tries_it_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,8 +198,8 @@ def test_whatever_a_method_raises_is_its_row_and_resuming_tries_it_again(
 
 def test_a_ratio_out_of_reach_is_a_row_and_the_others_go_on(model: Path, tmp_path: Path) -> None:
     board = compare(recipe_of(model, "recovery.steps=0"), ["magnitude"], [0.97, 0.2], tmp_path / "out")
-    assert [row.error is None for row in board.rows] == [False, False, True, True]
-    assert "0.97" in str(board.rows[0].error) or "97" in str(board.rows[0].error)
+    assert [row.error is None for row in board.rows] == [True, True, False, False]
+    assert "97" in str(board.rows[-1].error)
 
 
 def test_a_comparison_that_cannot_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
@@ -188,14 +212,14 @@ def test_a_comparison_that_cannot_start_leaves_nothing(model: Path, tmp_path: Pa
 
 
 def test_a_comparison_that_failed_before_anything_was_measured_is_begun_anew(tmp_path: Path) -> None:
-    run._check_folder(tmp_path, {"seed": 0}, resume=False)
-    rows = run._open(tmp_path, {"seed": 0})
-    run._check_folder(tmp_path, {"seed": 1}, resume=False)
+    folder.check_folder(tmp_path, {"seed": 0}, resume=False)
+    rows = folder.open_folder(tmp_path, {"seed": 0})
+    folder.check_folder(tmp_path, {"seed": 1}, resume=False)
     (rows / "dense.json").touch()
     with pytest.raises(InputError, match="--resume"):
-        run._check_folder(tmp_path, {"seed": 0}, resume=False)
+        folder.check_folder(tmp_path, {"seed": 0}, resume=False)
     with pytest.raises(InputError, match=r"seed 0 there, 1 here"):
-        run._check_folder(tmp_path, {"seed": 1}, resume=True)
+        folder.check_folder(tmp_path, {"seed": 1}, resume=True)
 
 
 def test_layers_are_tried_before_they_are_cut(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

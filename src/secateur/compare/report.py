@@ -6,6 +6,7 @@ import base64
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from secateur.compare.rows import Leaderboard, Row, metric_of
 from secateur.export.story import show_bytes, show_count, show_number
@@ -28,10 +29,19 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
         "columns": columns_of(comparison),
         "lines": shown(comparison),
         "picture": picture,
-        "own_settings": {row.method: row.settings for row in comparison.rows},
+        "own_settings": _own_settings(comparison.rows),
         "other_kinds": {row.method: row.kinds for row in comparison.rows if "layer" in row.kinds},
     }
     write_whole(folder / "report.html", html_page("secateur.compare", "page.html.jinja", values))
+
+
+def _own_settings(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Method → its settings; where rows of a method differ in them, each by its ratio."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        alike = all(other.settings == row.settings for other in rows if other.method == row.method)
+        found[row.method if alike else f"{row.method} at {row.ratio:.1%}"] = row.settings
+    return found
 
 
 def flat(comparison: Leaderboard) -> list[dict[str, object]]:

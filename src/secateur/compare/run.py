@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from secateur import stages
+from secateur.compare.folder import check_folder, check_rows, identity_of, open_folder, read_rows, write_row
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
 from secateur.config import Recipe, dump, parse_value, revise
@@ -71,7 +71,8 @@ def compare(
             finished are kept in it.
         settings: method → its own settings, where they are not the defaults.
         tasks: see ``evaluation.evaluate_tasks``.
-        resume: go on with the rows that ``output`` lacks.
+        resume: go on with the rows that ``output`` lacks. Those that it has stay in the table, also when they are of
+            methods and ratios that are not named again.
 
     Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, and for a
     folder that holds another comparison. A row whose method fails (a ratio that it cannot reach, too little memory, a
@@ -82,26 +83,33 @@ def compare(
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})
-    identity = _identity(recipes, tasks)
-    _check_folder(output, identity, resume)
+    identity = identity_of(recipes, tasks)
+    check_folder(output, identity, resume)
+    done = read_rows(output)
+    check_rows(output, done, recipes)
     for text in {purpose: text for planned in recipes for purpose, text in planned.texts.items()}.values():
         check_sources(text)
     check_tasks(tasks)
     result, graphs = _rehearse(recipe, recipes)
     texts = _read_texts(result.model, result.tokenizer, recipes)
-    rows_folder = _open(output, identity)
+    rows_folder = open_folder(output, identity)
     comparison = _measure_dense(recipe, result, texts, tasks, rows_folder)
     shared = Shared(graphs, texts, result.metrics, tasks)
     del result  # with the model: every row opens its own
     for planned in recipes:
-        kept = rows_folder / f"{planned.method.name}-{planned.budget.ratio:g}.json"
-        row = _kept(kept, planned) if kept.exists() else None
-        if row is None:
-            row = _run(planned, shared)
-            write_whole(kept, row.model_dump_json(indent=1))
-        comparison.rows.append(row)
+        key = planned.method.name, planned.budget.ratio
+        if key not in done or done[key].error is not None:
+            done[key] = _run(planned, shared)
+            write_row(output, done[key])
+        comparison.rows = sorted(done.values(), key=_place)
         write_report(comparison, output)
     return comparison
+
+
+def _place(row: Row) -> tuple[float, bool, int, str]:
+    """Where a row stands: by ratio, then the floor, then as in ``METHODS``, methods that it lacks last."""
+    order = list(METHODS)
+    return row.ratio, row.method != FLOOR, order.index(row.method) if row.method in METHODS else len(order), row.method
 
 
 def schedule_of(
@@ -290,72 +298,3 @@ def _speed(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             small = next(values for state, values in states.items() if state != "dense")
             found[batch] = {**small, **{f"dense_{key}": value for key, value in states["dense"].items()}}
     return found
-
-
-# The folder
-
-
-def _identity(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, Any]:
-    """What decides the numbers of all rows; ratios and methods are those of single rows."""
-    shared = recipes[0].model_dump(mode="json", exclude={"method": True, "budget": {"ratio"}})
-    return {**shared, "tasks": list(tasks)}
-
-
-def _check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> None:
-    """Raise InputError for a folder in use. Rows may be added to a comparison; what they share may not change."""
-    folder = output / "rows"
-    written = folder / "comparison.json"
-    if written.exists() and not any(path.suffix == ".json" and path != written for path in folder.iterdir()):
-        return  # it failed before anything was measured
-    if written.exists() and not resume:
-        raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
-    before = _leaves(json.loads(written.read_text())) if written.exists() else {}
-    now = _leaves(identity)
-    if written.exists() and before != now:
-        other = [
-            f"{key} {before.get(key)} there, {now.get(key)} here"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        raise InputError(
-            f"{output} holds a comparison with other settings ({'; '.join(other[:3])}). Repeat its settings, or name "
-            "another folder. Steps add up to the same for all, so that the longest method must be among them again."
-        )
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file. Name a new folder.")
-    if not written.exists() and output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty. Name a new folder.")
-
-
-def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted key → value."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return leaves
-
-
-def _open(output: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder of the finished rows, made if need be."""
-    folder, new = output / "rows", not output.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "comparison.json", json.dumps(identity, indent=1))
-    except OSError as error:
-        if new:  # so that the next attempt does not find a folder in use
-            shutil.rmtree(output, ignore_errors=True)
-        raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
-    return folder
-
-
-def _kept(path: Path, recipe: Recipe) -> Row | None:
-    """A finished row, None for one that failed; InputError when its method had other settings than in ``recipe``."""
-    row = Row.model_validate_json(path.read_text())
-    if row.error is not None:
-        return None
-    if row.settings != recipe.method.settings.model_dump(mode="json"):
-        raise InputError(
-            f"{path} was made with other settings of {row.method}. Repeat those, delete that file, or name another "
-            "folder."
-        )
-    return row

@@ -1,0 +1,102 @@
+"""The folder of a comparison: what all of its rows share, and the rows that are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from secateur.compare.rows import Row
+from secateur.config import Recipe
+from secateur.errors import InputError
+from secateur.whole import write_whole
+
+
+def identity_of(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, Any]:
+    """What decides the numbers of all rows; ratios and methods are those of single rows."""
+    shared = recipes[0].model_dump(mode="json", exclude={"method": True, "budget": {"ratio"}})
+    return {**shared, "tasks": list(tasks)}
+
+
+def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Raise InputError for a folder in use. Rows may be added to a comparison; what they share may not change."""
+    folder = output / "rows"
+    written = folder / "comparison.json"
+    if written.exists() and not any(path.suffix == ".json" and path != written for path in folder.iterdir()):
+        return  # it failed before anything was measured
+    if written.exists() and not resume:
+        raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
+    before = _leaves(json.loads(written.read_text())) if written.exists() else {}
+    now = _leaves(identity)
+    if written.exists() and before != now:
+        other = [
+            f"{key} {before.get(key)} there, {now.get(key)} here"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        raise InputError(
+            f"{output} holds a comparison with other settings ({'; '.join(other[:3])}). Repeat its settings, or name "
+            "another folder. Steps add up to the same for all, so that the longest method must be among them again."
+        )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file. Name a new folder.")
+    if not written.exists() and output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty. Name a new folder.")
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted key → value."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return leaves
+
+
+def open_folder(output: Path, identity: Mapping[str, Any]) -> Path:
+    """The folder of the finished rows, made if need be."""
+    folder, new = output / "rows", not output.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "comparison.json", json.dumps(identity, indent=1))
+    except OSError as error:
+        if new:  # so that the next attempt does not find a folder in use
+            shutil.rmtree(output, ignore_errors=True)
+        raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
+    return folder
+
+
+def read_rows(output: Path) -> dict[tuple[str, float], Row]:
+    """The rows that are there by method and ratio, failed ones too; InputError for a file that is none."""
+    found = {}
+    for path in sorted((output / "rows").glob("*-*.json")):
+        try:
+            row = Row.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise InputError(f"{path} is no row of a comparison. Delete that file, or name another folder.") from error
+        found[row.method, row.ratio] = row
+    return found
+
+
+def write_row(output: Path, row: Row) -> None:
+    """To a file of its own: two ratios never share one, however close they are."""
+    write_whole(_row_path(output, row.method, row.ratio), row.model_dump_json(indent=1))
+
+
+def check_rows(output: Path, rows: Mapping[tuple[str, float], Row], recipes: Iterable[Recipe]) -> None:
+    """Raise InputError when a finished row's method had other settings than its recipe gives it now."""
+    for recipe in recipes:
+        name, ratio = recipe.method.name, recipe.budget.ratio
+        row = rows.get((name, ratio))
+        if row and row.error is None and row.settings != recipe.method.settings.model_dump(mode="json"):
+            raise InputError(
+                f"{_row_path(output, name, ratio)} was made with other settings of {name}. Repeat those, delete that "
+                "file, or name another folder."
+            )
+
+
+def _row_path(output: Path, method: str, ratio: float) -> Path:
+    return output / "rows" / f"{method}-{ratio!r}.json"
