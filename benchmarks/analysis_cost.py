@@ -103,8 +103,9 @@ def main() -> None:
     scores = CRITERIA["magnitude"].score(model, graph, None, 0)
     chosen = cuts(graph, scores, [float(ratio) for ratio in arguments.ratios.split(",")])
     cost, trials = one_way(model, graph, blocks, chosen, cached=True)
-    row: dict[str, Any] = {"model": arguments.model or "tiny", "tokens": blocks.ids.numel(), "trials": len(chosen)}
-    row |= {"cached": cost, "naive_passes": len(chosen) + 1}
+    tried = len({cut.made for cut in chosen})
+    row: dict[str, Any] = {"model": arguments.model or "tiny", "tokens": blocks.ids.numel(), "trials": tried}
+    row |= {"cached": cost, "naive_passes": tried + 1}
     if arguments.naive:
         slow, other = one_way(model, graph, blocks, chosen, cached=False)
         row |= {"naive": slow, "largest_relative_difference_of_kl": largest_difference(trials, other)}

@@ -69,7 +69,8 @@ def analyze(
     LoRAShear's knowledge distribution analysis (Algorithm 3). The model is given back bit by bit as it was.
 
     Args:
-        ratios: fractions of a group's units to take away, each strictly between 0 and 1.
+        ratios: fractions of a group's units to take away, each strictly between 0 and 1; order and repeats mean
+            nothing.
         criterion: what chooses them within the group; a name from ``importance.CRITERIA``.
         recipe: its sections ``calibration`` (the text), ``evaluation`` (batch size and precision) and ``seed`` are
             used, ``budget.kinds`` for which groups, and ``budget.protect_by`` and ``protect_share`` for what the
@@ -82,7 +83,8 @@ def analyze(
     chooser = _one_shot_criterion(criterion)
     refuse_what_cannot_work(model)
     settings = recipe.calibration
-    started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {list(ratios)}\n"
+    ratios = sorted(set(ratios))
+    started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {ratios}\n"
     if output is not None:
         output = check_output(output)
         Workspace.place(output, started_as, resume)

@@ -14,7 +14,7 @@ from rich.text import Text
 from secateur.compare import Leaderboard, columns_of, shown
 from secateur.export import Comparison, Verification
 from secateur.export.story import show_count, show_number
-from secateur.importance.analysis import Analysis, Deviation
+from secateur.importance.analysis import Analysis, Deviation, percent
 from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
 
@@ -75,7 +75,7 @@ def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
     table.add_column("kind")
     table.add_column("units", justify="right")
     for ratio in ratios:
-        table.add_column(f"-{ratio:.0%}: KL", justify="right")
+        table.add_column(f"-{percent(ratio)}: KL", justify="right")
         table.add_column("perplexity", justify="right")
     table.add_column("stays whole")
     sensitive = found.sensitive(share, by)
@@ -91,8 +91,9 @@ def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
         table.add_row(name, first.kind, f"{first.units:,}", *cells, mark, style="bold" if mark else None)
     caption = (
         f"The whole model has perplexity {show_number(math.exp(found.dense_loss))} on {found.tokens:,} tokens of "
-        f"{', '.join(found.text)}; each group was cut alone, units chosen by {found.criterion}. The most sensitive "
-        f"{share:.0%} by {by} are marked: budget.protect_from keeps them whole."
+        f"{', '.join(found.text)}; each group was cut alone, units chosen by {found.criterion}. Marked is the "
+        f"most sensitive {percent(share)} by {by} ({len(sensitive)} of {len(found.deviations(by))} groups): "
+        "budget.protect_from keeps it whole."
     )
     return Group(table, caption)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import secateur
-from secateur import inspection
+from secateur import inspection, tables
 from secateur.cli import app
 from secateur.config import load_recipe
 from secateur.errors import InputError, PlanError
@@ -97,6 +99,30 @@ def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) ->
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--ratios", "0.2,2"])
     assert result.exit_code == 1
     assert "--ratios 2" in result.stderr
+
+
+def test_order_and_repeats_of_ratios_mean_nothing_and_a_column_is_called_as_it_was_asked(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = _recipe(text), tmp_path / "out"
+
+    def interrupted(*arguments: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection, "write_analysis", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inspection.analyze(TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe, ratios=[0.9999, 0.3], output=out)
+    again = inspection.analyze(
+        TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe, ratios=[0.3, 0.9999, 0.3], output=out, resume=True
+    )
+    assert [trial.ratio for trial in again.trials] == [0.3, 0.9999] * 4
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(tables.analysis(again, by="kl", share=0.1))
+    shown = console.export_text()
+    assert "-99.99%: KL" in shown
+    assert "-100%" not in shown
+    assert "most sensitive 10% by kl (1 of 4 groups)" in " ".join(shown.split())
 
 
 def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:

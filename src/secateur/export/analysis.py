@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from secateur.importance.analysis import Analysis, Deviation
+from secateur.importance.analysis import Analysis, Deviation, percent
 from secateur.whole import whole
 
 _LABEL = {"kl": "KL(dense || cut), nats", "perplexity": "change of perplexity"}
@@ -58,7 +58,7 @@ def heat_map(analysis: Analysis, file: Path, *, by: Deviation, protected: Sequen
     for panel, ratio, grid in zip(panels, ratios, grids, strict=True):
         norm = LogNorm(vmin=largest * _LEAST, vmax=largest, clip=True)
         image = panel.imshow(np.maximum(grid, largest * _LEAST), norm=norm, cmap="viridis_r", aspect="auto")
-        panel.set_title(f"{ratio:.0%} of each group alone", fontsize=9, loc="left")
+        panel.set_title(f"{percent(ratio)} of each group alone", fontsize=9, loc="left")
         panel.set_yticks(range(len(kinds)), kinds)
         panel.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
         for trial in analysis.trials:

@@ -28,7 +28,8 @@ class Trial(BaseModel):
     units: int
     """Of the group."""
     removed: int
-    """Units that went; the nearest to ``ratio`` that the group can lose, at least one, and one stays."""
+    """Units that went; the nearest to ``ratio`` that the group can lose, at least one, and one stays. Several ratios
+    may come to the same number, which is measured once."""
     loss: float
     """Mean next-token loss, nats."""
     kl: float
@@ -58,10 +59,15 @@ class Analysis(BaseModel):
     versions: dict[str, str] = {}
 
     def deviations(self, by: Deviation) -> dict[str, float]:
-        """Group name → deviation, summed over the ratios (Alg. 3, line 4), most sensitive first."""
+        """Group name → deviation, summed over the ratios (Alg. 3, line 4), most sensitive first.
+
+        Each is scaled from the fraction that really went to the one that was asked, so that a group of few units (two
+        KV heads of which one goes at 25 %) is not ranked by the rounding.
+        """
         found: dict[str, float] = {}
         for trial in self.trials:
-            found[trial.group] = found.get(trial.group, 0.0) + self.deviation(trial, by)
+            asked = trial.ratio * trial.units / trial.removed
+            found[trial.group] = found.get(trial.group, 0.0) + asked * self.deviation(trial, by)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def deviation(self, trial: Trial, by: Deviation) -> float:

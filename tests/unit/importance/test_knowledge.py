@@ -172,10 +172,33 @@ def test_every_cut_takes_one_unit_and_leaves_one() -> None:
     assert all(0 < len(cut.kept) < cut.group.size for cut in _cuts(model, trace(model), (0.01, 0.99)))
 
 
+def test_ratios_that_come_to_the_same_number_of_units_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-gqa"]()  # 2 KV heads a layer: one goes at 25 % as at 50 %
+    graph, blocks = trace(model), _blocks()
+    tried: list[tuple[str, int]] = []
+    try_out = knowledge._Run.try_out
+
+    def counted(self: Any, chosen: Any, layer: int) -> Any:
+        tried.extend(cut.made for cut in chosen)
+        return try_out(self, chosen, layer)
+
+    monkeypatch.setattr(knowledge._Run, "try_out", counted)
+    chosen = _cuts(model, graph, (0.5, 0.25, 0.25))
+    assert [cut.ratio for cut in chosen] == [0.25, 0.5] * 4
+    _, trials = knowledge.measure_cuts(model, graph, blocks, chosen)
+    assert len(tried) == len(set(tried)) == 2 * (1 + 2)  # each layer: one number of heads, two of channels
+    assert [(trial.group, trial.ratio) for trial in trials] == [(cut.group.name, cut.ratio) for cut in chosen]
+    heads = [trial for trial in trials if trial.group == "layers.0.attention"]
+    assert [trial.removed for trial in heads] == [1, 1]
+    assert heads[0].kl == heads[1].kl
+
+
 def _analysis(**changes: Any) -> Analysis:
     def trial(name: str, ratio: float, loss: float, kl: float) -> Trial:
         layer = int(name.split(".")[1])
-        return Trial(group=name, kind="ffn", layer=layer, ratio=ratio, units=8, removed=2, loss=loss, kl=kl)
+        return Trial(
+            group=name, kind="ffn", layer=layer, ratio=ratio, units=8, removed=round(8 * ratio), loss=loss, kl=kl
+        )
 
     trials = [
         trial("layers.0.mlp", 0.25, 2.0, 0.3),
@@ -196,6 +219,23 @@ def test_deviations_are_summed_and_ranked() -> None:
     assert by_perplexity["layers.0.mlp"] == pytest.approx(math.exp(2) + math.exp(2.5) - 2 * math.e)
     assert analysis.sensitive(0.34, "kl") == ["layers.1.mlp"]
     assert analysis.sensitive(0.1, "kl") == ["layers.1.mlp"]  # a tenth of three is one
+
+
+def test_rounding_does_not_make_a_small_group_sensitive() -> None:
+    def trial(name: str, units: int, ratio: float, removed: int, kl: float) -> Trial:
+        facts: dict[str, Any] = {"group": name, "kind": "ffn", "layer": 0, "loss": 1.0}
+        return Trial(**facts, units=units, ratio=ratio, removed=removed, kl=kl)
+
+    analysis = _analysis(
+        trials=[
+            trial("small", 2, 0.25, 1, 0.6),  # half of it goes where a quarter was asked
+            trial("small", 2, 0.5, 1, 0.6),
+            trial("large", 64, 0.25, 16, 0.4),
+            trial("large", 64, 0.5, 32, 0.7),
+        ]
+    )
+    assert analysis.deviations("kl") == pytest.approx({"large": 0.4 + 0.7, "small": 0.6 / 2 + 0.6})
+    assert list(analysis.deviations("kl")) == ["large", "small"]
 
 
 def test_experts_are_analysed_when_they_may_be_cut_and_keep_what_a_router_needs() -> None:
