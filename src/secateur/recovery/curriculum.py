@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState
 
 from secateur import progress
 from secateur.data.order import ReadingOrder
+from secateur.errors import ModelError
 from secateur.training import StatefulCallback
 
 Losses = Mapping[str, float]
@@ -33,7 +34,17 @@ def reweigh(weights: Losses, losses: Losses, reference: Losses) -> dict[str, flo
         weights: of the sources so far; these are the sources that get weights.
         losses: now, by source; nats.
         reference: of the dense model, on the same text.
+
+    Raises:
+        ModelError: a loss is not finite, from which no share follows.
     """
+    for whose, found in (("The model that is trained", losses), ("The dense model", reference)):
+        broken = sorted(name for name, loss in found.items() if not math.isfinite(loss))
+        if broken:
+            raise ModelError(
+                f"{whose} has no finite loss on {', '.join(broken)}, so that the shares of recovery cannot follow it. "
+                f"Set training.precision=fp32 or a lower training.learning_rate; recovery.round_steps=0 does not look."
+            )
     behind = {
         name: max(0.0, losses[name] - reference[name]) if name in losses and name in reference else 0.0
         for name in weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,7 @@ from secateur.data import TextSettings, TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.evaluation import losses_by_source
 from secateur.precision import autocast_dtype
+from secateur.progress import say
 from secateur.recovery.curriculum import Curriculum, Losses, Stage
 from secateur.recovery.distill import Distillation
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
@@ -72,6 +74,12 @@ class RecoverySettings(TextSettings):
         if self.validation_tokens < self.window:
             raise ValueError(
                 f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window})"
+            )
+        sources = len(self.text) + len(self.instructions)
+        if self.round_steps > 0 and self.validation_tokens < sources * self.window:
+            raise ValueError(
+                f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window}) for each of "
+                f"the {sources} sources, or no round can measure all of them"
             )
         return self
 
@@ -180,6 +188,7 @@ def _curriculum(
     stages = [Stage("text", task.text.names, first_ends)]
     if second:
         stages.append(Stage("instructions", second, settings.steps))
+    _mention_unwatched(stages, task, settings)
     shares = Counter(blocks.sources)
     return Curriculum(
         order=ReadingOrder(blocks.sources, {name: shares[name] for name in task.text.names}, seed),
@@ -192,3 +201,19 @@ def _curriculum(
         measure=(lambda model: source_losses(model, validation, training)) if validation is not None else None,
         reference=task.reference,
     )
+
+
+def _mention_unwatched(stages: Sequence[Stage], task: RecoveryTask, settings: RecoverySettings) -> None:
+    """Say which sources no round can measure, because the text that is held out has none of theirs."""
+    if settings.round_steps == 0:
+        return
+    watched = set() if task.validation is None else set(task.validation.names)
+    for stage in stages:
+        missing = [name for name in stage.sources if name not in watched]
+        if missing:
+            say(
+                f"  {', '.join(missing)}: no text to measure between rounds, so that recovery takes it as not behind. "
+                f"More documents, or recovery.validation_tokens above {settings.validation_tokens:,}, would help."
+            )
+        if len(missing) == len(stage.sources) and settings.patience > 0:
+            say(f"  The {stage.name} stage of recovery can therefore not end before step {stage.until}.")

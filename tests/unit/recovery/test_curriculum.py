@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from secateur import progress
 from secateur.data import TokenBlocks
 from secateur.data.order import ReadingOrder
+from secateur.errors import ModelError
 from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
 from secateur.recovery.curriculum import Curriculum, Stage, floored, reweigh
 from secateur.recovery.distill import Distillation
@@ -62,6 +64,15 @@ def test_the_formula_is_that_of_sheared_llama() -> None:
     assert reweigh(weights, losses, reference) == pytest.approx(expected)
     assert reweigh(weights, {}, {}) == pytest.approx(weights)
     assert reweigh({"a": 0.5, "b": 0.5}, {"a": 9000.0, "b": 0.0}, {"a": 0.0, "b": 0.0}) == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(loss: float) -> None:
+    weights, fine = {"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0}
+    with pytest.raises(ModelError, match="trained has no finite loss on a,"):
+        reweigh(weights, {"a": loss, "b": 1.5}, fine)
+    with pytest.raises(ModelError, match="dense model has no finite loss on b,"):
+        reweigh(weights, fine, {"a": 1.0, "b": loss})
 
 
 def test_every_source_keeps_its_floor() -> None:
@@ -254,6 +265,26 @@ def test_a_stage_that_no_longer_helps_ends(read: list[str]) -> None:
     assert max(entry["step"] for entry in done.log) <= 8
 
 
+def test_sources_that_no_round_can_measure_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    text, talk = _blocks(a=10, b=10), _blocks(2, talk=10)
+    progress.show()
+    try:
+        known = RecoveryTask(text=text, validation=_blocks(1, a=2, b=2), reference={"a": 1.0, "b": 1.0})
+        _recover(known, steps=4, round_steps=2)
+        assert "no text to measure" not in capsys.readouterr().err
+        part = RecoveryTask(text=text, instructions=talk, validation=_blocks(1, a=2), reference={"a": 1.0})
+        _recover(part, steps=4, round_steps=2)
+        said = " ".join(capsys.readouterr().err.split())
+        assert "b: no text to measure" in said
+        assert "talk: no text to measure" in said
+        assert "instructions stage of recovery can therefore not end before step 4" in said
+        assert "text stage of recovery can" not in said
+        _recover(part, steps=4)
+        assert "no text to measure" not in capsys.readouterr().err
+    finally:
+        progress.show(False)
+
+
 class _KilledError(BaseException):
     pass
 
@@ -326,6 +357,10 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         RecoverySettings(text=["news", "self"], instructions=["self"])
     with pytest.raises(ValueError, match="at least one window"):
         RecoverySettings(validation_tokens=100, window=512)
+    few = {"text": ["news", "wikipedia"], "instructions": ["self"], "window": 64, "validation_tokens": 128}
+    assert RecoverySettings.model_validate(few).validation_text is None
+    with pytest.raises(ValueError, match="each of the 3 sources"):
+        RecoverySettings.model_validate(few | {"round_steps": 5})
 
 
 def test_without_rounds_and_stages_it_reads_and_logs_as_plain_training_does() -> None:
