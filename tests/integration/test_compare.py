@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import secateur
 from secateur import inspection, pipeline, tables
 from secateur.cli import app
-from secateur.compare import Leaderboard, Row, compare, folder, run, schedule_of, split_overrides
+from secateur.compare import Leaderboard, Row, compare, contents, folder, run, schedule_of, split_overrides
 from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
@@ -168,6 +169,49 @@ def test_rows_are_added_to_those_that_are_there(model: Path, tmp_path: Path) -> 
     page = (out / "report.html").read_text()
     assert "magnitude at 20.0% (" in page
     assert "magnitude at 30.0% (" in page
+
+
+def test_rows_of_changed_text_or_weights_are_not_mixed(model: Path, tmp_path: Path) -> None:
+    there, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, there)
+    recipe = recipe_of(there, "recovery.steps=0")
+    compare(recipe, ["magnitude"], [0.2], out)
+    page = (out / "results.json").read_bytes()
+    for name in ("held-out.txt", "model.safetensors"):
+        before = (there / name).read_bytes()
+        (there / name).write_bytes(before[:-7] + b"drizzle")
+        what = "held-out.txt" if name.endswith("txt") else "model"
+        with pytest.raises(InputError, match=rf"content\..*{what} \w+ there"):
+            compare(recipe, ["wanda"], [0.2], out, resume=True)
+        (there / name).write_bytes(before)
+    assert (out / "results.json").read_bytes() == page
+    assert len(compare(recipe, ["magnitude"], [0.2], out, resume=True).rows) == 2
+
+
+def test_a_task_is_known_by_its_items(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text("{}")
+    (tmp_path / "base.yaml").write_text("output_type: multiple_choice")
+    (tmp_path / "a.yaml").write_text(f"task: a\ninclude: base.yaml\ndata_files: {{test: ['{tmp_path}/items.jsonl']}}\n")
+    seen = set()
+    for name in ("a.yaml", "items.jsonl", "base.yaml", ""):
+        found = contents.digests(recipe_of(model), [str(tmp_path / "a.yaml"), "arc_easy"])
+        seen.add(found[str(tmp_path / "a.yaml")])
+        assert "arc_easy" not in found
+        if name:
+            with (tmp_path / name).open("a") as file:
+                file.write(" ")
+    assert len(seen) == 4
+
+
+def test_large_weights_are_read_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "_PIECE", 4)
+    path = tmp_path / "model.safetensors"
+    seen = set()
+    for fill in (b"a", b"b"):
+        path.write_bytes(fill * 1000)
+        seen.add(contents._digest([path]))
+    path.write_bytes(b"b" * 999)
+    assert len({*seen, contents._digest([path])}) == 3
 
 
 def test_whatever_a_method_raises_is_its_row_and_resuming_tries_it_again(

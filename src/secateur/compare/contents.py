@@ -1,0 +1,71 @@
+"""What the files hold that a comparison reads: the same name may stand for other text, items or weights tomorrow."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from secateur.config import Recipe
+from secateur.errors import InputError
+
+_PIECES = 64
+_PIECE = 1 << 16
+"""Of a file of weights so many bytes are read in so many places: training changes all of it, and it may be large."""
+_WEIGHTS = (".safetensors", ".bin")
+_MODEL_FILES = (*_WEIGHTS, ".json", ".model", ".jinja", ".py")
+
+
+def digests(recipe: Recipe, tasks: Sequence[str]) -> dict[str, str]:
+    """Local file, task or model folder, as it is named → the first 16 digits of a SHA-256 of what it holds.
+
+    Text sources that come with a package or from the hub, tasks of the harness, and models by a hub id or a built-in
+    name are left out. Of weights, size and samples are read. Raises InputError for a file that cannot be read.
+    """
+    texts = (recipe.calibration.text, recipe.recovery.text, recipe.recovery.instructions, recipe.evaluation.text)
+    wanted = {name: [_path(name)] for names in texts for name in names if _path(name).is_file()}
+    wanted |= {name: sorted(_task_files(_path(name))) for name in tasks if _path(name).exists()}
+    model = _path(recipe.model.name)
+    if model.is_dir():
+        wanted[recipe.model.name] = sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES)
+    try:
+        return {name: _digest(paths) for name, paths in wanted.items()}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def _task_files(path: Path) -> set[Path]:
+    """A task file or those of a folder, and every file that one of them names (its items, what it includes)."""
+    found: set[Path] = set()
+    for file in path.glob("*.yaml") if path.is_dir() else [path]:
+        found |= {file, *_named(file)}
+    return found
+
+
+def _named(file: Path) -> Iterator[Path]:
+    for word in set(re.findall(r"[^\s'\"\[\],]+", file.read_text(encoding="utf-8", errors="replace"))):
+        for path in (Path(word), file.parent / word):
+            if len(word) < 1000 and path.is_file():
+                yield path
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        step = size // _PIECES if path.suffix in _WEIGHTS else 0
+        with path.open("rb") as file:
+            if step <= _PIECE:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+            else:
+                for index in range(_PIECES):
+                    file.seek(index * step)
+                    digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]
