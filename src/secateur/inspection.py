@@ -17,7 +17,7 @@ from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import Verification, check_output, needs_trust, verify_saved, write_analysis, written_dtype
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.analysis import Analysis, Trial
-from secateur.importance.knowledge import cuts, measure_cuts
+from secateur.importance.knowledge import cuts, digest, measure_cuts
 from secateur.loading import load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
@@ -110,6 +110,7 @@ def analyze(
         base_model=recipe.model.name,
         revision=recipe.model.revision,
         fingerprint=graph.fingerprint,
+        weights=digest(model),
         criterion=criterion,
         text=settings.text,
         tokens=blocks.ids.numel(),

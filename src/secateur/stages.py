@@ -30,6 +30,7 @@ from secateur.export import (
 from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
+from secateur.importance.knowledge import check_weights
 from secateur.methods import METHODS, Checked, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
@@ -71,6 +72,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
     """
     scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
+    if recipe.budget.protect_from is not None:
+        check_weights(model, recipe.budget.protect_from)
     plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
     if recipe.recovery.repair:
         check_repairable(model, graph, plan.kept)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -123,6 +125,19 @@ def test_order_and_repeats_of_ratios_mean_nothing_and_a_column_is_called_as_it_w
     assert "-99.99%: KL" in shown
     assert "-100%" not in shown
     assert "most sensitive 10% by kl (1 of 4 groups)" in " ".join(shown.split())
+
+
+def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(text: Path, tmp_path: Path) -> None:
+    model, out = TINY["llama-gqa"](), tmp_path / "out"
+    inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out, ratios=[0.5])
+    recipe = load_recipe(None, [f"budget.protect_from={out / 'analysis.json'}", "budget.floor=0", "recovery.steps=0"])
+    settings: dict[str, Any] = {"method": "magnitude", "ratio": 0.03, "recipe": recipe, "dry_run": True}
+    secateur.prune(model, **settings)
+    secateur.prune(copy.deepcopy(model).bfloat16(), **settings)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # as a fine-tune might
+    with pytest.raises(PlanError, match=r"with other weights.*secateur analyze"):
+        secateur.prune(model, **settings)
 
 
 def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ class Analysis(BaseModel):
     revision: str | None = None
     fingerprint: str
     """``DependencyGraph.fingerprint`` of the model."""
+    weights: str | None = None
+    """``knowledge.digest`` of the model's weights, which tells a fine-tune from its base; None when not known."""
+    recipe: str = ""
+    """All settings that it was made with, as text; an analysis is finished when its own are those asked for."""
     criterion: str
     """What chose the units within a group."""
     text: list[str]
