@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.data import TextSettings, TokenBlocks
 from secateur.data.order import ReadingOrder
+from secateur.errors import InputError
 from secateur.evaluation import losses_by_source
 from secateur.precision import autocast_dtype
 from secateur.progress import say
@@ -56,7 +57,7 @@ class RecoverySettings(TextSettings):
     instructions: list[str] = Field(default=[])
     """Sources of a second stage, such as `[self]`, what an instruction-tuned model writes itself; none: one stage."""
     instruction_share: float = Field(default=0.25, gt=0, lt=1)
-    """Fraction of the steps that the second stage has."""
+    """Fraction of the steps that the second stage has; both stages have at least one step."""
     instruction_tokens: int = Field(default=32_768, ge=2)
     """Tokens of instructions to draw from. What the model writes itself takes time: some hundred tokens a second for
     135 M parameters on two CPU cores, and it writes 1.7 times as much, for all splits."""
@@ -74,6 +75,10 @@ class RecoverySettings(TextSettings):
         if self.validation_tokens < self.window:
             raise ValueError(
                 f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window})"
+            )
+        if self.instructions and self.steps == 1:
+            raise ValueError(
+                "steps (1) must be at least 2 for two stages, one step for each; or leave instructions empty"
             )
         sources = len(self.text) + len(self.instructions)
         if self.round_steps > 0 and self.validation_tokens < sources * self.window:
@@ -184,10 +189,7 @@ def _curriculum(
         return None
     validation = task.validation
     second = task.instructions.names if task.instructions is not None else ()
-    first_ends = settings.steps if not second else math.ceil(settings.steps * (1 - settings.instruction_share))
-    stages = [Stage("text", task.text.names, first_ends)]
-    if second:
-        stages.append(Stage("instructions", second, settings.steps))
+    stages = _stages(task.text.names, second, settings)
     _mention_unwatched(stages, task, settings)
     shares = Counter(blocks.sources)
     return Curriculum(
@@ -201,6 +203,19 @@ def _curriculum(
         measure=(lambda model: source_losses(model, validation, training)) if validation is not None else None,
         reference=task.reference,
     )
+
+
+def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoverySettings) -> list[Stage]:
+    """One stage, or two where there are sources for a second; each has at least one step."""
+    if not second:
+        return [Stage("text", first, settings.steps)]
+    if settings.steps < 2:
+        raise InputError(
+            f"recovery.steps = {settings.steps} is too few for two stages, text and instructions. Set it to at least "
+            f"2, or leave recovery.instructions empty."
+        )
+    first_ends = min(math.ceil(settings.steps * (1 - settings.instruction_share)), settings.steps - 1)
+    return [Stage("text", first, first_ends), Stage("instructions", second, settings.steps)]
 
 
 def _mention_unwatched(stages: Sequence[Stage], task: RecoveryTask, settings: RecoverySettings) -> None:

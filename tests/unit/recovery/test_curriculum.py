@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from secateur import progress
 from secateur.data import TokenBlocks
 from secateur.data.order import ReadingOrder
-from secateur.errors import ModelError
+from secateur.errors import InputError, ModelError
 from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
 from secateur.recovery.curriculum import Curriculum, Stage, floored, reweigh
 from secateur.recovery.distill import Distillation
@@ -263,6 +263,21 @@ def test_a_stage_that_no_longer_helps_ends(read: list[str]) -> None:
     ]
     assert "stopped" in done.rounds[-1]
     assert max(entry["step"] for entry in done.log) <= 8
+
+
+@pytest.mark.parametrize(("steps", "begins"), [(2, 1), (3, 2), (4, 3), (8, 6)])
+def test_each_stage_has_a_step(steps: int, begins: int) -> None:
+    task = RecoveryTask(text=_blocks(a=10), instructions=_blocks(2, talk=10))
+    _, done = _recover(task, steps=steps)
+    assert [(entry["step"], entry["stage"]) for entry in done.rounds] == [(0, "text"), (begins, "instructions")]
+
+
+def test_one_step_is_too_few_for_two_stages() -> None:
+    with pytest.raises(InputError, match=r"recovery\.steps = 1 is too few for two stages"):
+        _recover(RecoveryTask(text=_blocks(a=10), instructions=_blocks(2, talk=10)), steps=1)
+    with pytest.raises(ValueError, match="at least 2 for two stages"):
+        RecoverySettings(steps=1, instructions=["self"])
+    assert RecoverySettings(steps=0, instructions=["self"]).steps == 0
 
 
 def test_sources_that_no_round_can_measure_are_named(capsys: pytest.CaptureFixture[str]) -> None:
