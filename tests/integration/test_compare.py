@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import secateur
-from secateur import inspection, pipeline, tables
+from secateur import inspection, pipeline, stages, tables
 from secateur.cli import app
 from secateur.compare import Leaderboard, Row, compare, contents, folder, run, schedule_of, split_overrides
 from secateur.compare.report import write_report
@@ -63,6 +63,23 @@ def test_every_method_trains_for_the_same_number_of_steps(model: Path) -> None:
     assert [row.budget.ratio for row in planned] == [0.2] * 4 + [0.4] * 4
     shared = [row.model_dump(exclude={"method": True, "budget": {"ratio"}, "recovery": {"steps"}}) for row in planned]
     assert all(row == shared[0] for row in shared)
+
+
+def test_no_recovery_stops_before_its_last_step(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = stages.recover
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        done = original(*arguments, **more)
+        assert not any("stopped" in entry for entry in done.rounds)
+        made.append(done.log[-1]["step"])
+        return done
+
+    monkeypatch.setattr(stages, "recover", watched)
+    hopeless = ["recovery.min_gain=0.5", "recovery.patience=1", "recovery.validation_tokens=48"]
+    recipe = recipe_of(model, "recovery.steps=6", "recovery.round_steps=1", *hopeless)
+    board = compare(recipe, ["magnitude"], [0.2], tmp_path / "out")
+    assert [row.recovery_steps for row in board.rows] == made == [6, 6]
 
 
 def test_whole_layers_are_another_kind(model: Path) -> None:

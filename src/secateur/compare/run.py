@@ -61,12 +61,14 @@ def compare(
 
     Every row starts from the same weights, may cut the same groups, counts its ratio of all parameters, reads the same
     calibration and recovery text, and trains for the same number of steps: the recipe's ``recovery.steps`` and as many
-    as the longest of the progressive methods prunes for; a method that prunes for fewer recovers for more. Methods that
-    cut another kind of group (whole layers) say so in their row. ``random`` is always there.
+    as the longest of the progressive methods prunes for; a method that prunes for fewer recovers for more, and none
+    stops before its last step. Methods that cut another kind of group (whole layers) say so in their row. ``random`` is
+    always there.
 
     Args:
-        recipe: ``method`` and ``budget.ratio`` in it are not used. Files in ``evaluation.text`` that nothing is trained
-            on are measured whole (their first ``evaluation.tokens`` tokens), sources by their held-out part.
+        recipe: ``method``, ``budget.ratio`` and ``recovery.patience`` in it are not used. Files in ``evaluation.text``
+            that nothing is trained on are measured whole (their first ``evaluation.tokens`` tokens), sources by their
+            held-out part.
         output: folder for ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; the rows that are
             finished are kept in it.
         settings: method → its own settings, where they are not the defaults.
@@ -81,6 +83,7 @@ def compare(
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
+    recipe = revise(recipe, {"recovery.patience": 0})
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})
     identity = identity_of(recipes, tasks)
