@@ -21,6 +21,7 @@ from secateur.importance.knowledge import cuts, digest, measure_cuts
 from secateur.loading import load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
+from secateur.progress import say
 from secateur.stages import losses, refuse_what_cannot_work, size
 from secateur.surgery import trace
 from secateur.workspace import Workspace
@@ -77,7 +78,8 @@ def analyze(
             picture marks.
         output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
             ``heatmap.png``. Until it is finished, what was measured is kept beside it.
-        resume: go on with what an interrupted call measured for ``output``.
+        resume: go on with what an interrupted call measured for ``output``; of a finished one of the same settings,
+            what it found is given back.
     """
     recipe = revise(recipe or Recipe(), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
@@ -86,6 +88,9 @@ def analyze(
     ratios = sorted(set(ratios))
     started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {ratios}\n"
     if output is not None:
+        if resume and (found := _finished(output, started_as)) is not None:
+            say(f"This analysis is finished; its folder is {output}. Nothing is done again.")
+            return found
         output = check_output(output)
         Workspace.place(output, started_as, resume)
     graph = trace(model).opened(recipe.budget.kinds)
@@ -111,6 +116,7 @@ def analyze(
         revision=recipe.model.revision,
         fingerprint=graph.fingerprint,
         weights=digest(model),
+        recipe=started_as,
         criterion=criterion,
         text=settings.text,
         tokens=blocks.ids.numel(),
@@ -124,6 +130,13 @@ def analyze(
         write_analysis(analysis, output, by=recipe.budget.protect_by, share=recipe.budget.protect_share)
         work.remove()
     return analysis
+
+
+def _finished(output: Path, started_as: str) -> Analysis | None:
+    """What an analysis of the same settings left in ``output``, if there is one."""
+    file = output.expanduser() / "analysis.json"
+    found = Analysis.load(file) if file.is_file() else None
+    return found if found is not None and found.recipe == started_as else None
 
 
 def _one_shot_criterion(name: str) -> Criterion:

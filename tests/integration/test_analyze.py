@@ -54,6 +54,17 @@ def test_the_command_writes_table_file_and_picture(text: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / ".out.secateur").exists()
 
+    arguments = [*words, "--window", "16", "--tokens", "128", "--set", "budget.protect_share=0.3", "--resume"]
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    said = " ".join(again.stderr.split())  # lines are folded
+    assert "This analysis is finished" in said
+    assert "Nothing is done again" in said
+    assert "layers.1.mlp" in again.stdout
+    other = CliRunner().invoke(app, [*arguments, "--ratios", "0.3"])
+    assert other.exit_code == 1
+    assert "is not empty" in other.stderr
+
     file = tmp_path / "out" / "analysis.json"
     recipe = load_recipe(
         None, [f"budget.protect_from={file}", "budget.protect_share=0.8", "budget.floor=0", "recovery.steps=0"]
