@@ -155,7 +155,9 @@ def _composed_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[
     found = [(member, composed(layer)) for member, layer in layers if layer is not None and _is_linear(layer)]
     if not found:
         side = "" if sides == "both" else f" on the side {sides!r}"
-        raise unscorable(group, "lora", f"none of its weights has a LoRA adapter{side} (attach one: lora.targets)")
+        raise unscorable(
+            group, "lora", f"none of its weights is a linear layer with a LoRA adapter{side} (lora.targets)"
+        )
     return found
 
 

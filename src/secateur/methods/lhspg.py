@@ -183,6 +183,8 @@ def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Seq
 class _Norm:
     """A norm that runs over units of which some shrink in this period."""
 
+    group: str
+    """The group whose units it runs over."""
     module: nn.Module
     start: torch.Tensor
     """``weight[left]`` as it was."""
@@ -191,13 +193,13 @@ class _Norm:
     redundant: int
     """Rows that shrink in this period."""
 
-    def follow(self, size: float) -> None:
-        """Make it a norm over all units that are there, the redundant ones at ``size`` of what they were.
+    def follow(self, share: float) -> None:
+        """Make it a norm over all units that are there, of whose redundant ones ``share`` of the squares is left.
 
-        It divides by N rows, of which those that are gone are zero and the redundant ones' squares count ``size²``.
+        It divides by N rows, of which those that are gone are zero.
         """
         weight, left = self.module.get_parameter("weight").detach(), len(self.left)
-        counted = left + self.redundant * size**2
+        counted = left + self.redundant * share
         weight[self.left] = self.start * (counted / (left + self.redundant)) ** 0.5
         set_epsilon(self.module, counted / len(weight))
 
@@ -207,15 +209,22 @@ def _norms(
 ) -> list[_Norm]:
     """The norms that redundant units count in; ModelError for one that is more than an RMS norm."""
     found = []
-    leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())] for name in {**redundant, **gone}}
-    for module, norm in norms_over(model, graph, removed_to_kept(graph, leaving)).items():
-        if not scales_with_zeros(module, norm.kept):
-            raise _cannot_follow(module, model)
-        weight = module.get_parameter("weight").detach()
-        left = norm.kept["weight"].to(weight.device)
-        # what is gone is zero, and goes on counting in the divisor
-        found.append(_Norm(module, weight[left], left, len(weight) - len(norm.counting["weight"])))
+    for name in {**redundant, **gone}:
+        leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())]}
+        for module, norm in norms_over(model, graph, removed_to_kept(graph, leaving)).items():
+            if not scales_with_zeros(module, norm.kept):
+                raise _cannot_follow(module, model)
+            weight = module.get_parameter("weight").detach()
+            left = norm.kept["weight"].to(weight.device)
+            # what is gone is zero, and goes on counting in the divisor
+            found.append(_Norm(name, module, weight[left], left, len(weight) - len(norm.counting["weight"])))
     return found
+
+
+def check_norms(model: PeftModel, graph: DependencyGraph) -> None:
+    """Raise ModelError when LHSPG could not drive units of some prunable group to zero for a norm over them."""
+    for group in graph.prunable:
+        _norms(model, graph, {group.name: [0]}, {})
 
 
 def _cannot_follow(module: nn.Module, model: nn.Module) -> ModelError:
@@ -296,7 +305,17 @@ class LHSPGCallback(StatefulCallback):
 
     def _follow(self) -> None:
         for norm in self._norms:
-            norm.follow(max(0.0, 1 - self.step / self.steps))
+            norm.follow(self._share(norm.group))
+
+    def _share(self, name: str) -> float:
+        """How much of the squares of a group's redundant rows is left since the period began."""
+        redundant = [name for name, units in self._units[0].items() if units]
+        if name not in redundant:
+            return 0.0
+        group = redundant.index(name)
+        now = _norm2(self._redundant[group], [rows.read() for rows in self._redundant[group]]).sum()
+        begun = (self._shrink[group] * self.steps).square().sum()
+        return float(now / begun) if begun > 0 else 0.0
 
     def _by_name(self) -> dict[str, _Rows]:
         return {f"rows/{g}/{m}": rows for g, unit in enumerate(self._redundant) for m, rows in enumerate(unit)}

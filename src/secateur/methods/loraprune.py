@@ -14,7 +14,7 @@ from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_gr
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
 from secateur.training import Schedule, attach_lora, merge_lora, train
-from secateur.training.quantised import BaseWeights, backend, quantised_base
+from secateur.training.quantised import BaseWeights, check_quantisable, quantised_base
 from secateur.types import Settings
 
 
@@ -23,8 +23,9 @@ class LoRAPruneSettings(Settings):
 
     steps: int = Field(default=40, ge=1)
     """T: steps of LoRA training in which the masks grow."""
-    every: int = Field(default=4, ge=1)
-    """Steps between two decisions (10 in the paper's code, which trains for thousands)."""
+    every: int = Field(default=1, ge=1)
+    """Steps between two decisions (10 in the paper's code, which trains for thousands). The fewer steps there are, the
+    more each decision takes at once, and the worse that is."""
     warm_up: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of the steps at the beginning in which nothing goes."""
     cool_down: float = Field(default=0.1, ge=0, lt=1)
@@ -86,7 +87,7 @@ class LoRAPrune:
                 task.training_blocks.ids,
                 task.training.model_copy(update={"schedule": settings.schedule}),
                 steps=settings.steps,
-                seed=task.seed,
+                seed=task.seed + 1,  # another order than that of recovery, which trains with the seed itself
                 description="pruning",
                 callbacks=[pruning],
                 checkpoints=task.work,
@@ -101,8 +102,8 @@ class LoRAPrune:
 
     def check(self, task: PruningTask) -> None:
         """See ``Checked.check``: every group has a matrix with an adapter; tried on a twin that shares the weights."""
-        backend(self.settings.base)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
+        check_quantisable(adapted, self.settings.base)
         check_scorable(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
 
     @property

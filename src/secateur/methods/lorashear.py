@@ -6,20 +6,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from peft import PeftModel
 from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file, load_model, save_file, save_model
+from transformers import PreTrainedModel
 
 from secateur import progress
 from secateur.graph import trace
+from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
-from secateur.methods.lhspg import LHSPGCallback, Projection
-from secateur.planning import allocate, by_period
+from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms
+from secateur.planning import allocate, by_period, restrict
 from secateur.surgery import zero_units
+from secateur.surgery.mask import require_maskable
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.types import Scores, Settings, removed_to_kept
 from secateur.whole import write_whole
@@ -39,7 +42,7 @@ class LoRAShearSettings(Settings):
     projection: Projection = "decay"
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """ε of the half-space projection: bigger zeroes earlier; unused with ``decay``."""
+    """ε of the half-space projection: bigger zeroes earlier. Above 0 only with ``half-space``."""
     schedule: Schedule = "constant"
     """Learning-rate schedule inside a period; recovery, which ends the training, has ``training.schedule``."""
     saliency: dict[str, float] = Field(default={"fisher": 1.0}, min_length=1)
@@ -56,6 +59,12 @@ class LoRAShearSettings(Settings):
         if not set(value) <= set(CRITERIA) or min(value.values()) <= 0:
             raise ValueError(f"give positive weights to some of {', '.join(CRITERIA)}")
         return value
+
+    @model_validator(mode="after")
+    def _epsilon_is_used(self) -> Self:
+        if self.epsilon and self.projection == "decay":
+            raise ValueError("epsilon belongs to projection=half-space; with decay it must be 0")
+        return self
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Self:
@@ -100,6 +109,14 @@ class LoRAShear:
         _settle(task, adapted, removed)
         return Decision(removed=removed, scores=begun.scores, metrics={"training": book.log})
 
+    def check(self, task: PruningTask) -> None:
+        """See ``Checked.check``: zeroing must be removing, and norms must be able to follow; tried on a twin."""
+        graph = restrict(task.graph, task.budget)
+        for group in graph.prunable:
+            require_maskable(group)
+        adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
+        check_norms(adapted, restrict(adapted_graph(adapted, task), task.budget))
+
     def _begin(
         self, task: PruningTask, book: _Book, period: int, removed: Removed, adapted: PeftModel | None
     ) -> _Period:
@@ -131,7 +148,8 @@ class LoRAShear:
             task.training_blocks.ids,
             task.training.model_copy(update={"schedule": self.settings.schedule}),
             steps=steps,
-            seed=task.seed + period,
+            # not the order of recovery, which trains with the seed itself
+            seed=task.seed + (period or self.settings.periods + 1),
             description=description,
             callbacks=[projection],
             checkpoints=book.checkpoints(period),

@@ -27,6 +27,19 @@ def backend(weights: BaseWeights) -> Any:
     return bitsandbytes
 
 
+def check_quantisable(model: PeftModel, weights: BaseWeights) -> list[LoraLayer]:
+    """The wrapped linears that can be held so; InputError when there is none, or nothing to compute with."""
+    if weights == "as-is":
+        return []
+    backend(weights)
+    layers: list[LoraLayer] = [
+        m for m in model.modules() if isinstance(m, LoraLayer) and type(m.get_base_layer()) is nn.Linear
+    ]
+    if not layers:
+        raise InputError(f"There is no plain linear with an adapter to hold in {weights}. Leave the base as it is.")
+    return layers
+
+
 @contextmanager
 def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
     """While it lasts, every linear below an adapter computes with its weights in 8 (``int8``) or 4 bits (``nf4``).
@@ -38,9 +51,7 @@ def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
     if weights == "as-is":
         yield
         return
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and type(m.get_base_layer()) is nn.Linear]
-    if not layers:
-        raise InputError(f"There is no plain linear with an adapter to hold in {weights}. Leave the base as it is.")
+    layers = check_quantisable(model, weights)
     whole: list[nn.Linear] = []
     try:
         for layer in layers:

@@ -189,7 +189,7 @@ def test_zeros_are_cut_out_of_every_norm_that_runs_over_units(name: str) -> None
 
 def test_as_units_shrink_a_norm_over_all_heads_stays_one_over_those_that_are_left() -> None:
     """Half-way, with squares a quarter of what they were, the norm divides by what these count for."""
-    adapted = _adapted("olmo2")
+    adapted = attach_lora(TINY["olmo2"](), LoraSettings(rank=3, alpha=6), seed=0)
     graph = trace(adapted)
     callback = LHSPGCallback(graph, {"layers.0.attention": [0]}, {}, steps=4, mode="decay", epsilon=0.0)
     norm = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_norm")
@@ -204,6 +204,19 @@ def test_as_units_shrink_a_norm_over_all_heads_stays_one_over_those_that_are_lef
     states[:, :24] *= 0.5
     expected = states * (states.square().sum(1, keepdim=True) / 30 + 1e-5).rsqrt()
     torch.testing.assert_close(norm(states)[:, 24:], (expected * before)[:, 24:])
+
+
+def test_a_norm_follows_units_that_are_zero_before_the_period_ends() -> None:
+    """Half-space projection with a large ε zeroes at once; the heads that stay must not grow meanwhile."""
+    adapted = _adapted("olmo2")
+    callback = LHSPGCallback(trace(adapted), {"layers.0.attention": [0]}, {}, steps=8, mode="half-space", epsilon=0.9)
+    norm = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_norm")
+    before = norm.weight.detach().clone()
+    callback.on_train_begin(None, None, None, model=adapted)
+    for _ in range(2):
+        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    assert not adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight[:24].any()
+    torch.testing.assert_close(norm.weight[24:], before[24:] * 0.5**0.5)
 
 
 def test_norms_that_zeros_cannot_leave_by_a_factor_are_told_from_those_that_they_can() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,28 @@ def test_a_quantised_base(base: Any) -> None:
     assert torch.equal(task.model.model.embed_tokens.weight, frozen)
     assert all(p.dtype is torch.float32 for p in task.model.parameters())
     case.test_slice_equals_mask_afterwards()
+
+
+def test_a_base_that_cannot_be_quantised_is_refused_early() -> None:
+    pytest.importorskip("bitsandbytes")
+    task = replace(TestLoRAPrune().task(), model=(model := build("gpt2")), graph=trace(model))
+    with pytest.raises(InputError, match="plain linear"):
+        LoRAPrune(LoRAPruneSettings(base="int8")).check(task)
+
+
+def test_recovery_reads_another_order_than_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery trains with the run's seed: the same order again would show it the same first blocks twice."""
+    seeds: list[int] = []
+
+    def watched(*arguments: Any, seed: int, **settings: Any) -> Any:
+        seeds.append(seed)
+        return train(*arguments, seed=seed, **settings)
+
+    monkeypatch.setattr("secateur.methods.loraprune.train", watched)
+    task = TestLoRAPrune().task(seed=3)
+    LoRAPrune(LoRAPruneSettings(steps=2)).run(task)
+    assert seeds
+    assert task.seed not in seeds
 
 
 def test_settings_are_checked() -> None:

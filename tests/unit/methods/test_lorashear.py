@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
+from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.methods.base import PruningTask
 from secateur.methods.lhspg import LHSPGCallback
@@ -163,6 +164,20 @@ def test_saliency_that_reads_adapters_needs_a_warm_up_and_then_sees_what_was_tra
     scores = LoRAShear(only).run(_task()).scores
     assert scores is not None
     assert all(bool((scores[name] > 0).any()) for name in scores)  # B = 0 would be 0 everywhere
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama-gqa", "hidden"), ("llama-gqa", "layer")])
+def test_what_zeroing_cannot_remove_is_refused_before_anything_is_trained(name: str, kind: Any) -> None:
+    task = _task(name, budget=Budget(ratio=0.1, kinds=(kind,)))
+    with pytest.raises(ModelError, match=f"kind {kind}"):
+        LoRAShear().check(task)
+    LoRAShear().check(_task(name))
+
+
+def test_epsilon_without_a_half_space_is_refused() -> None:
+    with pytest.raises(ValidationError, match="half-space"):
+        LoRAShearSettings(epsilon=0.5)
+    assert LoRAShearSettings(epsilon=0.5, projection="half-space").epsilon == 0.5
 
 
 def test_combined_saliency_is_the_weighted_sum_of_criteria_of_norm_one() -> None:
