@@ -138,7 +138,9 @@ def test_order_and_repeats_of_ratios_mean_nothing_and_a_column_is_called_as_it_w
     assert "most sensitive 10% by kl (1 of 4 groups)" in " ".join(shown.split())
 
 
-def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(text: Path, tmp_path: Path) -> None:
+def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = TINY["llama-gqa"](), tmp_path / "out"
     inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out, ratios=[0.5])
     recipe = load_recipe(None, [f"budget.protect_from={out / 'analysis.json'}", "budget.floor=0", "recovery.steps=0"])
@@ -149,6 +151,11 @@ def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(text
         model.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # as a fine-tune might
     with pytest.raises(PlanError, match=r"with other weights.*secateur analyze"):
         secateur.prune(model, **settings)
+    Analysis.load(out / "analysis.json").model_copy(update={"weights": None}).save(out / "analysis.json")
+    said: list[str] = []
+    monkeypatch.setattr("secateur.importance.knowledge.say", said.append)
+    secateur.prune(model, **settings)
+    assert "does not tell of which weights" in said[0]
 
 
 def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def digest(model: nn.Module) -> str:
 def check_weights(model: nn.Module, file: Path) -> None:
     """Raise PlanError when the analysis in ``file`` is of a model with other weights; its shapes are not looked at."""
     analysis = Analysis.load(file)
-    if analysis.weights is not None and analysis.weights != digest(model):
+    if analysis.weights is None:
+        say(f"{file} does not tell of which weights it is (an older analysis): only shapes were compared.")
+    elif analysis.weights != digest(model):
         raise PlanError(
             f"The analysis {file} is of {analysis.base_model or 'a model without a name'} with other weights, such as "
             "before a fine-tune, or in another type. Analyse this one with `secateur analyze`."
