@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ class Packer:
         self._end = document_end(tokenizer)
         self._next = 0
         self._ids: list[int] = []
+        self._starts: list[int] = []  # of each encoded piece in the ids
 
     @property
     def tokens(self) -> int:
@@ -135,6 +137,7 @@ class Packer:
             batch = self._pieces[self._next : self._next + _PIECES_PER_BATCH]
             self._next += len(batch)
             for piece, ids in zip(batch, encode([piece.text for piece in batch], self._tokenizer), strict=True):
+                self._starts.append(len(self._ids))
                 self._ids += ids
                 if piece.last and self._end is not None and ids[-1:] != [self._end]:
                     self._ids.append(self._end)
@@ -144,6 +147,11 @@ class Packer:
         """The first ``blocks`` windows, int64 ``[blocks, window]``."""
         flat = self._ids[: self.available(blocks) * self._window]
         return torch.tensor(flat, dtype=torch.int64).reshape(-1, self._window)
+
+    def pieces(self, blocks: int) -> list[Piece]:
+        """The pieces, whole or in part, that the first ``blocks`` windows are made of."""
+        tokens = self.available(blocks) * self._window
+        return list(self._pieces[: bisect_left(self._starts, tokens)])
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from random import Random
 from typing import Self
@@ -59,6 +59,7 @@ def load_blocks(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     own_text: Sequence[str] = (),
+    taken: set[str] | None = None,
 ) -> TokenBlocks:
     """``tokens // window`` blocks of the split's text, mixed by weight, in random order.
 
@@ -70,6 +71,8 @@ def load_blocks(
 
     Args:
         own_text: documents of the source ``self``, from ``write_own_text``.
+        taken: stretches of text that another purpose reads from the same split (a document, or a part of a long one).
+            They are read only when the others do not suffice, which is said; what is read here is added.
 
     Raises:
         DataError: no tokenizer, a source that cannot be read, or too little text.
@@ -77,7 +80,7 @@ def load_blocks(
     tokenizer = _needed(tokenizer)
     check_sources(settings)
     wanted = settings.tokens // settings.window
-    packers = _open(settings, split, tokenizer, seed, own_text)
+    packers = _open(settings, split, tokenizer, seed, own_text, taken or set())
     counts = _share_out(packers, wanted, settings.weights)
     blocks = sum(counts.values())
     if blocks < (wanted if settings.weights else min(wanted, _FEWEST_BLOCKS)):
@@ -87,6 +90,8 @@ def load_blocks(
             f"For {split} there are {blocks * settings.window:,} tokens of text in {', '.join(settings.text)}, less "
             f"than the {settings.tokens:,} asked for; all of them are used."
         )
+    if taken is not None:
+        _take(packers, counts, split, taken)
     ids = torch.cat([packer.take(counts[name]) for name, packer in packers.items()])
     sources = [name for name in packers for _ in range(counts[name])]
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -168,9 +173,14 @@ def _whole_file(name: str, tokenizer: PreTrainedTokenizerBase, window: int, max_
 
 
 def _open(
-    settings: TextSettings, split: Split, tokenizer: PreTrainedTokenizerBase, seed: int, own_text: Sequence[str]
+    settings: TextSettings,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    own_text: Sequence[str],
+    taken: Set[str],
 ) -> dict[str, Packer]:
-    characters = max(_FEWEST_CHARACTERS, settings.tokens * _CHARACTERS_PER_TOKEN)
+    characters = max(_FEWEST_CHARACTERS, settings.tokens * _CHARACTERS_PER_TOKEN) + sum(map(len, taken))
     seen: set[bytes] = set()
     packers = {}
     for name in settings.text:
@@ -180,8 +190,21 @@ def _open(
             )
         documents = own_text if name == OWN_TEXT else read_documents(name, tokenizer)
         pieces = pieces_of_split(documents, split, characters, seen, Random(f"{seed}/{name}"))
+        pieces.sort(key=lambda piece: piece.text in taken)  # stable: random among themselves
         packers[name] = Packer(pieces, tokenizer, settings.window)
     return packers
+
+
+def _take(packers: Mapping[str, Packer], counts: Mapping[str, int], split: Split, taken: set[str]) -> None:
+    """Add to ``taken`` what the first ``counts`` windows of each source are made of; say where it was there already."""
+    used = {name: {piece.text for piece in packer.pieces(counts[name])} for name, packer in packers.items()}
+    twice = [name for name, texts in used.items() if texts & taken]
+    if twice:
+        say(
+            f"There is too little {split} text in {', '.join(twice)} to keep two purposes apart: some of it is read "
+            f"for both. Ask for fewer tokens, or name more text."
+        )
+    taken.update(*used.values())
 
 
 def _share_out(packers: Mapping[str, Packer], blocks: int, weights: Mapping[str, float] | None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The text of a whole run: blocks for each purpose, none of which shares a document with another."""
+"""The text of a whole run: blocks for each purpose, none of which shares text with another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ _SPLITS: Mapping[Purpose, Split] = {
     "validation": "calibration",
     "evaluation": "evaluation",
 }
-"""Which documents serve which purpose: recovery is watched on text that it does not train on and nobody evaluates."""
+"""Which documents serve which purpose: recovery is watched on text that it does not train on and nobody evaluates.
+
+It is also other text than calibration reads from the same split, unless there is too little."""
 _SECTIONS: Mapping[Purpose, str] = {"instructions": "recovery", "validation": "recovery"}
 """The section of the recipe that a purpose belongs to, where its name is another."""
 
@@ -67,9 +69,20 @@ def read_texts(
     _mention_licences(wanted)
     own = _own_tokens(wanted)
     written = write_own_text(model, tokenizer, own, seed) if own else []
-    return Texts(
-        **{purpose: load_blocks(text, _SPLITS[purpose], tokenizer, seed, written) for purpose, text in wanted.items()}
-    )
+    taken: set[str] = set()  # by calibration, so that recovery is watched on other text, which is read after it
+    first = sorted(wanted, key=lambda purpose: purpose != "calibration")
+    blocks = {
+        purpose: load_blocks(
+            wanted[purpose],
+            _SPLITS[purpose],
+            tokenizer,
+            seed,
+            written,
+            taken if _SPLITS[purpose] == "calibration" else None,
+        )
+        for purpose in first
+    }
+    return Texts(**blocks)
 
 
 def _mention_licences(wanted: Mapping[Purpose, TextSettings]) -> None:
@@ -85,9 +98,9 @@ def _mention_licences(wanted: Mapping[Purpose, TextSettings]) -> None:
 
 def _own_tokens(wanted: Mapping[Purpose, TextSettings]) -> int:
     """How much the model must write itself so that every split has its share."""
-    needs = [0.0]
+    needs = dict.fromkeys(SHARES, 0.0)  # purposes of one split read different text
     for purpose, text in wanted.items():
         if OWN_TEXT in text.text:
             weights = text.weights or dict.fromkeys(text.text, 1.0)
-            needs.append(text.tokens * weights[OWN_TEXT] / sum(weights.values()) / SHARES[_SPLITS[purpose]])
-    return round(_MARGIN * max(needs))
+            needs[_SPLITS[purpose]] += text.tokens * weights[OWN_TEXT] / sum(weights.values())
+    return round(_MARGIN * max(tokens / SHARES[split] for split, tokens in needs.items()))

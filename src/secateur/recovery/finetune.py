@@ -49,7 +49,7 @@ class RecoverySettings(TextSettings):
     """Least share of a source whatever the measurements say, also of the first stage's sources in the second."""
     validation_tokens: int = Field(default=4_096, ge=2)
     """Tokens of all sources together that are measured between rounds; from the calibration split, so that they are
-    neither trained on nor part of the evaluation."""
+    neither trained on nor part of the evaluation, and from text that calibration left, as far as there is enough."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
     """A round helps when its mean loss is lower than the best of the stage so far by more than this fraction."""
     patience: int = Field(default=2, ge=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from secateur import progress
 from secateur.data import (
     TextSettings,
     TokenBlocks,
@@ -20,6 +21,7 @@ from secateur.data import (
     load_whole,
     mixture,
     read_ids,
+    read_texts,
     split_of,
 )
 from secateur.data.blocks import Packer, Piece, cut, encode
@@ -246,6 +248,51 @@ def test_a_file_is_read_as_one_string(tmp_path: Path) -> None:
         read_ids(path, tokenizer, window=64)
     with pytest.raises(DataError, match=r"missing\.txt"):
         read_ids(tmp_path / "missing.txt", tokenizer)
+
+
+def test_what_another_purpose_took_is_read_last(corpora: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, taken = tiny_tokenizer(), set[str]()
+    wanted = settings({"apples": corpora["apples"]}, tokens=1600)
+    progress.show()
+    try:
+        first = load_blocks(wanted, "calibration", tokenizer, 0, taken=taken)
+        assert torch.equal(first.ids, load_blocks(wanted, "calibration", tokenizer, 0).ids)
+        second = load_blocks(wanted, "calibration", tokenizer, 0, taken=taken)
+        assert not {tuple(ids.tolist()) for ids in first.ids} & {tuple(ids.tolist()) for ids in second.ids}
+        assert capsys.readouterr().err == ""
+        rest = load_blocks(wanted.model_copy(update={"tokens": 9600}), "calibration", tokenizer, 0, taken=taken)
+        assert len(rest) > len(first) + len(second)
+        assert "too little calibration text" in capsys.readouterr().err
+    finally:
+        progress.show(False)
+
+
+def test_the_pieces_of_the_first_windows() -> None:
+    pieces = [Piece(letter * 10, True) for letter in "abcdefgh"]
+    packer = Packer(pieces, tiny_tokenizer(), window=11)  # as many tokens as characters, and one for the end
+    assert packer.pieces(0) == []
+    assert packer.pieces(1) == pieces[:1]
+    assert packer.pieces(3) == pieces[:3]
+    assert Packer(pieces, tiny_tokenizer(), window=12).pieces(3) == pieces[:4]
+    assert packer.pieces(99) == pieces
+
+
+def test_recovery_is_watched_on_other_text_than_calibration_reads(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("\n\n".join(f"paragraph {index} " * 100 for index in range(100, 500)))
+    text = TextSettings(text=[str(path)], window=16, tokens=4096)
+    held_out = text.model_copy(update={"tokens": 512})
+    found = read_texts(
+        build("llama-gqa"), tiny_tokenizer(), {"validation": held_out, "calibration": text, "recovery": text}, seed=0
+    )
+    assert found.calibration is not None
+    assert found.validation is not None
+    assert len(found.validation) == 32
+    windows = [{tuple(ids.tolist()) for ids in blocks.ids} for blocks in (found.calibration, found.validation)]
+    assert not windows[0] & windows[1]
+    alone = read_texts(build("llama-gqa"), tiny_tokenizer(), {"calibration": text}, seed=0)
+    assert alone.calibration is not None
+    assert torch.equal(alone.calibration.ids, found.calibration.ids)
 
 
 def test_token_blocks_refuse_what_does_not_fit() -> None:
