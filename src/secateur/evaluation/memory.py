@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 
 import psutil
@@ -15,7 +18,9 @@ class PeakMemory:
     """A context manager; afterwards ``peak`` and ``start`` hold bytes.
 
     On CUDA these are the bytes that torch has allocated on ``device``. Elsewhere they are the resident memory of the
-    process, interpreter and libraries included, so that ``extra``, what came on top of the start, says more.
+    process, interpreter and libraries included, so that ``extra``, what came on top of the start, says more. What is
+    free is handed back to the system first: glibc keeps memory that work before this has freed, and what finds its place
+    there would not be counted. Where the C library is another one, work that came before may still hide some.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,6 +39,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
             return self
+        _give_back()
         self._process = psutil.Process()
         self.start = self.peak = self._process.memory_info().rss
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -54,3 +60,12 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._stop.wait(_SECONDS):
             self._look()
+
+
+def _give_back() -> None:
+    """Let go of what nothing refers to, and of the pages that glibc keeps of it."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
