@@ -66,7 +66,7 @@ def test_every_method_trains_for_the_same_number_of_steps(model: Path) -> None:
 
 
 def test_no_recovery_stops_before_its_last_step(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    made: list[float] = []
     original = stages.recover
 
     def watched(*arguments: Any, **more: Any) -> Any:
@@ -94,7 +94,7 @@ def test_settings_of_one_method_are_told_from_those_of_all() -> None:
 
 
 def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
-    arguments = ["compare", str(model), "--methods", "magnitude,loraprune", "--ratios", "0.2,0.3"]
+    arguments = ["compare", str(model), "--methods", "magnitude,loraprune,flap", "--ratios", "0.2,0.3"]
     arguments += ["-o", str(tmp_path / "out"), "--set", "loraprune.steps=2", "--set", "loraprune.every=1"]
     for override in settings(model):
         arguments += ["--set", override]
@@ -103,12 +103,12 @@ def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     assert "magnitude" in found.stdout
     board = Leaderboard.model_validate_json((tmp_path / "out" / "results.json").read_text())
     assert [(row.method, row.ratio) for row in board.rows] == [
-        (method, ratio) for ratio in (0.2, 0.3) for method in ("random", "loraprune", "magnitude")
+        (method, ratio) for ratio in (0.2, 0.3) for method in ("random", "loraprune", "magnitude", "flap")
     ]
     for row in board.rows:
         assert row.error is None
         assert row.parameters is not None
-        assert row.reached == pytest.approx(1 - row.parameters / board.dense_parameters)
+        assert row.reached == pytest.approx(1 - row.parameters / board.dense_parameters, rel=1e-9)
         assert row.pruning_steps + row.recovery_steps == board.steps == 4
         assert board.mean(row.pruned) != board.mean(row.recovered)
         assert row.scoring_seconds is not None
@@ -121,7 +121,7 @@ def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     assert float(lines[1]["perplexity_recovered"]) == pytest.approx(board.mean(board.rows[0].recovered))
     assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<tr>") == 8
+    assert page.count("<tr>") == 10
     assert "data:image/png;base64," in page
 
     again = CliRunner().invoke(app, arguments)

@@ -271,10 +271,10 @@ def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
         stages.decide(result, shared.texts, work)
         row.scoring_seconds = round(time.monotonic() - started, 2)
     row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
-    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, graph)
     if recipe.recovery.repair:
         stages.mend(result, shared.texts)
     stages.cut(result)
+    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, graph)  # with biases that it adds
     stages.measure(result, shared.texts, "pruned")
     row.pruned, row.parameters = result.metrics["pruned"]["perplexity"], result.metrics["pruned"]["parameters"]
     if recipe.recovery.steps > 0:
