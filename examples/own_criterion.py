@@ -35,7 +35,8 @@ class LargestWeight:
         scores = {}
         for group in restrict(task.graph, task.budget).prunable:
             [member] = [member for member in group.members if member.role == "in"]
-            columns = weights[member.parameter].detach().abs().amax(dim=1 - member.axis)
+            weight = weights[member.parameter].detach().abs()
+            columns = weight.movedim(member.axis, 0).flatten(1).amax(dim=1)  # experts lie in a third axis
             scores[group.name] = columns[member.rows(range(group.size))].amax(dim=1)  # one number a unit, higher = keep
         return Decision(allocate(task.graph, Scores(scores), task.budget), Scores(scores))
 
