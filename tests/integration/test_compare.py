@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import secateur
 from secateur import inspection, pipeline, stages, tables
 from secateur.cli import app
-from secateur.compare import Leaderboard, Row, compare, contents, folder, run, schedule_of, split_overrides
+from secateur.compare import Leaderboard, Row, compare, contents, folder, run, schedule_of, shown, split_overrides
 from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
@@ -388,14 +388,23 @@ def test_retention_is_corrected_for_chance() -> None:
         tokens_per_step=1,
         dense={"a": 2.0, "b": 4.0},
         dense_parameters=1,
-        dense_tasks={"four": {"acc": 0.65, "acc_norm": 0.75}, "two": {"acc": 0.8}, "odd": {"exact_match": 1.0}},
+        dense_tasks={
+            "four": {"acc": 0.65, "acc_norm": 0.75},
+            "two": {"acc": 0.8},
+            "open": {"acc": 0.4, "acc_stderr": 0.1},
+            "odd": {"exact_match": 1.0},
+        },
         chance={"four": 0.25, "two": 0.5},
     )
-    row = Row(method="x", ratio=0.2, tasks={"four": {"acc": 0.3, "acc_norm": 0.5}, "two": {"acc": 0.5}})
+    tasks = {"four": {"acc": 0.3, "acc_norm": 0.5}, "two": {"acc": 0.5}, "open": {"acc": 0.0, "acc_stderr": 0.0}}
+    row = Row(method="x", ratio=0.2, tasks=tasks)
     assert board.retention(row, "four") == pytest.approx(0.5)
     assert board.retention(row, "two") == pytest.approx(0.0)
     assert board.retention(row, "odd") is None
-    assert board.mean_retention(row) == pytest.approx(0.25)
+    assert board.retention(row, "open") == 0.0
+    assert board.mean_retention(row) == pytest.approx(0.5 / 3)
+    board.rows.append(row)
+    assert "0.000 ± 0.000" in shown(board)[1]
     assert board.mean(board.dense) == pytest.approx((2.0**3 * 4.0) ** 0.25)
     assert board.mean({"a": 2.0}) is None
 

@@ -122,7 +122,7 @@ def _cells(comparison: Leaderboard, row: Row) -> list[str]:
         values = row.tasks.get(task, {})
         metric = metric_of(values)
         error = values.get(f"{metric}_stderr")
-        cells.append("" if metric is None else f"{values[metric]:.3f}" + (f" ± {error:.3f}" if error else ""))
+        cells.append("" if metric is None else f"{values[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if comparison.dense_tasks:
         retention = comparison.mean_retention(row)
         cells.append("" if retention is None else f"{retention:.1%}")

@@ -66,7 +66,7 @@ class Leaderboard(BaseModel):
     dense_parameters: int
     dense_tasks: dict[str, dict[str, float]] = {}
     chance: dict[str, float] = {}
-    """Task → accuracy of guessing."""
+    """Task → accuracy of guessing; tasks without choices, where guessing gets nothing, are left out."""
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
     rows: list[Row] = []
@@ -80,9 +80,9 @@ class Leaderboard(BaseModel):
 
     def retention(self, row: Row, task: str) -> float | None:
         """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing."""
-        values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task)
+        values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task, 0.0)
         metric = metric_of(dense or {})
-        if values is None or dense is None or chance is None or metric is None or metric not in values:
+        if values is None or dense is None or metric is None or metric not in values:
             return None
         above = dense[metric] - chance
         return (values[metric] - chance) / above if above > 0 else None

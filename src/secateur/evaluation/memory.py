@@ -19,8 +19,8 @@ class PeakMemory:
 
     On CUDA these are the bytes that torch has allocated on ``device``. Elsewhere they are the resident memory of the
     process, interpreter and libraries included, so that ``extra``, what came on top of the start, says more. What is
-    free is handed back to the system first: glibc keeps memory that work before this has freed, and what finds its place
-    there would not be counted. Where the C library is another one, work that came before may still hide some.
+    free is handed back to the system first: glibc keeps what earlier work has freed, and memory that is taken from there
+    would not be counted. Where the C library is another one, earlier work may still hide some.
     """
 
     def __init__(self, device: torch.device) -> None:
