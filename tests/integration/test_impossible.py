@@ -24,7 +24,7 @@ from secateur.testing.tiny import build
         ("llama-gqa", "loraprune", {"lora.targets": "[nothing]"}, "finds no linear module"),
         ("llama-gqa", "lorashear", {"lora.targets": "[nothing]"}, "finds no linear module"),
         ("llama-gqa", "magnitude", {"lora.targets": "[nothing]"}, "finds no linear module"),  # recovery needs it
-        ("mixtral", "loraprune", {}, "none of its weights has a LoRA adapter"),
+        ("mixtral", "loraprune", {}, "none of its weights is a linear layer with a LoRA adapter"),
         ("llama-gqa", "flap", {"recovery.repair": "true"}, r"twice.*method\.compensate=false"),
         ("llama-gqa", "loraprune", {"evaluation.baseline": "shortgpt"}, r"baseline shortgpt.*evaluation\.baseline"),
     ],
