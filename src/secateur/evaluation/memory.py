@@ -19,7 +19,7 @@ class PeakMemory:
 
     On CUDA these are the bytes that torch has allocated on ``device``. Elsewhere they are the resident memory of the
     process, interpreter and libraries included, so that ``extra``, what came on top of the start, says more. What is
-    free is handed back to the system first: glibc keeps what earlier work has freed, and memory that is taken from there
+    free is handed back to the system first: glibc keeps what earlier work has freed, and memory taken from there
     would not be counted. Where the C library is another one, earlier work may still hide some.
     """
 
