@@ -41,10 +41,10 @@ class Budget(Settings):
     """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``; groups that are not cut stay."""
     protect: tuple[str, ...] = ()
     """Groups that must stay whole: names or patterns, such as ``layers.0.*`` or ``*.attention``."""
-    protect_first: int = Field(default=0, ge=0)
-    """The first so many decoder layers stay whole."""
-    protect_last: int = Field(default=0, ge=0)
-    """The last so many decoder layers stay whole."""
+    protect_first: int | float = Field(default=0, ge=0)  # noqa: PYI041 (a whole number stays one in a recipe)
+    """The first so many decoder layers stay whole; a number below 1 is a share of all layers (0.1: a tenth, rounded)."""
+    protect_last: int | float = Field(default=0, ge=0)  # noqa: PYI041 (a whole number stays one in a recipe)
+    """The last so many decoder layers stay whole; a number below 1 is a share of all layers."""
     protect_from: Path | None = None
     """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole,
     and no layer that has one of them goes."""
@@ -80,6 +80,13 @@ class Budget(Settings):
                 "attention takes KV heads with all their query heads and query takes query heads from KV heads, which "
                 "does not go together; name one of the two, and the other in a second run on what this one leaves"
             )
+        return value
+
+    @field_validator("protect_first", "protect_last")
+    @classmethod
+    def _whole_layers(cls, value: int | float) -> int | float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"a whole number of layers, or a share of them below 1; got {value}")
         return value
 
     @field_validator("round_to")
@@ -171,10 +178,11 @@ def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: in
     """Why a decoder layer, whose groups are called ``names``, must stay; None when it may go."""
     if any(fnmatchcase(name, pattern) for name in names for pattern in budget.protect):
         return "named in budget.protect"
-    if layer < budget.protect_first:
-        return f"one of the first {budget.protect_first} layers (budget.protect_first)"
-    if layer > last_layer - budget.protect_last:
-        return f"one of the last {budget.protect_last} layers (budget.protect_last)"
+    first, last = (_layers(count, last_layer + 1) for count in (budget.protect_first, budget.protect_last))
+    if layer < first:
+        return f"one of the first {first} layers (budget.protect_first)"
+    if layer > last_layer - last:
+        return f"one of the last {last} layers (budget.protect_last)"
     return None
 
 
@@ -221,6 +229,11 @@ def _reason(group: NodeGroup, graph: DependencyGraph, budget: Budget, last_layer
         if why is not None:
             return why
     return refusal(group, graph.model_type, budget.runs_on)
+
+
+def _layers(count: int | float, layers: int) -> int:
+    """So many of ``layers``, or that share of them."""
+    return round(count * layers) if count < 1 else int(count)
 
 
 def _width_class(group: NodeGroup) -> tuple[Kind, int]:

@@ -33,6 +33,7 @@ def test_a_ratio_may_be_text() -> None:
         {"runs_on": "tgi"},
         {"round_to": {"ffn": 0}},
         {"protect_first": -1},
+        {"protect_last": 1.5},
         {"runs_on": "vllm", "protect_first": 1},
         {"runs_on": "everywhere", "protect_last": 1},
     ],
@@ -80,3 +81,9 @@ def test_one_protected_layer_stops_its_whole_kind_where_widths_must_be_equal() -
 def test_heads_are_cut_only_where_the_runtime_opens_the_family(model_type: str, runs_on: Any, heads: bool) -> None:
     graph = restrict(llama_graph([40] * 2, [2] * 2, model_type=model_type), Budget(runs_on=runs_on))
     assert any(group.kind == "attention" for group in graph.prunable) == heads
+
+
+def test_a_share_of_the_layers_can_be_kept_whole() -> None:
+    graph = restrict(llama_graph([40] * 10, [2] * 10), Budget(protect_first=0.2, protect_last=0.04))
+    whole = {group.layer for group in graph if group.protected is not None and group.layer is not None}
+    assert whole == {0, 1}
