@@ -41,9 +41,9 @@ class Budget(Settings):
     """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``; groups that are not cut stay."""
     protect: tuple[str, ...] = ()
     """Groups that must stay whole: names or patterns, such as ``layers.0.*`` or ``*.attention``."""
-    protect_first: int | float = Field(default=0, ge=0)  # noqa: PYI041 (a whole number stays one in a recipe)
-    """The first so many decoder layers stay whole; a number below 1 is a share of all layers (0.1: a tenth, rounded)."""
-    protect_last: int | float = Field(default=0, ge=0)  # noqa: PYI041 (a whole number stays one in a recipe)
+    protect_first: int | float = Field(default=0, ge=0)
+    """The first so many decoder layers stay whole; a number below 1 is a share of all layers (0.1: a tenth)."""
+    protect_last: int | float = Field(default=0, ge=0)
     """The last so many decoder layers stay whole; a number below 1 is a share of all layers."""
     protect_from: Path | None = None
     """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole,
