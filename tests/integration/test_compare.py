@@ -340,17 +340,17 @@ def test_tasks_and_text_are_looked_at_before_a_model_is_opened(
     assert not (tmp_path / "out").exists()
 
 
+def _board(**values: Any) -> Leaderboard:
+    """A comparison without rows of a model of one parameter."""
+    shared = {"seed": 0, "recipe": "", "window": 1, "steps": 0, "tokens_per_step": 1, "dense_parameters": 1}
+    return Leaderboard.model_validate({**shared, **values})
+
+
 def test_columns_are_in_the_same_order_whatever_failed_first(tmp_path: Path) -> None:
-    board = Leaderboard(
+    board = _board(
         model="<b>m</b>",
-        seed=0,
-        recipe="",
-        window=1,
         tokens={"a": 3},
-        steps=0,
-        tokens_per_step=1,
         dense={"a": 2.0},
-        dense_parameters=1,
         dense_tasks={"four": {"acc": 0.65, "acc_stderr": 0.1}},
         chance={"four": 0.25},
     )
@@ -378,16 +378,10 @@ def test_columns_are_in_the_same_order_whatever_failed_first(tmp_path: Path) -> 
 
 
 def test_retention_is_corrected_for_chance() -> None:
-    board = Leaderboard(
+    board = _board(
         model="m",
-        seed=0,
-        recipe="",
-        window=1,
         tokens={"a": 3, "b": 1},
-        steps=0,
-        tokens_per_step=1,
         dense={"a": 2.0, "b": 4.0},
-        dense_parameters=1,
         dense_tasks={
             "four": {"acc": 0.65, "acc_norm": 0.75},
             "two": {"acc": 0.8},
@@ -410,16 +404,10 @@ def test_retention_is_corrected_for_chance() -> None:
 
 
 def test_the_terminal_says_below_the_table_why_a_row_failed() -> None:
-    board = Leaderboard(
+    board = _board(
         model="m",
-        seed=0,
-        recipe="",
-        window=1,
         tokens={"a": 3},
-        steps=0,
-        tokens_per_step=1,
         dense={"a": 2.0},
-        dense_parameters=1,
     )
     board.rows.append(Row(method="shortgpt", ratio=0.2, error="Set budget.kinds=[layer]."))
     console = Console(markup=False, width=100, record=True, file=io.StringIO())
