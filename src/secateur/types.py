@@ -166,6 +166,15 @@ class DependencyGraph:
                 found[name] = units[name[:end]]
         return found
 
+    @cached_property
+    def _alike(self) -> dict[str, int]:
+        """One of the parameters that lose the same with every unit → how many of them there are."""
+        alike: dict[object, list[str]] = {}
+        for name, shape in self.shapes.items():
+            owners = [(group.name, member.axis, member.rows_per_unit) for group, member in self.of_parameter(name)]
+            alike.setdefault((shape, tuple(owners), self._unit_of.get(name)), []).append(name)
+        return {names[0]: len(names) for names in alike.values()}
+
     def __getitem__(self, name: str) -> NodeGroup:
         return self._by_name[name]
 
@@ -231,7 +240,7 @@ class DependencyGraph:
 
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
-        return sum(self.numel(name, kept or {}) for name in self.shapes)
+        return sum(many * self.numel(name, kept or {}) for name, many in self._alike.items())
 
     def numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
         """Elements of ``parameter`` when only ``kept`` units stay; only the lengths matter, save for whole modules."""

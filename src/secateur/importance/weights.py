@@ -117,7 +117,7 @@ def other_axes(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:
 
 def sum_rows(values: torch.Tensor, member: Member, size: int) -> torch.Tensor:
     """Sum a number per row of ``member``'s axis, shape ``[rows]``, to a number per unit, shape ``[size]``."""
-    return values[member.rows(range(size)).to(values.device)].sum(dim=1)
+    return values[member.rows(torch.arange(size)).to(values.device)].sum(dim=1)
 
 
 def sum_units(elements: torch.Tensor, member: Member, size: int) -> torch.Tensor:

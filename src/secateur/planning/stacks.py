@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ class Stack:
     parameters: int
     """Parameters that go with one unit while everything else is whole."""
 
-    @property
+    @cached_property
     def left(self) -> int:
         return len(self.order)
 
