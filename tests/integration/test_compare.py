@@ -6,10 +6,12 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -366,8 +368,11 @@ def test_columns_are_in_the_same_order_whatever_failed_first(tmp_path: Path) -> 
     names = list(lines[0])
     assert names[-1] == "error"
     assert names.index("recovered, a") == names.index("pruned, a") + 1
-    assert names[names.index("four") :][:4] == ["four", "four_stderr", "four_retention", "retention"]
+    expected = ["four", "four_stderr", "four_retention", "four_retention_stderr", "retention", "retention_stderr"]
+    assert names[names.index("four") :][:6] == expected
     assert float(lines[2]["four_retention"]) == pytest.approx(0.5)
+    assert lines[0]["retention_stderr"] == ""
+    assert float(lines[2]["retention_stderr"]) == pytest.approx(0.1 / 0.4 * math.sqrt(1 + 0.5**2))
     assert lines[1]["error"].startswith("</td>")
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page
@@ -392,15 +397,36 @@ def test_retention_is_corrected_for_chance() -> None:
     )
     tasks = {"four": {"acc": 0.3, "acc_norm": 0.5}, "two": {"acc": 0.5}, "open": {"acc": 0.0, "acc_stderr": 0.0}}
     row = Row(method="x", ratio=0.2, tasks=tasks)
-    assert board.retention(row, "four") == pytest.approx(0.5)
-    assert board.retention(row, "two") == pytest.approx(0.0)
+    assert board.retention(row, "four") == (pytest.approx(0.5), None)
+    assert board.retention(row, "two") == (pytest.approx(0.0), None)
     assert board.retention(row, "odd") is None
-    assert board.retention(row, "open") == 0.0
-    assert board.mean_retention(row) == pytest.approx(0.5 / 3)
+    assert board.retention(row, "open") == (0.0, 0.0)
+    assert board.mean_retention(row) == (pytest.approx(0.5 / 3), None)
     board.rows.append(row)
     assert "0.000 ± 0.000" in shown(board)[1]
     assert board.mean(board.dense) == pytest.approx((2.0**3 * 4.0) ** 0.25)
     assert board.mean({"a": 2.0}) is None
+
+
+def test_the_error_of_retention_is_that_of_a_quotient() -> None:
+    """Against the spread of the quotient of normal draws."""
+    tasks = {"a": (0.40, 0.02, 0.60, 0.015, 0.25), "b": (0.30, 0.01, 0.50, 0.02, 0.0)}
+    board = _board(
+        model="m",
+        tokens={"a": 1},
+        dense={"a": 2.0},
+        dense_tasks={name: {"acc": dense, "acc_stderr": error} for name, (_, _, dense, error, _) in tasks.items()},
+        chance={"a": 0.25},
+    )
+    values = {name: {"acc": value, "acc_stderr": error} for name, (value, error, *_) in tasks.items()}
+    retention = board.mean_retention(Row(method="x", ratio=0.2, tasks=values))
+    draws = np.random.default_rng(0)
+    shares = [
+        (draws.normal(value, error, 20_000) - chance) / (draws.normal(dense, dense_error, 20_000) - chance)
+        for value, error, dense, dense_error, chance in tasks.values()
+    ]
+    assert retention is not None
+    assert retention.stderr == pytest.approx(float(np.std(np.mean(shares, axis=0))), rel=0.05)
 
 
 def test_the_terminal_says_below_the_table_why_a_row_failed() -> None:

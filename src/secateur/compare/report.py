@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.compare.rows import Leaderboard, Row, metric_of
+from secateur.compare.rows import Leaderboard, Retention, Row, metric_of
 from secateur.export.story import show_bytes, show_count, show_number
 from secateur.pages import html_page
 from secateur.whole import whole, write_whole
@@ -68,9 +68,9 @@ def flat(comparison: Leaderboard) -> list[dict[str, object]]:
             metric, values = metric_of(dense_values), row.tasks.get(task, {})
             if metric is not None:
                 line |= {task: values.get(metric), f"{task}_stderr": values.get(f"{metric}_stderr")}
-                line[f"{task}_retention"] = comparison.retention(row, task)
+                line |= _retained(f"{task}_retention", comparison.retention(row, task), row)
         if comparison.dense_tasks:
-            line["retention"] = comparison.mean_retention(row)
+            line |= _retained("retention", comparison.mean_retention(row), row)
         line["scoring_seconds"] = row.scoring_seconds
         line["scoring_peak_bytes"] = row.scoring_peak_bytes
         line["scoring_extra_bytes"] = row.scoring_extra_bytes
@@ -80,6 +80,12 @@ def flat(comparison: Leaderboard) -> list[dict[str, object]]:
     for line, row in zip(table, (dense, *comparison.rows), strict=True):
         line["error"] = row.error
     return table
+
+
+def _retained(name: str, retention: Retention | None, row: Row) -> dict[str, float | None]:
+    """Two columns; the dense model, which is measured against itself, has no error."""
+    share, error = retention or (None, None)
+    return {name: share, f"{name}_stderr": None if row.method == "dense" else error}
 
 
 def _names(table: Sequence[Mapping[str, object]]) -> list[str]:
@@ -124,8 +130,8 @@ def _cells(comparison: Leaderboard, row: Row) -> list[str]:
         error = values.get(f"{metric}_stderr")
         cells.append("" if metric is None else f"{values[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if comparison.dense_tasks:
-        retention = comparison.mean_retention(row)
-        cells.append("" if retention is None else f"{retention:.1%}")
+        share, error = _retained("", comparison.mean_retention(row), row).values()
+        cells.append("" if share is None else f"{share:.1%}" + ("" if error is None else f" ± {error:.1%}"))
     speed = row.speed.get("batch 1", {})
     cells.append("" if row.scoring_seconds is None else f"{row.scoring_seconds:.0f} s")
     cells.append("" if row.scoring_extra_bytes is None else f"+{show_bytes(row.scoring_extra_bytes)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -47,6 +47,16 @@ class Row(BaseModel):
     """Why there is no result."""
 
 
+class Retention(NamedTuple):
+    """What is left of a task's accuracy above guessing."""
+
+    share: float
+    """1 is what the dense model has; below 0 is worse than guessing."""
+    stderr: float | None
+    """To first order, from the standard errors of both accuracies, as if they were independent: answers to the same
+    questions go together, so that the true one is smaller. None where the harness gives none."""
+
+
 class Leaderboard(BaseModel):
     """All rows, and what they share."""
 
@@ -78,19 +88,28 @@ class Leaderboard(BaseModel):
         loss = sum(count * math.log(perplexity[source]) for source, count in self.tokens.items())
         return math.exp(loss / sum(self.tokens.values()))
 
-    def retention(self, row: Row, task: str) -> float | None:
+    def retention(self, row: Row, task: str) -> Retention | None:
         """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing."""
         values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task, 0.0)
         metric = metric_of(dense or {})
         if values is None or dense is None or metric is None or metric not in values:
             return None
         above = dense[metric] - chance
-        return (values[metric] - chance) / above if above > 0 else None
+        if above <= 0:
+            return None
+        share, error = (values[metric] - chance) / above, f"{metric}_stderr"
+        if error not in values or error not in dense:
+            return Retention(share, None)
+        return Retention(share, math.hypot(values[error], share * dense[error]) / above)
 
-    def mean_retention(self, row: Row) -> float | None:
+    def mean_retention(self, row: Row) -> Retention | None:
         """Mean over the tasks that have one."""
         found = [value for task in self.dense_tasks if (value := self.retention(row, task)) is not None]
-        return sum(found) / len(found) if found else None
+        if not found:
+            return None
+        errors = [one.stderr for one in found if one.stderr is not None]
+        error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+        return Retention(sum(one.share for one in found) / len(found), error)
 
 
 def metric_of(values: Numbers) -> str | None:
