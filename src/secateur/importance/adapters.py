@@ -38,6 +38,15 @@ class Options:
     quadratic: bool = False
     """Keep the third term of eq. 10, −∂_B ∂_A."""
 
+    @property
+    def of_loss(self) -> bool:
+        """Whether scores of different groups can be compared (``Scores.of_loss``).
+
+        With B = 0 the estimate is ``G AᵀA``, and A's entries have a variance that depends on the width of the input
+        alone: about the same fraction of G in all matrices that read the residual stream, so in all that produce units.
+        """
+        return self.sides == "out" and not self.normalise
+
 
 DEFAULT = Options()
 
@@ -135,13 +144,14 @@ def scores_from_adapter_gradients(model: nn.Module, graph: DependencyGraph, opti
 
     Of each wrapped weight that a group lives on, output side (rows of ``W`` and ``B``) and input side (columns of
     ``W`` and ``A``), the sums over the rows of a unit are divided by their L2 norm over the units (``normalise``: the
-    estimate's scale depends on the norms of A and B, so that modules are not comparable without it) and added up.
+    estimate's scale depends on the norms of A and B, which differ between the two sides) and added up.
 
     Raises:
         ModelError: a prunable group has no weight with an adapter on the sides asked for.
         PlanError: gradients are not finite.
     """
-    return Scores({group.name: _group_scores(model, group, options) for group in graph.prunable})
+    scores = {group.name: _group_scores(model, group, options) for group in graph.prunable}
+    return Scores(scores, options.of_loss)
 
 
 def check_scorable(model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:

@@ -68,7 +68,7 @@ class GuidedPruning(StatefulCallback):
         Beginning from the first scores instead would give those, which see least (B = 0), the most weight for long.
         """
         share = 1 - self.moving_average**self.observed
-        return Scores({name: value / share for name, value in self.average.items()})
+        return Scores({name: value / share for name, value in self.average.items()}, self.options.of_loss)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

@@ -36,8 +36,9 @@ class LoRAPruneSettings(Settings):
     """Learning-rate schedule while pruning; recovery, which ends the training, has ``training.schedule``."""
     form: Form = "absolute"
     """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
-    normalise: bool = True
-    """Make the modules of a unit comparable: divide the scores of each by their norm before they are added."""
+    normalise: bool = False
+    """Divide the scores of each module by their norm before those of a unit are added, as the paper's code does. That
+    takes away which layers matter more; it is needed to add the two ``sides``, whose estimates differ in scale."""
     sides: Sides = "out"
     """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both`` (the paper); the
     estimate for the consuming ones is mostly noise until B has been trained for long."""

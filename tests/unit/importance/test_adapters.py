@@ -17,6 +17,7 @@ from secateur.importance import Adapters, Taylor, adapters
 from secateur.importance.adapters import Options, estimate_gradient, scores_from_adapter_gradients
 from secateur.importance.base import mean_loss_backward, recomputed
 from secateur.importance.weights import dequantised, lora_layer
+from secateur.planning import Budget, allocate
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, attach_lora
 from secateur.training.quantised import quantised_base
@@ -256,3 +257,22 @@ def test_quantised_weights_are_read_as_they_compute(weights: Any) -> None:
             torch.testing.assert_close(values, columns.T, rtol=1e-3, atol=1e-4)
     assert layer.base_layer is whole
     assert torch.equal(whole.weight, before)
+
+
+def test_the_output_side_alone_tells_which_layers_matter() -> None:
+    """A layer that hardly adds anything to the residual stream loses its units first, unless modules are normalised."""
+    model = TINY["llama-gqa"]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("model.layers.1.") and name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter *= 0.05
+    model = attach_lora(model, LoraSettings(rank=4), seed=0)
+    graph = trace(model)
+    budget = Budget(ratio=0.1, kinds=("ffn",), floor=0.0)
+    gone = {}
+    for normalise in (False, True):
+        scores = Adapters(Options(normalise=normalise, sides="out")).score(model, graph, blocks(), seed=0)
+        removed = allocate(graph, scores, budget)
+        gone[normalise] = [len(removed.get(f"layers.{layer}.mlp", [])) for layer in range(2)]
+    assert gone[False][0] == 0 < gone[False][1]
+    assert gone[True][0] > 0
