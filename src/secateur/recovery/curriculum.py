@@ -118,7 +118,7 @@ class Curriculum(StatefulCallback):
         self._stage, self._began, self._idle = 0, 0, 0
         self._best = math.inf
         self._batch = 0
-        self._weights = self._beginning()
+        self._weights = self._beginning(0)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -127,6 +127,7 @@ class Curriculum(StatefulCallback):
         self._batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if state.global_step == 0:
             self._round(0, model)
+            self._look_ahead(0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """Called by the Trainer after every optimiser step."""
@@ -140,16 +141,25 @@ class Curriculum(StatefulCallback):
             self.rounds[-1]["stopped"] = f"no gain of {self.min_gain:.1%} in {self.patience} rounds"
             progress.say(f"  Recovery stops after step {step}: {self.rounds[-1]['stopped']}")
             control.should_training_stop = True
+        self._look_ahead(step)
 
-    def _beginning(self) -> dict[str, float]:
-        return {name: self.initial[name] for name in self.stages[self._stage].sources}
+    def _beginning(self, stage: int) -> dict[str, float]:
+        return {name: self.initial[name] for name in self.stages[stage].sources}
+
+    def _look_ahead(self, step: int) -> None:
+        """The planned end of a stage is known a step before it, in time for the next one to be read from its start."""
+        until = self.stages[self._stage].until
+        if step + 1 != until or self._stage + 1 >= len(self.stages):
+            return
+        following = self._stage + 1
+        self.order.set_weights(self._shares(following, self._beginning(following)), until * self._batch)
 
     def _next_stage(self, step: int, model: Any) -> bool:
         """Whether there was one more stage, which begins now."""
         if self._stage + 1 >= len(self.stages):
             return False
         self._stage, self._began, self._idle, self._best = self._stage + 1, step, 0, math.inf
-        self._weights = self._beginning()
+        self._weights = self._beginning(self._stage)
         self._round(step, model)
         return True
 
@@ -160,7 +170,7 @@ class Curriculum(StatefulCallback):
         if self.measure is not None and self.round_steps > 0:
             losses = _agreed(self.measure(model), next(model.parameters()).device)
             self._weights = reweigh(self._weights, losses, self.reference)
-        shares = self._shares()
+        shares = self._shares(self._stage, self._weights)
         # the floor is part of the weights, so that a source that was ahead can come back soon
         self._weights = {name: shares[name] for name in stage.sources}
         # the batch of the next step may have been asked for already, in part and not by all processes alike
@@ -168,11 +178,10 @@ class Curriculum(StatefulCallback):
         self.rounds.append({"step": step, "stage": stage.name, "weights": shares, "losses": losses})
         return self._no_longer_helps([losses[name] for name in stage.sources if name in losses])
 
-    def _shares(self) -> dict[str, float]:
-        """Shares of all sources that are read: those of the stage by weight, earlier ones the floor."""
-        own = self.stages[self._stage].sources
-        earlier = [name for stage in self.stages[: self._stage] for name in stage.sources if name not in own]
-        return floored(dict.fromkeys(earlier, 0.0) | self._weights, self.floor)
+    def _shares(self, stage: int, weights: Losses) -> dict[str, float]:
+        """Shares of all sources that are read in a stage: its own by weight, earlier ones the floor."""
+        earlier = [name for other in self.stages[:stage] for name in other.sources if name not in weights]
+        return floored(dict.fromkeys(earlier, 0.0) | dict(weights), self.floor)
 
     def _no_longer_helps(self, losses: Sequence[float]) -> bool:
         if not losses or self.patience == 0:
