@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from secateur.errors import InputError
 from secateur.testing.tiny import TINY, VOCAB
@@ -56,6 +57,53 @@ def test_nothing_is_written_after_the_last_step(tmp_path: Path, monkeypatch: pyt
     train(adapted, IDS, settings, steps=4, seed=1, description="training", checkpoints=tmp_path / "steps")
     assert written == [2]
     assert not (tmp_path / "steps").exists()
+
+
+class _Gradients(TrainerCallback):
+    """The norm of the gradients of every step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        self.norms.append(float(torch.stack(grads).norm()))
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize(("blocks", "batch", "micro"), [(3, 4, 1), (5, 4, 2), (8, 16, 2), (12, 4, 2)])
+def test_a_step_reads_a_whole_batch_however_few_blocks_there_are(
+    blocks: int, batch: int, micro: int, own_loss: bool
+) -> None:
+    adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=0)
+    read: list[int] = []
+    adapted.register_forward_pre_hook(lambda module, args, more: read.append(len(more["input_ids"])), with_kwargs=True)
+    settings = TrainingSettings(batch_size=batch, micro_batch_size=micro, learning_rate=1e-9, precision="fp32")
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    watch, same = _Gradients(), IDS[:1].repeat(blocks, 1)  # any whole batch of one text has the same gradient
+    own = loss if own_loss else None
+    train(adapted, same, settings, steps=3, seed=0, description="training", callbacks=[watch], loss=own)
+    assert read == [micro] * (3 * batch // micro)
+    assert watch.norms == pytest.approx([watch.norms[0]] * 3, rel=1e-3)
+    one = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=0)
+    one(input_ids=same[:1], labels=same[:1]).loss.backward()
+    grads = [parameter.grad.norm() for parameter in one.parameters() if parameter.grad is not None]
+    assert watch.norms[0] == pytest.approx(float(torch.stack(grads).norm()), rel=1e-3)
+
+
+def test_blocks_are_read_equally_often_when_they_run_out() -> None:
+    adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=0)
+    read: list[int] = []
+    adapted.register_forward_pre_hook(
+        lambda module, args, more: read.extend(IDS.tolist().index(row) for row in more["input_ids"].tolist()),
+        with_kwargs=True,
+    )
+    train(adapted, IDS, TrainingSettings(precision="fp32"), steps=7, seed=0, description="training")  # 14 of 6
+    assert sorted(read[:6]) == sorted(read[6:12]) == list(range(6))
+    assert read[:6] != read[6:12]
 
 
 def test_an_adapter_on_a_tied_head_is_refused() -> None:

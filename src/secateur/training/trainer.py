@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from secateur import progress
+from secateur.data.order import ReadingOrder
 from secateur.precision import Precision, autocast_dtype
 from secateur.training.checkpoints import SaveStates, last_checkpoint
 from secateur.types import Settings
@@ -135,9 +136,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
 
-    Without an ``order``, blocks are shuffled by ``seed`` and used again when they run out. Returns the Trainer's log:
-    step, loss, learning rate and gradient norm (before clipping), about twenty entries a run. The model is left in
-    eval mode.
+    Without an ``order``, blocks are shuffled by ``seed``, and used again, shuffled anew, when they run out; each step
+    reads ``settings.batch_size`` of them, however few there are. Returns the Trainer's log: step, loss, learning rate
+    and gradient norm (before clipping), about twenty entries a run. The model is left in eval mode.
 
     Args:
         callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
@@ -177,16 +178,20 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
             seed=seed,
-            train_sampling_strategy="random" if order is None else "sequential",
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
+        positions = steps * settings.batch_size * arguments.world_size
+        if order is None and len(ids) < positions:  # an epoch of the Trainer would end with a batch that is not full
+            order = ReadingOrder(("all",) * len(ids), {"all": 1.0}, seed)
+        if order is not None:
+            arguments.train_sampling_strategy = "sequential"
         clip = [_Clip(settings.max_grad_norm)] if settings.max_grad_norm > 0 else []
         states = SaveStates(callbacks)
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=_Blocks(ids, order, steps * settings.batch_size * arguments.world_size),
+            train_dataset=_Blocks(ids, order, positions),
             compute_loss_func=None if loss is None else _loss(loss, settings.batch_size // micro),
             callbacks=[*callbacks, *clip, states, _Progress(bar)],
         )
@@ -203,7 +208,10 @@ def train(
 
 
 def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulated: int) -> Callable[..., Any]:
-    """As the Trainer calls it; what it does not scale by itself is the mean over the micro-batches of a step."""
+    """As the Trainer calls it; what it does not scale by itself is the mean over the micro-batches of a step.
+
+    All steps have as many micro-batches, and all micro-batches as many windows (see ``train``).
+    """
 
     def scaled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         return loss(outputs["logits"], labels) / accumulated
