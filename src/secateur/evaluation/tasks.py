@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ def evaluate_tasks(
 
     Args:
         names: tasks of the harness (most fetch their data from the hub), or task files in its YAML format, or folders
-            of them, of which every task is run; those can name local data and need no network.
+            of them, of which every task is run; those can name local data and need no network. A group of the
+            harness that has a score of its own (``mmlu``) counts as one task; name its members to see theirs.
         limit: only the first so many items of each task.
         batch_size: sequences per forward pass.
 
@@ -56,7 +57,21 @@ def evaluate_tasks(
         found = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1)
     except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
         raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
-    return {task: _numbers(values) for task, values in found["results"].items()}
+    inside = _inside_groups(found) - set(tasks)
+    scores = {task: _numbers(values) for task, values in found["results"].items() if task not in inside}
+    members = found.get("group_subtasks", {})
+    return {task: values for task, values in scores.items() if values or not members.get(task)}
+
+
+def _inside_groups(found: Mapping[str, Any]) -> set[str]:
+    """Everything below a group that the harness has made one score of."""
+    members = found.get("group_subtasks", {})
+    waiting = [name for group in found.get("groups", {}) for name in members.get(group, ())]
+    inside: set[str] = set()
+    while waiting:
+        inside.add(name := waiting.pop())
+        waiting += members.get(name, ())
+    return inside
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -69,22 +84,40 @@ def check_tasks(names: Sequence[str]) -> None:
 def chance_levels(names: Sequence[str]) -> dict[str, float]:
     """Task → accuracy of guessing: the mean of 1 / choices over its items; tasks without choices are left out.
 
-    Raises as ``evaluate_tasks`` does.
+    That of a group is the mean over its tasks, weighted as its score is. Raises as ``evaluate_tasks`` does.
     """
     _require_harness()
     from lm_eval.tasks import get_task_dict
 
     manager, tasks = _resolve(tuple(names))
+    levels: dict[str, float] = {}
     try:
-        found = {name: task for name, task in get_task_dict(list(tasks), manager).items() if isinstance(name, str)}
-        levels = {}
-        for name, task in found.items():
-            if getattr(task, "OUTPUT_TYPE", "") == "multiple_choice":
-                documents = list(task.eval_docs)
-                levels[name] = sum(1 / len(task.doc_to_choice(item)) for item in documents) / len(documents)
-        return levels
+        _guess(get_task_dict(list(tasks), manager), levels)
     except (OSError, ValueError) as error:
         raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
+    return levels
+
+
+def _guess(tree: Mapping[Any, Any], levels: dict[str, float]) -> list[tuple[Any, float, int]]:
+    """Fill ``levels`` for all tasks and groups of the harness's ``tree``, where a group is the key of its members;
+    return every task below with its level (0 without choices) and its number of items."""
+    found = []
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            below = _guess(node, levels)
+            scored = (key.config or {}).get("aggregate_metric_list")
+            if scored:  # its accuracy, where it has one, comes first
+                counted = [(level, size) for task, level, size in below if scored[0]["metric"] in task.aggregation()]
+                weights = [size if scored[0]["weight_by_size"] else 1 for _, size in counted]
+                total = sum(weight * level for weight, (level, _) in zip(weights, counted, strict=True))
+                levels[key.group] = total / max(sum(weights), 1)
+        else:
+            documents = list(node.eval_docs)
+            if node.OUTPUT_TYPE == "multiple_choice":
+                levels[key] = sum(1 / len(node.doc_to_choice(item)) for item in documents) / len(documents)
+            below = [(node, levels.get(key, 0.0), len(documents))]
+        found += below
+    return found
 
 
 def _require_harness() -> None:

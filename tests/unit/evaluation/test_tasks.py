@@ -96,9 +96,33 @@ def test_guessing_is_one_over_the_number_of_choices(folder: Path, monkeypatch: p
 
 
 @needs_harness
+@pytest.mark.parametrize(("by_size", "chance"), [(True, (10 * 0.5 + 30 * 0.25) / 40), (False, 0.375)])
+def test_a_group_is_one_task_that_guessing_gets_as_much_of_as_of_its_members(
+    folder: Path, by_size: bool, chance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    items = [{"question": f"{index} is", "choices": ["odd", "even", "big", "small"], "label": 0} for index in range(30)]
+    (folder / "four.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "four.yaml").write_text(TASK.format(name="four", data=folder / "four.jsonl"))
+    (folder / "bundle.yaml").write_text("group: bundle\ntask: [four]\n")
+    score = f"aggregate_metric_list: [{{metric: acc, weight_by_size: {str(by_size).lower()}}}]"
+    (folder / "both.yaml").write_text(f"group: both\ntask: [parity, bundle]\n{score}\n")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)  # as for a group that the harness brings
+    monkeypatch.setattr("secateur.evaluation.tasks._resolve", lambda names: (manager, names))
+
+    assert chance_levels(["both"])["both"] == pytest.approx(chance)
+    model = build("llama-gqa")
+    assert set(evaluate_tasks(model, tiny_tokenizer(), ["both"], limit=2)) == {"both"}
+    assert set(evaluate_tasks(model, tiny_tokenizer(), ["bundle"], limit=2)) == {"four"}  # it has no score of its own
+    assert chance_levels(["bundle"]) == {"four": 0.25}
+
+
+@needs_harness
 def test_faults_are_named(folder: Path) -> None:
     model = build("llama-gqa")
-    with pytest.raises(InputError, match="no task or folder parityy"):
+    with pytest.raises(InputError, match="no task, task file or folder parityy"):
         evaluate_tasks(model, tiny_tokenizer(), ["parityy"])
     with pytest.raises(InputError, match="at least one task"):
         evaluate_tasks(model, tiny_tokenizer(), [])
