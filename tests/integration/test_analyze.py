@@ -103,6 +103,22 @@ def test_interrupted_and_resumed_it_measures_the_same_once(
     assert Analysis.load(tmp_path / "out" / "analysis.json") == again
 
 
+def test_interrupted_while_its_folder_is_written_it_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, out = TINY["llama-gqa"](), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.export.analysis.heat_map", dies)
+        with pytest.raises(KeyboardInterrupt):
+            inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out)
+    assert not out.exists()
+    inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out, resume=True)
+    assert {path.name for path in out.iterdir()} == {"analysis.json", "analysis.csv", "heatmap.png"}
+
+
 def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) -> None:
     model = TINY["llama-gqa"]()
     with pytest.raises(InputError, match=r"Unknown criterion 'lora'.*taylor"):

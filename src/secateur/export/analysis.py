@@ -18,12 +18,21 @@ _LEAST = 1e-4
 
 
 def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: float) -> None:
-    """Write ``analysis.csv``, ``heatmap.png`` and, last, ``analysis.json`` into ``folder``, which is made.
+    """Write ``analysis.json``, ``analysis.csv`` and ``heatmap.png`` into ``folder``, which appears whole or not at all.
 
-    The picture counts deviation ``by`` KL or perplexity and marks the most sensitive ``share`` of the groups.
+    ``folder`` is new, or empty. The picture counts deviation ``by`` KL or perplexity and marks the most sensitive
+    ``share`` of the groups.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "analysis.csv").open("w", newline="") as file:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole(folder) as scratch:
+        scratch.mkdir()
+        analysis.save(scratch / "analysis.json")
+        _write_table(analysis, scratch / "analysis.csv")
+        heat_map(analysis, scratch / "heatmap.png", by=by, protected=analysis.sensitive(share, by))
+
+
+def _write_table(analysis: Analysis, path: Path) -> None:
+    with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["group", "kind", "layer", "ratio", "units", "removed", "loss", "perplexity", "kl"])
         for trial in analysis.trials:
@@ -32,9 +41,6 @@ def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: fl
                 [trial.group, trial.kind, trial.layer, trial.ratio, trial.units, trial.removed]
                 + [f"{number:.6g}" for number in numbers]
             )
-    heat_map(analysis, folder / "heatmap.png", by=by, protected=analysis.sensitive(share, by))
-    with whole(folder / "analysis.json") as scratch:
-        analysis.save(scratch)
 
 
 def heat_map(analysis: Analysis, file: Path, *, by: Deviation, protected: Sequence[str] = ()) -> None:

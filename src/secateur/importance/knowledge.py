@@ -9,6 +9,7 @@ The states move along with the layers, so that only those of one layer are held 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,10 @@ def measure_cuts(
 
     Returns:
         The dense model's loss, and the trials in the order of ``chosen``.
+
+    Raises:
+        ModelError: a loss or a KL is not finite, which says nothing about where knowledge sits; the dense model's is
+            looked at before the first trial.
     """
     blocks = calibration(blocks, "analyze")
     finished = {(trial.group, trial.removed): (trial.loss, trial.kl) for trial in done}
@@ -147,12 +152,23 @@ def measure_cuts(
     stack = _stack(model, graph) if cached else None
     with borrowed(model), Bar("analysing", _passes(once, stack)) as bar:
         run = _Run(model, graph, blocks, batch_size, autocast, stack, bar)
+        if not math.isfinite(run.reference.loss):
+            raise ModelError(
+                f"The model's own loss on the calibration text is {run.reference.loss}, so that no cut can be compared "
+                "with it. Set evaluation.precision=fp32; if that does not help, its weights are damaged."
+            )
         for layer, together in _by_layer(once, stack):
             waiting = [cut for cut in together if cut.made not in finished]
             bar.advance(_passes(together, stack) - _passes(waiting, stack))
             if not waiting:
                 continue
             for cut, measured in zip(waiting, run.try_out(waiting, layer), strict=True):
+                if not all(map(math.isfinite, measured)):
+                    raise ModelError(
+                        f"Without {cut.made[1]} of the {cut.group.size} units of {cut.group.name} the model's loss is "
+                        f"{measured[0]} and its KL {measured[1]}, which cannot be ranked. Set "
+                        "evaluation.precision=fp32, other --ratios or another --criterion."
+                    )
                 finished[cut.made] = measured
             if keep is not None:
                 keep([cut.trial(*finished[cut.made]) for cut in chosen if cut.made in finished])

@@ -138,6 +138,35 @@ def test_it_goes_on_where_it_was_interrupted() -> None:
         assert one.kl == pytest.approx(other.kl, abs=1e-6)
 
 
+def test_a_model_without_a_finite_loss_is_refused_before_the_first_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-gqa"]()
+    graph, blocks = trace(model), _blocks()
+    chosen = _cuts(model, graph)
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    monkeypatch.setattr(knowledge._Run, "try_out", lambda *_: pytest.fail("a trial was made"))
+    with pytest.raises(ModelError, match="own loss on the calibration text is nan"):
+        knowledge.measure_cuts(model, graph, blocks, chosen)
+
+
+def test_a_trial_that_is_not_finite_names_its_group_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama-gqa"]()
+    graph, blocks = trace(model), _blocks()
+    chosen = _cuts(model, graph)
+    compare, kept = knowledge._Reference.compare, []
+    last = len(chosen) * len(blocks.ids) // 2  # of the first of two layers: the next trial is the first of the second
+
+    def breaks(self: Any, row: int, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        last -= 1
+        return compare(self, row, ids, logits * (math.nan if last < 0 else 1.0))
+
+    monkeypatch.setattr(knowledge._Reference, "compare", breaks)
+    with pytest.raises(ModelError, match=r"units of layers\.1\.\w+ the model's loss is nan"):
+        knowledge.measure_cuts(model, graph, blocks, chosen, keep=kept.extend)
+    assert {trial.layer for trial in kept} == {0}
+
+
 def test_layers_that_exchange_more_than_hidden_states_take_the_whole_way(capsys: pytest.CaptureFixture[str]) -> None:
     from secateur import progress
 
