@@ -89,8 +89,17 @@ def _text_loss(
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     loss = float(total) / tokens
     if math.isnan(loss):
-        raise ModelError("The model computes NaN on this text. Try dtype float32 without autocast.")
+        raise ModelError(_why_nan(model))
     return TextLoss(loss, tokens, ids.shape[1])
+
+
+def _why_nan(model: nn.Module) -> str:
+    if all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.is_floating_point()):
+        return "The model computes NaN on this text. Try dtype float32 without autocast."
+    return (
+        "The model computes NaN because its weights are not finite. If it was trained here, training diverged: lower "
+        "training.learning_rate, or clip gradients (training.max_grad_norm)."
+    )
 
 
 def _batch_loss(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
