@@ -432,6 +432,8 @@ def compare(
         )
     _console().print(tables.leaderboard(comparison))
     _console().print(f"Tables, plot and page are in {output}: report.html, results.csv, results.json, quality.png")
+    if all(row.error is not None for row in comparison.rows):
+        raise InputError("No row has a result; why is below the table. --resume tries again what failed.")
 
 
 @app.command()

@@ -95,6 +95,61 @@ def test_settings_of_one_method_are_told_from_those_of_all() -> None:
     assert own == {"lorashear": {"periods": 3}, "flap": {"compensate": False}}
 
 
+def test_a_recipe_sets_its_own_method(model: Path, tmp_path: Path) -> None:
+    recipe, out = recipe_of(model, "recovery.steps=0", "method.name=magnitude", "method.over=all"), tmp_path / "out"
+    board = compare(recipe, ["magnitude", "wanda"], [0.2], out)
+    settings_of = {row.method: row.settings for row in board.rows}
+    assert settings_of["magnitude"]["over"] == "all"
+    assert settings_of["wanda"] == METHODS["wanda"].Settings().model_dump(mode="json")
+    (tmp_path / "shared.yaml").write_text(board.recipe)
+    shared = secateur.load_recipe(tmp_path / "shared.yaml")
+    assert shared.recovery.steps == 0
+    assert shared.method == secateur.Recipe().method
+    assert "\n  ratio:" not in board.recipe
+    with pytest.raises(InputError, match="other settings of magnitude"):
+        compare(revise(recipe, {"method.over": "consumers"}), ["magnitude"], [0.2], out, resume=True)
+    [_, row] = schedule_of(recipe, ["random", "magnitude"], [0.2], {"magnitude": {"over": "consumers"}})
+    assert row.method.settings.model_dump()["over"] == "consumers"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_settings_of_a_method_that_is_not_compared_are_refused(model: Path, tmp_path: Path, resume: bool) -> None:
+    with pytest.raises(InputError, match="lorashear has settings and is not compared"):
+        compare(recipe_of(model), ["wanda"], [0.2], tmp_path, settings={"lorashear": {"periods": 3}}, resume=resume)
+    with pytest.raises(InputError, match="nonsense"):
+        compare(recipe_of(model), ["wanda"], [0.2], tmp_path, settings={"wanda": {"nonsense": 3}}, resume=resume)
+
+
+def test_an_infinite_perplexity_is_read_back(tmp_path: Path) -> None:
+    row = Row(method="random", ratio=0.5, reached=0.5, pruned={"a": math.inf}, recovered={"a": 9.0})
+    (tmp_path / "rows").mkdir()
+    folder.write_row(tmp_path, row)
+    assert folder.read_rows(tmp_path) == {("random", 0.5): row}
+    board = _board(model="m", tokens={"a": 3}, dense={"a": 2.0}, rows=[row])
+    write_report(board, tmp_path)
+    assert Leaderboard.model_validate_json((tmp_path / "results.json").read_text()) == board
+    with (tmp_path / "results.csv").open() as file:
+        assert float(list(csv.DictReader(file))[1]["perplexity_pruned"]) == math.inf
+    assert "<td>inf</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_comparison_without_any_result_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(self: Any, task: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    out, more = tmp_path / "out", ["--methods", "magnitude", "--ratios", "0.2"]
+    arguments = ["compare", str(model), "-o", str(out), *more]
+    for override in settings(model, "recovery.steps=0"):
+        arguments += ["--set", override]
+    with monkeypatch.context() as patch:
+        for method in (METHODS["random"], METHODS["magnitude"]):
+            patch.setattr(method, "run", faulty)
+        failed = CliRunner().invoke(app, arguments)
+    assert failed.exit_code == 1
+    assert "No row has a result" in failed.output
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+
+
 def test_from_the_command_line(model: Path, tmp_path: Path) -> None:
     arguments = ["compare", str(model), "--methods", "magnitude,loraprune,flap", "--ratios", "0.2,0.3"]
     arguments += ["-o", str(tmp_path / "out"), "--set", "loraprune.steps=2", "--set", "loraprune.every=1"]
@@ -220,6 +275,15 @@ def test_a_task_is_known_by_its_items(model: Path, tmp_path: Path) -> None:
             with (tmp_path / name).open("a") as file:
                 file.write(" ")
     assert len(seen) == 4
+
+
+def test_an_analysis_is_known_by_what_it_holds(model: Path, tmp_path: Path) -> None:
+    seen = set()
+    for text in ("{}", "{ }"):
+        (tmp_path / "analysis.json").write_text(text)
+        recipe = recipe_of(model, f"budget.protect_from={tmp_path / 'analysis.json'}")
+        seen.add(contents.digests(recipe, [])[str(tmp_path / "analysis.json")])
+    assert len(seen) == 2
 
 
 def test_large_weights_are_read_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +442,7 @@ def test_columns_are_in_the_same_order_whatever_failed_first(tmp_path: Path) -> 
     assert "<script>" not in page
     assert "<b>m" not in page
     assert "12.5%" in page
-    assert "shortgpt (batch_size=3)" in page
+    assert "shortgpt (batch_size=3).\nWhat all share" in page
     assert page.count("shortgpt (layer)") == 1
 
 

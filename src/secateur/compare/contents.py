@@ -26,6 +26,9 @@ def digests(recipe: Recipe, tasks: Sequence[str]) -> dict[str, str]:
     texts = (recipe.calibration.text, recipe.recovery.text, recipe.recovery.instructions, recipe.evaluation.text)
     wanted = {name: [_path(name)] for names in texts for name in names if _path(name).is_file()}
     wanted |= {name: sorted(_task_files(_path(name))) for name in tasks if _path(name).exists()}
+    analysis = recipe.budget.protect_from
+    if analysis is not None and analysis.expanduser().is_file():
+        wanted[str(analysis)] = [analysis.expanduser()]
     model = _path(recipe.model.name)
     if model.is_dir():
         wanted[recipe.model.name] = sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES)

@@ -10,11 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 Numbers = Mapping[str, float]
 
+_STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+"""The perplexity of a model that was cut to pieces may be infinite, and is read back as that."""
+
 
 class Row(BaseModel):
     """One method at one ratio. What could not be measured is None or empty."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
     method: str
     ratio: float
@@ -60,12 +63,12 @@ class Retention(NamedTuple):
 class Leaderboard(BaseModel):
     """All rows, and what they share."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
     model: str
     seed: int
     recipe: str
-    """YAML; what a row changes in it is in the row."""
+    """YAML of what all rows share; method, its settings and the ratio are in the row, and the steps that it makes."""
     window: int
     tokens: dict[str, int]
     """Source → tokens that perplexity is measured on."""

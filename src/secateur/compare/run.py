@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from secateur import stages
 from secateur.compare.folder import check_folder, check_rows, identity_of, open_folder, read_rows, write_row
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
-from secateur.config import Recipe, dump, parse_value, revise
+from secateur.config import Recipe, parse_value, revise
 from secateur.data import Texts, check_sources, load_whole, read_texts
 from secateur.errors import InputError, SecateurError
 from secateur.evaluation import machine
@@ -33,6 +34,8 @@ from secateur.workspace import Workspace
 
 FLOOR = "random"
 """The method that is always there: what does not beat it under the same recovery is worth nothing."""
+_OF_ROWS: dict[str, Any] = {"method": True, "budget": {"ratio"}, "recovery": {"patience"}, "evaluation": {"baseline"}}
+"""What the rows do not take from the recipe as it is; methods with their settings and ratios are in the rows."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,21 @@ def compare(
     always there.
 
     Args:
-        recipe: ``method``, ``budget.ratio`` and ``recovery.patience`` in it are not used. Files in ``evaluation.text``
-            that nothing is trained on are measured whole (their first ``evaluation.tokens`` tokens), sources by their
-            held-out part.
+        recipe: the settings in its ``method`` are those of that method, where it is compared; ``budget.ratio``,
+            ``recovery.patience`` and ``evaluation.baseline`` are not used. Files in ``evaluation.text`` that nothing is
+            trained on are measured whole (their first ``evaluation.tokens`` tokens), sources by their held-out part.
         output: folder for ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; the rows that are
             finished are kept in it.
-        settings: method → its own settings, where they are not the defaults.
+        settings: method → its own settings, where they are neither the recipe's nor the defaults.
         tasks: see ``evaluation.evaluate_tasks``.
         resume: go on with the rows that ``output`` lacks. Those that it has stay in the table, also when they are of
             methods and ratios that are not named again.
 
-    Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, and for a
-    folder that holds another comparison. A row whose method fails (a ratio that it cannot reach, too little memory, a
-    fault in one's own method) carries the message instead of numbers, and is tried again by ``resume``; when the first
-    look at the budget fails for every row, the first error is raised, before anything is written.
+    Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, for settings of a
+    method that is not compared, and for a folder that holds another comparison. A row whose method fails (a ratio that
+    it cannot reach, too little memory, a fault in one's own method) carries the message instead of numbers, and is
+    tried again by ``resume``; when the first look at the budget fails for every row, the first error is raised, before
+    anything is written.
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
@@ -122,6 +126,9 @@ def schedule_of(
     unknown = [name for name in [*methods, *settings] if name not in METHODS]
     if unknown:
         raise InputError(f"Unknown method {unknown[0]}. Known methods: {', '.join(METHODS)}.")
+    idle = [name for name in settings if name not in methods]
+    if idle:
+        raise InputError(f"{idle[0]} has settings and is not compared. Add it to --methods, or leave them out.")
     wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
     if wrong or not ratios:
         raise InputError(f"Ratios lie strictly between 0 and 1, such as 0.2,0.5; got {wrong or 'none'}.")
@@ -150,7 +157,8 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
 
 
 def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Recipe:
-    own: dict[str, Any] = {"method": {"name": name, **settings}, "evaluation.baseline": None}
+    given = recipe.method.settings.model_dump(mode="json") if recipe.method.name == name else {}
+    own: dict[str, Any] = {"method": {"name": name, **given, **settings}, "evaluation.baseline": None}
     kinds = getattr(METHODS[name], "kinds", None)
     if kinds is not None:
         own["budget.kinds"] = list(kinds)
@@ -205,7 +213,7 @@ def _measure_dense(
     return Leaderboard(
         model=recipe.model.name,
         seed=recipe.seed,
-        recipe=dump(recipe),
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude=_OF_ROWS), sort_keys=False, allow_unicode=True),
         window=result.metrics.get("window", 0),
         tokens=result.metrics.get("tokens", {}),
         steps=result.recipe.recovery.steps + pruning_steps(result.recipe),
