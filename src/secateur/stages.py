@@ -156,6 +156,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
         work.write_weights("decided.safetensors", result.model)
     work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
+    work.discard("method")
     say(describe(result.plan, result.graph))
 
 
@@ -224,6 +225,7 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
     result.teacher = None
     work.write_json("metrics.json", result.metrics)
     work.write_weights("recovered.safetensors", result.model)
+    work.discard("recovery")
 
 
 def time_both(result: Result) -> None:

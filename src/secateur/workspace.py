@@ -129,6 +129,11 @@ class Workspace:
             with (self.folder / "run.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def discard(self, name: str) -> None:
+        """Remove what a stage kept on its way (a folder), now that its result is kept."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
     @contextmanager
     def stage(self, name: str, title: str, metrics: dict[str, Any]) -> Iterator[None]:
         """Say what happens, time it into ``metrics["seconds"]``, and keep the numbers so far."""

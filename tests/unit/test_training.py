@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from secateur.errors import InputError
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
-from secateur.training.checkpoints import SaveStates
 
 IDS = torch.randint(0, VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 
@@ -43,22 +42,6 @@ def test_the_same_seed_trains_the_same() -> None:
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-def test_nothing_is_written_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[int] = []
-    on_save = SaveStates.on_save
-
-    def watched(self: SaveStates, args: Any, state: Any, control: Any, **more: Any) -> None:
-        on_save(self, args, state, control, **more)
-        written.append(state.global_step)
-
-    monkeypatch.setattr(SaveStates, "on_save", watched)
-    adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=1)
-    settings = TrainingSettings(precision="fp32", checkpoint_steps=2)
-    train(adapted, IDS, settings, steps=4, seed=1, description="training", checkpoints=tmp_path / "steps")
-    assert written == [2]
-    assert not (tmp_path / "steps").exists()
-
-
 class _Gradients(TrainerCallback):
     """The norm of the gradients of every step."""
 
@@ -68,6 +51,24 @@ class _Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
         self.norms.append(float(torch.stack(grads).norm()))
+
+
+@pytest.mark.parametrize("blocks", [6, 24])
+def test_a_finished_training_is_not_repeated(blocks: int, tmp_path: Path) -> None:
+    settings, ids = TrainingSettings(precision="fp32", checkpoint_steps=3), IDS.repeat(blocks // 6, 1)
+    trained, logs = [], []
+    for _ in range(2):
+        adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2, dropout=0.1), seed=1)
+        watch = _Gradients()
+        logs.append(
+            train(adapted, ids, settings, steps=4, seed=1, description="", callbacks=[watch], checkpoints=tmp_path)
+        )
+        trained.append((watch.norms, merge_lora(adapted).state_dict()))
+    assert [len(norms) for norms, _ in trained] == [4, 0]
+    assert logs[0] == logs[1]
+    for name, value in trained[0][1].items():
+        torch.testing.assert_close(trained[1][1][name], value, atol=0, rtol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
 @pytest.mark.parametrize("own_loss", [False, True])

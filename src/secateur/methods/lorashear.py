@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,7 +212,10 @@ class _Period:
 
 
 class _Book:
-    """Keeps the beginning of the current period on disk; within it, the Trainer's checkpoints say how far it came."""
+    """Keeps the beginning of the current period on disk; within it, the Trainer's checkpoints say how far it came.
+
+    Those of its last step are there until the next period has begun, as scoring for that one takes time.
+    """
 
     def __init__(self, task: PruningTask) -> None:
         self.task = task
@@ -236,6 +240,7 @@ class _Book:
         write_whole(self.folder / "period.json", note)
         for name in ("weights", "scores"):
             (self.folder / f"{name}-{number - 1}.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / f"training-{number - 1}", ignore_errors=True)
 
     def restore(self) -> _Period | None:
         """The period that had begun, with the task's model as it was then; None when there is none."""

@@ -38,11 +38,6 @@ class SaveStates(TrainerCallback):
     def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
         self.callbacks = [callback for callback in callbacks if isinstance(callback, StatefulCallback)]
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The Trainer would write one more after the last step, which nothing could go on from."""
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer after it has written its part."""
         tensors = {

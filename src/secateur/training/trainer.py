@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,8 +146,9 @@ def train(
             is trained on.
         loss: mean loss of a micro-batch from its logits ``[n, window, vocabulary]`` and ids ``[n, window]``, instead
             of the model's own cross-entropy.
-        checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps. Training goes on from
-            the last complete one that is there; the folder is removed at the end. None keeps nothing.
+        checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps and after the last one.
+            Training goes on from the last complete one that is there, or is not repeated; the caller removes the folder
+            when what follows from the training is kept elsewhere. None keeps nothing.
     """
     if steps <= 0:
         return []
@@ -181,8 +181,11 @@ def train(
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
+        last = last_checkpoint(folder)
+        done = int(last.name.rpartition("-")[2]) if last is not None else 0
         positions = steps * settings.batch_size * arguments.world_size
-        if order is None and len(ids) < positions:  # an epoch of the Trainer would end with a batch that is not full
+        # an epoch of the Trainer would end with a batch that is not full, and a finished run would read on in a longer
+        if order is None and (len(ids) < positions or done == steps):
             order = ReadingOrder(("all",) * len(ids), {"all": 1.0}, seed)
         if order is not None:
             arguments.train_sampling_strategy = "sequential"
@@ -196,9 +199,7 @@ def train(
             callbacks=[*callbacks, *clip, states, _Progress(bar)],
         )
         trainer.remove_callback(PrinterCallback)
-        last = last_checkpoint(folder)
         if last is not None:
-            done = int(last.name.rpartition("-")[2])
             progress.say(f"  {description}: going on after step {done} of {steps}")
             states.restore(last)
             bar.advance(done)
@@ -221,11 +222,10 @@ def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulate
 
 @contextmanager
 def _folder(checkpoints: Path | None) -> Iterator[Path]:
-    """Where the Trainer writes: ``checkpoints``, removed when all went well, or a folder that nobody will see."""
+    """Where the Trainer writes: ``checkpoints``, or a folder that nobody will see."""
     if checkpoints is None:
         with tempfile.TemporaryDirectory(prefix="secateur-trainer-") as scratch:
             yield Path(scratch)
         return
     checkpoints.mkdir(parents=True, exist_ok=True)
     yield checkpoints
-    shutil.rmtree(checkpoints)

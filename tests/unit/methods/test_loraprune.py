@@ -251,7 +251,12 @@ def test_a_killed_run_goes_on_to_the_same_answer(family: str, tmp_path: Path, mo
     assert decision.removed == expected.removed
     for name, value in again.model.state_dict().items():
         torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-4, atol=1e-6)
-    assert not (tmp_path / "method").exists()
+    final = case.task(0.4)
+    final.work, final.training = task.work, task.training
+    monkeypatch.setattr(GuidedPruning, "on_step_begin", lambda *_, **__: pytest.fail("trained again"), raising=False)
+    assert case.decide(final).removed == expected.removed  # a kill before the decision was kept
+    for name, value in final.model.state_dict().items():
+        torch.testing.assert_close(value, again.model.state_dict()[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

@@ -151,6 +151,37 @@ def test_resuming_after_a_kill_inside_a_period_gives_the_plan_and_the_weights_of
         torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("family", "saliency"), [("llama-mqa", "fisher"), ("olmo2", "hesso-lora-cosine")])
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_a_kill_while_a_period_is_scored_or_after_the_last_loses_no_training(
+    family: str, saliency: str, period: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LoRAShearSettings(periods=2, period_steps=3, warmup_steps=2, saliency={saliency: 1.0})
+    common: dict[str, Any] = {"budget": Budget(ratio=0.1, kinds=("attention",))}
+    undisturbed = _task(family, **common)
+    expected = LoRAShear(settings).run(undisturbed)
+    calls, settle = [0], lorashear._settle  # after each training, before scoring and in the end
+
+    def dies(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == period:
+            raise _KilledError
+        settle(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lorashear, "_settle", dies)
+        with pytest.raises(_KilledError):
+            LoRAShear(settings).run(_task(family, work=tmp_path, **common))
+    trained: list[int] = []
+    monkeypatch.setattr(LHSPGCallback, "on_step_begin", lambda *_, **__: trained.append(1))
+    resumed = _task(family, work=tmp_path, **common)
+    assert LoRAShear(settings).run(resumed).removed == expected.removed
+    assert len(trained) == 3 * (3 - period)
+    for name, value in undisturbed.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
+    assert [path.name for path in tmp_path.glob("training-*")] == ["training-2"]
+
+
 def test_saliency_that_reads_adapters_needs_a_warm_up_and_then_sees_what_was_trained() -> None:
     with pytest.raises(ValidationError, match="warmup_steps above 0"):
         LoRAShearSettings(saliency={"hesso-lora-cosine": 1.0})
