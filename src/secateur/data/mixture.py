@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -46,10 +47,12 @@ class TextSettings(Settings):
             raise ValueError("text must name at least one source, and each only once")
         if self.tokens < self.window:
             raise ValueError(f"tokens ({self.tokens}) must be at least one window ({self.window})")
-        if self.weights is not None and (
-            set(self.weights) != set(self.text) or not all(weight > 0 for weight in self.weights.values())
-        ):
-            raise ValueError(f"weights must give each of {', '.join(self.text)} a positive number, and nothing else")
+        if self.weights is not None:
+            fine = all(weight > 0 for weight in self.weights.values()) and math.isfinite(sum(self.weights.values()))
+            if set(self.weights) != set(self.text) or not fine:
+                raise ValueError(
+                    f"weights must give each of {', '.join(self.text)} a positive, finite number, and nothing else"
+                )
         return self
 
 
@@ -63,7 +66,8 @@ def load_blocks(
 ) -> TokenBlocks:
     """``tokens // window`` blocks of the split's text, mixed by weight, in random order.
 
-    Without ``weights`` they may be fewer, down to 8, where the sources have no more text for the split; that is said.
+    Without ``weights`` they may be fewer, down to 8, where the sources have no more text for the split; that is said,
+    and so is a source of which there is nothing.
 
     The split of a document follows from its text alone (``split_of``): blocks of different splits share no document,
     whatever the sources, settings and seeds. After every document stands the mark that stood there in pre-training
@@ -89,6 +93,13 @@ def load_blocks(
         say(
             f"For {split} there are {blocks * settings.window:,} tokens of text in {', '.join(settings.text)}, less "
             f"than the {settings.tokens:,} asked for; all of them are used."
+        )
+    left_out = [name for name, count in counts.items() if count == 0]
+    if left_out:
+        say(
+            f"Nothing is read of {', '.join(left_out)} for {split}: there are fewer windows than sources, or less than "
+            f"a window of its text fell to this split, as documents go to splits as wholes. Ask for more tokens, or "
+            f"give more, shorter documents."
         )
     if taken is not None:
         _take(packers, counts, split, taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -57,8 +58,10 @@ class LoRAShearSettings(Settings):
     @field_validator("saliency")
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        if not set(value) <= set(CRITERIA) or min(value.values()) <= 0:
+        if not set(value) <= set(CRITERIA) or not all(weight > 0 for weight in value.values()):
             raise ValueError(f"give positive weights to some of {', '.join(CRITERIA)}")
+        if not math.isfinite(sum(value.values())):
+            raise ValueError(f"weights must be finite, and their sum as well; got {value}")
         return value
 
     @model_validator(mode="after")

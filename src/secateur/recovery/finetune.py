@@ -46,7 +46,8 @@ class RecoverySettings(TextSettings):
     """Steps between two measurements of how far each source has fallen behind the dense model, which set the sources'
     weights (LoRAShear's dynamic recovery); 0: the shares stay as they are."""
     floor: float = Field(default=0.02, ge=0, lt=1)
-    """Least share of a source whatever the measurements say, also of the first stage's sources in the second."""
+    """Least share of a source whatever the measurements say, also of the first stage's sources in the second; less
+    than one over the number of sources."""
     validation_tokens: int = Field(default=4_096, ge=2)
     """Tokens of all sources together that are measured between rounds; from the calibration split, so that they are
     neither trained on nor part of the evaluation, and from text that calibration left, as far as there is enough."""
@@ -76,6 +77,10 @@ class RecoverySettings(TextSettings):
             raise ValueError(
                 f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window})"
             )
+        if self.instructions and self.instruction_tokens < self.window:
+            raise ValueError(
+                f"instruction_tokens ({self.instruction_tokens}) must be at least one window ({self.window})"
+            )
         if self.instructions and self.steps == 1:
             raise ValueError(
                 "steps (1) must be at least 2 for two stages, one step for each; or leave instructions empty"
@@ -85,6 +90,11 @@ class RecoverySettings(TextSettings):
             raise ValueError(
                 f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window}) for each of "
                 f"the {sources} sources, or no round can measure all of them"
+            )
+        if (self.round_steps > 0 or self.instructions) and sources > 1 and self.floor * sources >= 1:
+            raise ValueError(
+                f"floor ({self.floor:g}) must be below 1 / {sources}, as each of the {sources} sources gets it; from "
+                "there on all shares are equal"
             )
         return self
 

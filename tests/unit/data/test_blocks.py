@@ -103,6 +103,25 @@ def test_a_small_text_is_used_up_and_that_is_said(corpora: dict[str, str], monke
     assert "less than the 999,999 asked for" in said[0]
 
 
+@pytest.mark.parametrize("tokens", [9600, 32])
+def test_a_source_of_which_nothing_is_read_is_named(
+    tokens: int, corpora: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Either its only document fell to another split, or there are fewer windows than sources."""
+    text = next(text for text in map("one long record {} ".format, range(99)) if split_of(text * 99) != "recovery") * 99
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
+    named = {"apples": corpora["apples"], "one": str(tmp_path / "one.jsonl")}
+    progress.show()
+    try:
+        blocks = load_blocks(settings(named, tokens=tokens), "recovery", tiny_tokenizer(), 0)
+        assert blocks.names == (named["apples"],)
+        assert f"Nothing is read of {named['one']} for recovery" in "".join(capsys.readouterr().err.splitlines())
+        load_blocks(settings(corpora), "recovery", tiny_tokenizer(), 0)
+        assert "Nothing is read" not in capsys.readouterr().err
+    finally:
+        progress.show(False)
+
+
 @pytest.mark.parametrize(("text", "wanted"), [(8, 100), (7, 7), (1, 1)])
 def test_few_windows_are_enough_where_few_were_asked_for(text: int, wanted: int) -> None:
     blocks = load_blocks(own(wanted), "recovery", tiny_tokenizer(), 0, own_text=[document(text)])
@@ -185,8 +204,11 @@ def test_own_text_is_a_source_of_its_own() -> None:
         ({"text": []}, "at least one"),
         ({"text": ["news", "news"]}, "only once"),
         ({"tokens": 100, "window": 512}, "at least one window"),
-        ({"text": ["news"], "weights": {"new": 1.0}}, "positive number"),
-        ({"text": ["news"], "weights": {"news": 0.0}}, "positive number"),
+        ({"text": ["news"], "weights": {"new": 1.0}}, "nothing else"),
+        ({"text": ["news"], "weights": {"news": 0.0}}, "positive"),
+        ({"text": ["news"], "weights": {"news": float("inf")}}, "finite number"),
+        ({"text": ["news"], "weights": {"news": float("nan")}}, "finite number"),
+        ({"text": ["news", "wikipedia"], "weights": {"news": 1e308, "wikipedia": 1e308}}, "finite number"),
         ({"window": 1}, "greater than or equal to 2"),
         ({"widnow": 64}, "Extra inputs"),
     ],

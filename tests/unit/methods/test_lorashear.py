@@ -211,6 +211,14 @@ def test_epsilon_without_a_half_space_is_refused() -> None:
     assert LoRAShearSettings(epsilon=0.5, projection="half-space").epsilon == 0.5
 
 
+@pytest.mark.parametrize("weights", [{"fisher": float("inf")}, {"fisher": 1e308, "magnitude": 1e308}])
+def test_saliency_weights_are_finite(weights: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="must be finite"):
+        LoRAShearSettings(saliency=weights)
+    with pytest.raises(ValidationError, match="give positive weights"):
+        LoRAShearSettings(saliency={"fisher": float("nan")})
+
+
 def test_combined_saliency_is_the_weighted_sum_of_criteria_of_norm_one() -> None:
     one = Scores({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}, of_loss=True)
     other = Scores({"a": torch.tensor([0.0, 0.0]), "b": torch.tensor([2000.0])})

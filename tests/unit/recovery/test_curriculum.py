@@ -380,6 +380,12 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert RecoverySettings.model_validate(few).validation_text is None
     with pytest.raises(ValueError, match="each of the 3 sources"):
         RecoverySettings.model_validate(few | {"round_steps": 5})
+    with pytest.raises(ValueError, match=r"instruction_tokens \(20\) must be at least one window \(64\)"):
+        RecoverySettings.model_validate(few | {"instruction_tokens": 20})
+    for more in ({"round_steps": 5, "validation_tokens": 192}, {}):
+        with pytest.raises(ValueError, match=r"floor \(0\.34\) must be below 1 / 3"):
+            RecoverySettings.model_validate(few | {"floor": 0.34} | more)
+    assert RecoverySettings(text=["news"], floor=0.9, round_steps=5).floor == 0.9
 
 
 def test_without_rounds_and_stages_it_reads_and_logs_as_plain_training_does() -> None:
