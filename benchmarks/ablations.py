@@ -28,6 +28,7 @@ from secateur.config import Recipe, dump, load_recipe, revise
 from secateur.data import read_ids
 from secateur.evaluation import text_loss
 from secateur.precision import autocast_dtype
+from secateur.workspace import read_json_lines
 
 WINDOW, TOKENS = 512, 40_960
 DEFAULT = "default"
@@ -50,7 +51,8 @@ def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
         "half-space": {"method.projection": "half-space"},
         "half-space, epsilon 0.5": {"method.projection": "half-space", "method.epsilon": 0.5},
         "two periods": {"method.periods": 2, "method.period_steps": half},
-        "dynamic shares": {"recovery.round_steps": max(1, default.recovery.steps // 4)},
+        # patience 0, as a recovery that stops early would have read less than the others
+        "dynamic shares": {"recovery.round_steps": max(1, default.recovery.steps // 4), "recovery.patience": 0},
         "constant shares": {"recovery.round_steps": 0},
         "two stages": {"recovery.instructions": ["self"]},
         "teacher": {"recovery.teacher": 0.5},
@@ -130,8 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The finished runs; a line that a kill cut short is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_json_lines(file) if file.exists() else []
 
 
 def number_of(row: Mapping[str, Any]) -> float:

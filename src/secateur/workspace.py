@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,7 @@ class Workspace:
                 shutil.rmtree(folder, ignore_errors=True)
             raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another folder.") from error
         if (folder / "run.jsonl").exists():
-            # a kill may have cut the last line short
-            lines = (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()
-            space.events = [json.loads(line) for line in lines if line.endswith("}")]
+            space.events = read_json_lines(folder / "run.jsonl")
         return space
 
     def path(self, name: str) -> Path | None:
@@ -149,6 +147,22 @@ class Workspace:
         """The run is finished and its results are in the output folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder)
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one on each line.
+
+    A line that a kill cut short is taken out of the file, as the next one would be written onto its end.
+    """
+    text = file.read_text(encoding="utf-8")
+    found = []
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append((line, json.loads(line)))
+    mended = "".join(f"{line}\n" for line, _ in found)
+    if mended != text:
+        write_whole(file, mended)
+    return [value for _, value in found]
 
 
 def _begun(folder: Path) -> bool:

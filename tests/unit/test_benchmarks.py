@@ -38,6 +38,7 @@ def test_every_variant_is_another_recipe_with_the_same_number_of_steps(tmp_path:
         return pruning + recipe.recovery.steps  # type: ignore[attr-defined,no-any-return]
 
     assert {steps(recipe) for recipe in recipes.values()} == {steps(default)}
+    assert not [name for name, r in recipes.items() if r.recovery.round_steps and r.recovery.patience]  # ends early
 
 
 def test_the_table_pairs_by_seed_and_goes_between_its_marks(tmp_path: Path) -> None:
@@ -62,4 +63,8 @@ def test_the_table_pairs_by_seed_and_goes_between_its_marks(tmp_path: Path) -> N
 def test_a_line_cut_short_by_a_kill_is_run_again(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"key": "a"}\n{"key": "b", "per')
-    assert [row["key"] for row in script("ablations").read(file)] == ["a"]
+    ablations = script("ablations")
+    assert [row["key"] for row in ablations.read(file)] == ["a"]
+    with file.open("a") as again:
+        again.write('{"key": "c"}\n')
+    assert [row["key"] for row in ablations.read(file)] == ["a", "c"]

@@ -54,6 +54,19 @@ def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("cut", ['{"time": 12.5, "stage": "warm', '{"stage": "x", "more": {"a": 1}', '{"stage": "x"'])
+def test_a_line_that_was_cut_short_is_forgotten_for_good(cut: str, tmp_path: Path) -> None:
+    first = Workspace.open(tmp_path / "out", "", resume=False)
+    first.write_json("metrics.json", {})
+    first.log({"stage": "dense"})
+    with (tmp_path / ".out.secateur" / "run.jsonl").open("a") as file:
+        file.write(cut)
+    second = Workspace.open(tmp_path / "out", "", resume=True)
+    second.log({"stage": "decide"})
+    third = Workspace.open(tmp_path / "out", "", resume=True)
+    assert [event["stage"] for event in third.events] == ["dense", "decide"]
+
+
 def test_a_run_that_kept_nothing_is_started_anew(tmp_path: Path) -> None:
     first = Workspace.open(tmp_path / "out", "seed: 0", resume=False)
     first.log({"stage": "dense"})
