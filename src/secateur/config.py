@@ -7,6 +7,7 @@ the docstrings there are the documentation (``describe``, ``dump``, docs/recipes
 from __future__ import annotations
 
 import difflib
+import hashlib
 import textwrap
 import types
 import typing
@@ -22,6 +23,7 @@ from secateur.data import Purpose, TextSettings
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
+from secateur.importance.analysis import Analysis
 from secateur.loading import ModelSettings
 from secateur.methods import METHODS
 from secateur.planning import Budget
@@ -162,9 +164,18 @@ def dump(recipe: Recipe) -> str:
 
 
 def identity(recipe: Recipe) -> str:
-    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume."""
+    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume.
+
+    What an analysis found is part of it, as the same file may hold another one by then. Raises PlanError when
+    ``budget.protect_from`` cannot be read.
+    """
     evaluation = recipe.evaluation.model_copy(update={"speed": True})
-    return dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
+    text = dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
+    file = recipe.budget.protect_from
+    if file is None:
+        return text
+    digest = hashlib.sha256(Analysis.load(file).model_dump_json().encode()).hexdigest()[:16]
+    return f"{text}# {file} holds {digest}\n"
 
 
 def describe(settings: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:

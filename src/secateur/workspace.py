@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ class Workspace:
                 f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
                 "or delete that folder to start anew."
             )
-        if written.exists() and written.read_text(encoding="utf-8") != recipe:
+        before = written.read_text(encoding="utf-8") if written.exists() else recipe
+        if before != recipe:
+            was, now = _first_difference(before, recipe)
             raise InputError(
-                f"The unfinished run in {folder} was started with another recipe ({written}). Repeat its settings "
-                "to resume it, or delete that folder to start anew."
+                f"The unfinished run in {folder} was started with another recipe ({written}): {was!r} there, {now!r} "
+                "here. Repeat its settings to resume it, or delete that folder to start anew."
             )
         return folder
 
@@ -163,6 +166,12 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     if mended != text:
         write_whole(file, mended)
     return [value for _, value in found]
+
+
+def _first_difference(before: str, now: str) -> tuple[str, str]:
+    """The first lines that differ, of two texts that do."""
+    pairs = zip_longest(before.splitlines(), now.splitlines(), fillvalue="")
+    return next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
 
 
 def _begun(folder: Path) -> bool:

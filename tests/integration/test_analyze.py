@@ -174,6 +174,28 @@ def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(
     assert "does not tell of which weights" in said[0]
 
 
+def test_a_run_is_not_resumed_with_an_analysis_that_holds_something_else_by_then(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, file = TINY["llama-gqa"](), tmp_path / "an" / "analysis.json"
+    found = inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=file.parent, ratios=[0.5])
+    recipe = load_recipe(None, [f"budget.protect_from={file}", "budget.floor=0", "recovery.steps=0"])
+    settings: dict[str, Any] = {"method": "magnitude", "ratio": 0.03, "recipe": recipe, "output": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.pipeline.decide", dies)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune(model, **settings)
+    trials = [found.trials[0].model_copy(update={"kl": 9.0}), *found.trials[1:]]
+    found.model_copy(update={"trials": trials}).save(file)
+    with pytest.raises(InputError, match=f"another recipe.*{file} holds"):
+        secateur.prune(model, **settings, resume=True)
+    found.save(file)
+    secateur.prune(model, **settings, resume=True)
+
+
 def test_the_budget_refuses_an_analysis_of_another_model(text: Path, tmp_path: Path) -> None:
     inspection.analyze(
         TINY["llama-gqa"](), tiny_tokenizer(), recipe=_recipe(text), output=tmp_path / "out", ratios=[0.5]

@@ -46,7 +46,7 @@ def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(t
     first.log({"stage": "dense"})
     with pytest.raises(InputError, match="--resume"):
         Workspace.open(tmp_path / "out", "seed: 0", resume=False)
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match=r"another recipe .*'seed: 0' there, 'seed: 1' here"):
         Workspace.open(tmp_path / "out", "seed: 1", resume=True)
     again = Workspace.open(tmp_path / "out", "seed: 0", resume=True)
     assert again.metrics() == {"dense": 1}
