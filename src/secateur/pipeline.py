@@ -13,6 +13,7 @@ from secateur.errors import InputError
 from secateur.export import FORMS, Form, check_describes_itself, check_output
 from secateur.loading import load
 from secateur.methods import METHODS
+from secateur.planning import restrict
 from secateur.progress import say
 from secateur.stages import (
     Result,
@@ -83,7 +84,8 @@ def prune(
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
-    say(f"Found {len(graph.prunable)} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
+    count = len(restrict(graph, recipe.budget).prunable)
+    say(f"Found {count} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     result = Result(model, tokenizer, plan, graph, recipe)
     if dry_run:
         return result

@@ -72,6 +72,14 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
 
 
+def test_only_groups_that_the_budget_may_cut_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pipeline, "say", said.append)
+    recipe = load_recipe(None, ["budget.kinds=[ffn]", "recovery.steps=0", "method=magnitude"])
+    pipeline.prune(TINY["llama-gqa"](), recipe=recipe, dry_run=True)
+    assert said[-1].startswith("Found 2 node groups")
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma2", "qwen2", "phi3"])
 def test_a_data_free_method_needs_no_tokenizer_and_works_in_place(name: str) -> None:
     model = TINY[name]()

@@ -104,8 +104,11 @@ def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Ma
             raise PlanError(f"Already removed: {len(units)} units of {name}, which this model does not have to give.")
     groups = restrict(graph, budget).prunable
     if not groups:
-        reasons = sorted({group.protected or "" for group in restrict(graph, budget)})
-        raise PlanError(f"Nothing can be cut under this budget: {'; '.join(reasons)}.")
+        # of the most sensitive groups each has a number of its own, which says nothing here
+        by = f" ({budget.protect_by} moves"
+        reasons = sorted({(group.protected or "").partition(by)[0] for group in restrict(graph, budget)})
+        advice = " Lower budget.protect_share." if budget.protect_from is not None else ""
+        raise PlanError(f"Nothing can be cut under this budget: {'; '.join(reasons)}.{advice}")
     for group in groups:
         if group.name not in scores or len(scores[group.name]) != group.size:
             raise PlanError(f"There must be one score for each of the {group.size} units of {group.name}.")

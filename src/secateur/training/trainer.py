@@ -40,7 +40,8 @@ class TrainingSettings(Settings):
     micro_batch_size: int = Field(default=2, ge=1)
     """Windows per forward pass, a divisor of the batch size or more than it; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser of A and B."""
+    """Optimiser of A and B. ``sgd`` needs a learning rate of its own, hundreds of times that of ``adamw``, which hardly
+    moves anything."""
     schedule: Schedule = "cosine"
     """Learning-rate schedule after the warm-up."""
     warmup: float = Field(default=0.05, ge=0, le=1)

@@ -9,10 +9,10 @@ import pytest
 
 from secateur.errors import PlanError
 from secateur.importance.analysis import Analysis, Trial
-from secateur.planning import Budget, restrict
+from secateur.planning import Budget, allocate, restrict
 from secateur.surgery import trace
 from secateur.testing.tiny import TINY
-from secateur.types import DependencyGraph
+from secateur.types import DependencyGraph, Scores
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,12 @@ def test_a_small_share_of_few_groups_is_one_group(graph: DependencyGraph, tmp_pa
     assert [group.name for group in restrict(graph, budget).prunable if group.kind == "attention"] == [
         "layers.0.attention"
     ]
+
+
+def test_when_all_is_protected_the_reason_is_given_once_with_the_way_out(
+    graph: DependencyGraph, tmp_path: Path
+) -> None:
+    file = _analysis(graph, tmp_path, l0_attention=0.9, l0_mlp=0.1, l1_attention=0.2, l1_mlp=0.1)
+    with pytest.raises(PlanError, match=r"Nothing can be cut.*Lower budget\.protect_share") as caught:
+        allocate(graph, Scores({}), Budget(protect_from=file, protect_share=0.9))
+    assert str(caught.value).count("most sensitive 90%") == 1
