@@ -141,6 +141,7 @@ class Curriculum(StatefulCallback):
             self.rounds[-1]["stopped"] = f"no gain of {self.min_gain:.1%} in {self.patience} rounds"
             progress.say(f"  Recovery stops after step {step}: {self.rounds[-1]['stopped']}")
             control.should_training_stop = True
+            control.should_save = False  # from a checkpoint of this step a resumed run would go on
         self._look_ahead(step)
 
     def _beginning(self, stage: int) -> dict[str, float]:

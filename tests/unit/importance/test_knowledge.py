@@ -153,7 +153,8 @@ def test_a_trial_that_is_not_finite_names_its_group_and_is_not_kept(monkeypatch:
     model = TINY["llama-gqa"]()
     graph, blocks = trace(model), _blocks()
     chosen = _cuts(model, graph)
-    compare, kept = knowledge._Reference.compare, []
+    compare = knowledge._Reference.compare
+    kept: list[Trial] = []
     last = len(chosen) * len(blocks.ids) // 2  # of the first of two layers: the next trial is the first of the second
 
     def breaks(self: Any, row: int, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -265,6 +265,25 @@ def test_a_stage_that_no_longer_helps_ends(read: list[str]) -> None:
     assert max(entry["step"] for entry in done.log) <= 8
 
 
+def test_killed_after_it_stopped_early_and_resumed_it_stops_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = _blocks(1, a=4)
+    task = RecoveryTask(_blocks(a=20), validation=validation, reference={"a": 1.0}, checkpoints=tmp_path / "steps")
+    options: dict[str, Any] = {"steps": 20, "round_steps": 3, "patience": 2, "min_gain": 0.9}
+
+    def dies(adapted: Any) -> None:
+        raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.recovery.finetune.merge_lora", dies)
+        with pytest.raises(_KilledError):
+            _recover(task, **options)
+    _, done = _recover(task, **options)
+    assert [entry["step"] for entry in done.rounds] == [0, 3, 6]
+    assert "stopped" in done.rounds[-1]
+
+
 @pytest.mark.parametrize(("steps", "begins"), [(2, 1), (3, 2), (4, 3), (8, 6)])
 @pytest.mark.parametrize("round_steps", [0, 1])
 def test_each_stage_has_a_step_and_is_read_in_it(steps: int, begins: int, round_steps: int, read: list[str]) -> None:
