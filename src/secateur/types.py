@@ -336,8 +336,15 @@ class Scores:
 
     def __post_init__(self) -> None:
         for name, score in self.values.items():
-            if score.dim() != 1 or not torch.isfinite(score).all():
-                raise PlanError(f"Scores of {name} must be one finite number per unit; got shape {tuple(score.shape)}.")
+            if score.dim() != 1:
+                raise PlanError(f"Scores of {name} must be one number per unit; got shape {tuple(score.shape)}.")
+            broken = int((~torch.isfinite(score)).sum())
+            if broken:
+                raise PlanError(
+                    f"{broken} of the {len(score)} scores of {name} are not finite: the model's weights, or its loss "
+                    f"on this text, are not. Compute in fp32 (evaluation.precision, training.precision), or mend the "
+                    f"model."
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.values[name]

@@ -17,7 +17,7 @@ import secateur
 from secateur import inspection, tables
 from secateur.cli import app
 from secateur.config import load_recipe
-from secateur.errors import InputError, PlanError
+from secateur.errors import InputError, PlanError, SecateurError
 from secateur.importance.analysis import Analysis
 from secateur.planning import Budget, restrict
 from secateur.testing.tiny import TINY
@@ -128,6 +128,18 @@ def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) ->
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--ratios", "0.2,2"])
     assert result.exit_code == 1
     assert "--ratios 2" in result.stderr
+
+
+@pytest.mark.parametrize(("criterion", "said"), [("taylor", "scores of .* are not finite"), ("magnitude", "is nan")])
+def test_a_damaged_model_is_refused_and_leaves_nothing(criterion: str, said: str, text: Path, tmp_path: Path) -> None:
+    model, recipe = TINY["llama-gqa"](), _recipe(text)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(SecateurError, match=said):
+        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, criterion=criterion, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    whole = TINY["llama-gqa"]()  # what is left beside it is in nobody's way
+    inspection.analyze(whole, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", ratios=[0.5])
 
 
 def test_order_and_repeats_of_ratios_mean_nothing_and_a_column_is_called_as_it_was_asked(
