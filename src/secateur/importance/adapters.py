@@ -124,7 +124,7 @@ class Composed:
 
 
 def composed(layer: LoraLayer) -> Composed:
-    """The composed operator of a wrapped linear with one active, unmerged adapter; ModelError otherwise."""
+    """The composed operator of a wrapped linear with one active, unmerged, plain adapter; ModelError otherwise."""
     base = layer.get_base_layer()
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.merged or layer.disable_adapters or len(active) != 1:
@@ -133,6 +133,11 @@ def composed(layer: LoraLayer) -> Composed:
             f"this {type(base).__name__} has {active or 'none'}{' merged' if layer.merged else ''}."
         )
     name = active[0]
+    if name in layer.lora_variant:
+        raise ModelError(
+            f"LoRA-guided scores are of W + s B A, and this {type(base).__name__} has another "
+            "form of adapter (such as DoRA). Attach plain LoRA (use_dora=False)."
+        )
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(a, nn.Parameter)
     assert isinstance(b, nn.Parameter)

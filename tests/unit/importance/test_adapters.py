@@ -14,7 +14,7 @@ from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
-from secateur.importance.adapters import Options, estimate_gradient, scores_from_adapter_gradients
+from secateur.importance.adapters import Options, composed, estimate_gradient, scores_from_adapter_gradients
 from secateur.importance.base import mean_loss_backward, recomputed
 from secateur.importance.weights import dequantised, lora_layer
 from secateur.planning import Budget, allocate
@@ -276,3 +276,12 @@ def test_the_output_side_alone_tells_which_layers_matter() -> None:
         gone[normalise] = [len(removed.get(f"layers.{layer}.mlp", [])) for layer in range(2)]
     assert gone[False][0] == 0 < gone[False][1]
     assert gone[True][0] > 0
+
+
+def test_adapters_that_are_not_plain_lora_are_refused() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True)
+    model = get_peft_model(TINY["llama-gqa"](), config)
+    layer = lora_layer(model, "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    assert layer is not None
+    with pytest.raises(ModelError, match="DoRA"):
+        composed(layer)
