@@ -30,7 +30,7 @@ from secateur.data import Texts, read_texts
 from secateur.evaluation import losses_by_source, parameter_count
 from secateur.graph import trace
 from secateur.precision import autocast_dtype
-from secateur.recovery import RecoveryTask, recover
+from secateur.recovery import RecoveryTask, recover, source_losses
 
 TOOLS = {"torch-pruning": "1.6.1", "optipfair": "0.4.2"}
 """The newest on PyPI when this was written."""
@@ -65,6 +65,24 @@ def perplexity(model: Any, texts: Texts, recipe: Recipe) -> dict[str, float]:
     return {source: round(loss.perplexity, 2) for source, loss in losses.items()}
 
 
+def recovery_task(recipe: Recipe, texts: Texts, dense: Path) -> RecoveryTask:
+    """What ``prune`` gives the recovery of our own rows; the dense model is opened where something is asked of it."""
+    assert texts.recovery is not None
+    reference, teacher = {}, None
+    if texts.validation is not None or recipe.recovery.teacher > 0:
+        model, _ = secateur.load(str(dense))
+        if texts.validation is not None:
+            reference = source_losses(model, texts.validation, recipe.training)
+        teacher = model if recipe.recovery.teacher > 0 else None
+    return RecoveryTask(
+        text=texts.recovery,
+        instructions=texts.instructions,
+        validation=texts.validation,
+        reference=reference,
+        teacher=teacher,
+    )
+
+
 def peers(arguments: argparse.Namespace, recipe: Recipe, texts: Texts, folder: Path, fraction: float) -> None:
     python = environment(arguments.environment)
     here = Path(__file__).parent
@@ -83,8 +101,7 @@ def peers(arguments: argparse.Namespace, recipe: Recipe, texts: Texts, folder: P
         row["parameters"] = parameter_count(model)
         row["pruned"] = perplexity(model, texts, recipe)
         if recipe.recovery.steps:
-            assert texts.recovery is not None
-            task = RecoveryTask(text=texts.recovery)
+            task = recovery_task(recipe, texts, folder / "dense")
             recover(model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
             row["recovered"] = perplexity(model, texts, recipe)
         report(arguments, row)

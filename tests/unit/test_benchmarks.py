@@ -8,14 +8,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from secateur.config import dump, load_recipe, revise
+from secateur.data import Texts, TokenBlocks
+from secateur.recovery import source_losses
+from secateur.testing.tiny import build
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name.replace('/', '_')}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,3 +72,17 @@ def test_a_line_cut_short_by_a_kill_is_run_again(tmp_path: Path) -> None:
     with file.open("a") as again:
         again.write('{"key": "c"}\n')
     assert [row["key"] for row in ablations.read(file)] == ["a", "c"]
+
+
+def test_peers_recover_with_all_that_our_own_rows_recover_with(tmp_path: Path) -> None:
+    task_of, dense = script("peers/run").recovery_task, build("llama-gqa")
+    dense.save_pretrained(tmp_path)
+    blocks = TokenBlocks(torch.arange(48).view(4, 12), ("a",) * 4)
+    texts = Texts(recovery=blocks, instructions=blocks, validation=blocks)
+    recipe = load_recipe(None, ["recovery.teacher=1.0"])
+    task = task_of(recipe, texts, tmp_path)
+    assert task.text is task.instructions is task.validation is blocks
+    assert task.reference == pytest.approx(source_losses(dense, blocks, recipe.training))
+    assert task.teacher is not None
+    plain = task_of(load_recipe(None, ["recovery.teacher=0"]), Texts(recovery=blocks), tmp_path / "not opened")
+    assert (plain.instructions, plain.validation, plain.reference, plain.teacher) == (None, None, {}, None)
