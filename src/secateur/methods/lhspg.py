@@ -7,6 +7,9 @@ a little every step, so that what they did is re-learned by the others before th
 *composed operator* ``W + γ B A`` the effective rows are meant: every step folds ``γ [B]_g A`` into ``[W]_g`` and sets
 ``[B]_g`` to zero, so that shrinking acts on what the unit computes.
 
+A query head has no values of its own: with zero queries it attends to everything alike, and is still heard. Of such
+units (``still_heard``) ``[x]_g`` is what consumes them, columns instead of rows, ``γ B [A]_g`` with them.
+
 Where a norm runs over the units (OLMo2), units that shrink would leave the others a larger share of it, and no adapter
 before the norm could undo that. The norm's weights are therefore lowered by as much, step by step, so that the norm is
 one over the units that are left; ``surgery`` takes that back when the zeros, and with them the divisor, are cut out.
@@ -14,20 +17,21 @@ one over the units that are left; ``surgery`` takes that back when the zeros, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 
 from secateur.errors import ModelError
+from secateur.importance.base import input_device
 from secateur.importance.weights import base_members, lora_layer
-from secateur.surgery import norms_over, scales_with_zeros, set_epsilon
+from secateur.surgery import norms_over, removed_rows, scales_with_zeros, set_epsilon
 from secateur.training import StatefulCallback
-from secateur.types import DependencyGraph, NodeGroup, removed_to_kept
+from secateur.types import DependencyGraph, Member, NodeGroup, removed_to_kept
 
 Projection = Literal["decay", "half-space"]
 
@@ -153,30 +157,71 @@ def _norm2(members: Iterable[_Rows], values: Iterable[torch.Tensor]) -> torch.Te
     return torch.stack(parts).sum(0)
 
 
-def _adapter_of(model: PeftModel, parameter: str) -> _Adapter | None:
-    """What is added to this weight; None for a bias, and for a weight without an adapter."""
-    layer: Any = lora_layer(model, parameter)
+def _adapter_of(model: PeftModel, member: Member) -> _Adapter | None:
+    """What is added to this weight; None for a bias, and for a weight without an adapter.
+
+    Where the columns of the weight are meant, ``(B A)ᵀ = Aᵀ Bᵀ``: the two change places.
+    """
+    layer: Any = lora_layer(model, member.parameter)
     if layer is None or "default" not in layer.lora_A:
         return None
     a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    if member.role == "in":
+        a, b = b.T, a.T
     return _Adapter(a, b, float(layer.scaling["default"]), getattr(layer, "num_experts", 1))
 
 
-def _producers(model: PeftModel, graph: DependencyGraph, units: Mapping[str, Sequence[int]]) -> list[list[_Rows]]:
-    """For each group in ``units``, where those units are produced. ``graph`` is that of the model with adapters."""
+def _shrinking(
+    model: PeftModel, graph: DependencyGraph, units: Mapping[str, Sequence[int]], heard: Collection[str]
+) -> list[list[_Rows]]:
+    """For each group in ``units``, ``[x]_g`` of those units. ``graph`` is that of the model with adapters."""
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def rows_of(group: NodeGroup) -> list[_Rows]:
         found = []
         for member in base_members(group):  # B's own rows go through the composed operator
-            if member.role == "out":
+            if member.role == ("in" if group.name in heard else "out"):
                 weight = parameters[member.parameter].detach()
                 index = member.rows(units[group.name]).flatten().to(weight.device)
-                adapter = _adapter_of(model, member.parameter)
-                found.append(_Rows(weight, member.axis, index, member.rows_per_unit, adapter))
+                found.append(_Rows(weight, member.axis, index, member.rows_per_unit, _adapter_of(model, member)))
         return found
 
     return [rows_of(graph[name]) for name in units if units[name]]
+
+
+@torch.no_grad()
+def still_heard(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str]:
+    """Groups whose units still reach their consumers when everything that produces them is zero.
+
+    Found by trying: one short forward pass without the first unit of every group. The model is left as it was.
+    """
+    first = {group.name: [0] for group in graph.prunable}
+    modules, heard, hooks = dict(model.named_modules()), set[str](), []
+
+    def listen(name: str, index: torch.Tensor) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if bool(inputs[0][..., index.to(inputs[0].device)].any()):
+                heard.add(name)
+
+        return hook
+
+    for group in graph.prunable:
+        for member in group.members:
+            module = modules.get(member.parameter.removesuffix(".weight"))
+            if member.role == "in" and module is not None:
+                hooks.append(module.register_forward_pre_hook(listen(group.name, member.rows([0]).flatten())))
+    producers = removed_rows(model, graph, removed_to_kept(graph, first), role="out")
+    values = [rows.tensor.index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in producers]
+    try:
+        for rows in producers:
+            rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)
+        model(input_ids=torch.ones((1, 4), dtype=torch.long, device=input_device(model)), use_cache=False)
+    finally:
+        for rows, value in zip(producers, values, strict=True):
+            rows.tensor.index_copy_(rows.axis, rows.removed.to(rows.tensor.device), value)
+        for hook in hooks:
+            hook.remove()
+    return frozenset(heard)
 
 
 @dataclass
@@ -205,15 +250,21 @@ class _Norm:
 
 
 def _norms(
-    model: PeftModel, graph: DependencyGraph, redundant: Mapping[str, Sequence[int]], gone: Mapping[str, Sequence[int]]
+    model: PeftModel,
+    graph: DependencyGraph,
+    redundant: Mapping[str, Sequence[int]],
+    gone: Mapping[str, Sequence[int]],
+    heard: Collection[str],
 ) -> list[_Norm]:
     """The norms that redundant units count in; ModelError for one that is more than an RMS norm."""
     found = []
     for name in {**redundant, **gone}:
         leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())]}
         for module, norm in norms_over(model, graph, removed_to_kept(graph, leaving)).items():
+            if name in heard:  # what produces them stays whole until it is cut, and counts in the norm until then
+                raise _cannot_follow(module, model, "shrink where they are consumed, while it sees all of them")
             if not scales_with_zeros(module, norm.kept):
-                raise _cannot_follow(module, model)
+                raise _cannot_follow(module, model, "would shrink to zero, and is no RMS norm: its mean would move")
             weight = module.get_parameter("weight").detach()
             left = norm.kept["weight"].to(weight.device)
             # what is gone is zero, and goes on counting in the divisor
@@ -221,17 +272,17 @@ def _norms(
     return found
 
 
-def check_norms(model: PeftModel, graph: DependencyGraph) -> None:
+def check_norms(model: PeftModel, graph: DependencyGraph, heard: Collection[str]) -> None:
     """Raise ModelError when LHSPG could not drive units of some prunable group to zero for a norm over them."""
     for group in graph.prunable:
-        _norms(model, graph, {group.name: [0]}, {})
+        _norms(model, graph, {group.name: [0]}, {}, heard)
 
 
-def _cannot_follow(module: nn.Module, model: nn.Module) -> ModelError:
+def _cannot_follow(module: nn.Module, model: nn.Module, what: str) -> ModelError:
     path = next(path for path, other in model.named_modules() if other is module)
     return ModelError(
-        f"{path} ({type(module).__name__}) runs over units that would shrink to zero, and is no RMS norm: its mean "
-        "would move. Leave these groups whole (budget.protect), or choose a one-shot method."
+        f"{path} ({type(module).__name__}) runs over units that {what}. "
+        "Leave these groups whole (budget.protect), or choose a one-shot method."
     )
 
 
@@ -249,6 +300,7 @@ class LHSPGCallback(StatefulCallback):
         mode: ``decay`` multiplies by ``decay_factor`` (as the released optimiser does); ``half-space`` takes
             λ_g = ‖[x]_g‖ / T_p of the period's start and the projection of the paper.
         epsilon: ε of the half-space.
+        heard: see ``still_heard``; groups whose units shrink where they are consumed.
     """
 
     def __init__(
@@ -260,8 +312,10 @@ class LHSPGCallback(StatefulCallback):
         steps: int,
         mode: Projection,
         epsilon: float,
+        heard: Collection[str] = (),
     ) -> None:
         self.steps, self.mode, self.epsilon = steps, mode, epsilon
+        self._heard = heard
         self.step = 0
         self._graph, self._units = graph, (redundant, gone)
         self._restored: dict[str, torch.Tensor] = {}
@@ -269,8 +323,8 @@ class LHSPGCallback(StatefulCallback):
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by the Trainer when the model is where it will be trained."""
-        self._redundant, self._gone = (_producers(model, self._graph, units) for units in self._units)
-        self._norms = _norms(model, self._graph, *self._units)
+        self._redundant, self._gone = (_shrinking(model, self._graph, units, self._heard) for units in self._units)
+        self._norms = _norms(model, self._graph, *self._units, self._heard)
         self._shrink = [_norm2(unit, [rows.read() for rows in unit]).sqrt() / self.steps for unit in self._redundant]
         for name, rows in self._by_name().items():
             if name in self._restored:

@@ -21,7 +21,7 @@ from secateur.graph import trace
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
-from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms
+from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms, still_heard
 from secateur.planning import allocate, by_period, restrict
 from secateur.surgery import zero_units
 from secateur.surgery.mask import require_maskable
@@ -118,8 +118,9 @@ class LoRAShear:
         graph = restrict(task.graph, task.budget)
         for group in graph.prunable:
             require_maskable(group)
+        heard = still_heard(task.model, graph)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
-        check_norms(adapted, restrict(adapted_graph(adapted, task), task.budget))
+        check_norms(adapted, restrict(adapted_graph(adapted, task), task.budget), heard)
 
     def _begin(
         self, task: PruningTask, book: _Book, period: int, removed: Removed, adapted: PeftModel | None
@@ -137,6 +138,7 @@ class LoRAShear:
     ) -> PeftModel:
         """Train fresh adapters with a fresh optimiser under the projection; they are still on the model it returns."""
         assert task.training_blocks is not None
+        heard = still_heard(task.model, restrict(task.graph, task.budget)) if redundant or gone else ()
         description = f"period {period}/{self.settings.periods}" if period else "warming up"
         adapted = attach_lora(task.model, task.lora, task.seed + period)
         projection = LHSPGCallback(
@@ -146,6 +148,7 @@ class LoRAShear:
             steps=steps,
             mode=self.settings.projection,
             epsilon=self.settings.epsilon,
+            heard=heard,
         )
         log = train(
             adapted,

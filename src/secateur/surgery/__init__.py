@@ -4,6 +4,7 @@ from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
+from secateur.surgery.rows import removed_rows
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
 
@@ -14,6 +15,7 @@ __all__ = [
     "masked",
     "norms_over",
     "protect_failing",
+    "removed_rows",
     "scales_with_zeros",
     "set_epsilon",
     "sharing_copy",

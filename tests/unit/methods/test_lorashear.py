@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 
 from secateur.errors import ModelError
 from secateur.graph import trace
+from secateur.methods import lorashear
 from secateur.methods.base import PruningTask
-from secateur.methods.lhspg import LHSPGCallback
+from secateur.methods.lhspg import LHSPGCallback, still_heard
 from secateur.methods.lorashear import LoRAShear, LoRAShearSettings, combine
-from secateur.planning import Budget, make_plan
+from secateur.planning import Budget, make_plan, restrict
 from secateur.surgery import masked, slice_model
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import TINY
@@ -74,6 +75,62 @@ def test_what_goes_is_exactly_zero_so_that_cutting_changes_nothing(name: str, pr
             member = next(member for member in owner.members if member.parameter == path)
             rows = member.rows(kept.get(owner.name, range(owner.size))).flatten()
             torch.testing.assert_close(weight.detach(), dense[path][rows])
+
+
+@pytest.mark.parametrize("projection", ["decay", "half-space"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama-gqa", "attention"),
+        ("llama-gqa", "query"),
+        ("llama-mqa", "attention"),
+        ("gpt-bigcode", "attention"),
+        ("falcon-mqa", "attention"),
+        ("gpt2", "ffn"),
+    ],
+)
+def test_a_period_ends_with_units_that_are_not_heard_any_more(
+    name: str, kind: Any, projection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training sees the model without them: zeroing what consumes them afterwards changes nothing.
+
+    Heads that share their values are heard with queries of zero, so that they must shrink at the consuming end.
+    """
+    budget = Budget(ratio=0.06, kinds=(kind,), floor=0.0)
+    task = _task(name, budget=budget, graph=restrict(trace(TINY[name]()), budget))
+    ids, jumps, settle = noise(2, 5).ids, [], lorashear._settle
+
+    def watched(task: PruningTask, adapted: Any, removed: Any) -> None:
+        if adapted is None:
+            return settle(task, adapted, removed)
+        adapted.eval()
+        with torch.no_grad():
+            before = adapted(ids).logits
+            settle(task, adapted, removed)
+            jumps.append(float((task.model(ids).logits - before).abs().max()))
+
+    monkeypatch.setattr(lorashear, "_settle", watched)
+    decision = LoRAShear(LoRAShearSettings(periods=2, period_steps=3, projection=projection)).run(task)
+    assert decision.removed
+    assert len(jumps) == 2
+    assert max(jumps) < 1e-4
+
+
+def test_trying_what_is_heard_leaves_the_model_as_it_was() -> None:
+    model = TINY["llama-mqa"]()
+    before = copy.deepcopy(model.state_dict())
+    heard = still_heard(model, trace(model))
+    assert heard == {f"layers.{layer}.attention" for layer in range(2)}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    model(noise(1, 1).ids)  # no hook is left that would hear
+    assert still_heard(TINY["llama-gqa"](), trace(TINY["llama-gqa"]())) == set()
+
+
+def test_heads_in_a_norm_over_all_of_them_cannot_shrink_where_they_are_consumed() -> None:
+    task = _task("olmo2", budget=Budget(ratio=0.05, kinds=("query",)))
+    with pytest.raises(ModelError, match=r"shrink where they are consumed.*budget\.protect"):
+        LoRAShear().check(task)
 
 
 def test_the_target_is_met_and_the_important_units_have_learned() -> None:
