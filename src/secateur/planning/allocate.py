@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
@@ -33,6 +32,8 @@ def allocate(
 
     With uneven widths that is one unit of the smallest kind; with equal widths one step of the finest kind in all
     layers together; with rounding one rounding step. Parameters of LoRA adapters do not count: they will be merged.
+    What is in ``removed`` never comes back, so that a progressive choice in a model of few, large heads may be off by
+    a part of one of them.
 
     Args:
         graph: of the model, plain or with adapters.
@@ -40,9 +41,7 @@ def allocate(
         budget: how much, and from where.
         removed: what has gone already; it stays gone, and counts.
         ratio: a smaller target on the way to ``budget.ratio``, for progressive methods; None for the final one.
-            On the way only what the final choice would take by these scores can go, lowest first, since it never comes
-            back: that the ratio on the way is met less closely where big units are in it keeps the final one in reach.
-            Widths need not be legal for a runtime on the way, but legal ones stay reachable.
+            On the way widths need not be legal for a runtime, but legal ones stay reachable.
 
     Returns:
         Group name → units that go, ascending, those in ``removed`` included; only groups that lose something.
@@ -148,16 +147,13 @@ def _check_reachable(problem: _Problem) -> None:
 
 def _ranked(problem: _Problem, ratio: float | None) -> dict[str, int]:
     """Units that each group keeps when all compete in one ranking."""
-    kept: dict[str, int] = {}
-    on_the_way = [] if ratio is None or ratio >= problem.budget.ratio else [ratio]
-    for share in (problem.budget.ratio, *on_the_way):
-        target, stops = problem.target(share), []
-        for stack, least in zip(problem.stacks, _least(problem, target), strict=True):
-            legal, least = problem.legal[stack.group.name], max(least, kept.get(stack.group.name, 0))
-            between = legal[bisect_left(legal, least) : bisect_left(legal, stack.left)]
-            stops.append(torch.tensor([stack.left, *reversed(between)]))
-        kept = choose_ranked(problem.count, problem.stacks, stops, target)
-    return kept
+    target = problem.target(problem.budget.ratio if ratio is None else ratio)
+    stops = []
+    for stack, least in zip(problem.stacks, _least(problem, target), strict=True):
+        legal = problem.legal[stack.group.name]
+        between = [count for count in legal if least <= count < stack.left]
+        stops.append(torch.tensor([stack.left, *reversed(between)]))
+    return choose_ranked(problem.count, problem.stacks, stops, target)
 
 
 def _least(problem: _Problem, target: float) -> list[int]:
@@ -171,20 +167,18 @@ def _least(problem: _Problem, target: float) -> list[int]:
 
 def _even_share(problem: _Problem, target: float) -> float:
     """The largest share s such that keeping s of every group (legal, at least one unit) does not exceed the target."""
-    names = [stack.group.name for stack in problem.stacks]
 
-    def kept(share: float) -> tuple[int, ...]:
-        even = (_at_least(problem.legal[stack.group.name], share * stack.group.size) for stack in problem.stacks)
-        return tuple(min(stack.left, count) for stack, count in zip(problem.stacks, even, strict=True))
-
-    @cache
-    def parameters(counts: tuple[int, ...]) -> int:  # shares that are nearly the same keep the same
-        return problem.count(dict(zip(names, counts, strict=True)))
+    def parameters(share: float) -> int:
+        kept = {}
+        for stack in problem.stacks:
+            even = _at_least(problem.legal[stack.group.name], share * stack.group.size)
+            kept[stack.group.name] = min(stack.left, even)
+        return problem.count(kept)
 
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if parameters(kept(middle)) <= target else (low, middle)
+        low, high = (middle, high) if parameters(middle) <= target else (low, middle)
     return low
 
 
