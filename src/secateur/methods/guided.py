@@ -90,7 +90,10 @@ class GuidedPruning(StatefulCallback):
         if self._done:
             return
         if not _finite(model):
-            self.skipped += 1  # such as an overflow under a loss scale: the optimiser will skip this step as well
+            self.skipped += 1
+            for parameter in model.parameters():  # one step of NaN would be the end of all adapters
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
             return
         now = scores_from_adapter_gradients(model, self.graph, self.options)
         self.observed += 1

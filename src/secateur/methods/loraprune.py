@@ -13,6 +13,7 @@ from secateur.importance.adapters import Form, Options, Sides, check_scorable
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
+from secateur.surgery.mask import require_maskable
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.training.quantised import BaseWeights, check_quantisable, quantised_base
 from secateur.types import Settings
@@ -102,7 +103,12 @@ class LoRAPrune:
         return Decision(removed=pruning.removed, scores=pruning.scores, metrics=metrics)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check``: every group has a matrix with an adapter; tried on a twin that shares the weights."""
+        """See ``Checked.check``: every group can be masked, and has a matrix with an adapter.
+
+        Tried on a twin that shares the weights.
+        """
+        for group in restrict(task.graph, task.budget).prunable:
+            require_maskable(group)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)
         check_scorable(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
