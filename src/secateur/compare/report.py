@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.compare.rows import Leaderboard, Retention, Row, metric_of
+from secateur.compare.rows import DENSE, Leaderboard, Retention, Row, metric_of
 from secateur.export.story import show_bytes, show_count, show_number
 from secateur.pages import html_page
 from secateur.whole import whole, write_whole
@@ -47,9 +47,7 @@ def _own_settings(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def flat(comparison: Leaderboard) -> list[dict[str, object]]:
     """One mapping of plain values a row, the dense model first."""
     table: list[dict[str, object]] = []
-    dense = Row(method="dense", ratio=0.0, reached=0.0, decoder=0.0, parameters=comparison.dense_parameters)
-    dense.pruned, dense.tasks = comparison.dense, comparison.dense_tasks
-    for row in (dense, *comparison.rows):
+    for row in (comparison.dense_row, *comparison.rows):
         line: dict[str, object] = {
             "method": row.method,
             "ratio": row.ratio,
@@ -68,24 +66,22 @@ def flat(comparison: Leaderboard) -> list[dict[str, object]]:
             metric, values = metric_of(dense_values), row.tasks.get(task, {})
             if metric is not None:
                 line |= {task: values.get(metric), f"{task}_stderr": values.get(f"{metric}_stderr")}
-                line |= _retained(f"{task}_retention", comparison.retention(row, task), row)
+                line |= _retained(f"{task}_retention", comparison.retention(row, task))
         if comparison.dense_tasks:
-            line |= _retained("retention", comparison.mean_retention(row), row)
+            line |= _retained("retention", comparison.mean_retention(row))
         line["scoring_seconds"] = row.scoring_seconds
         line["scoring_peak_bytes"] = row.scoring_peak_bytes
         line["scoring_extra_bytes"] = row.scoring_extra_bytes
         for batch, speed in row.speed.items():
             line |= {f"{key}, {batch}": value for key, value in speed.items()}
-        table.append(line)
-    for line, row in zip(table, (dense, *comparison.rows), strict=True):
         line["error"] = row.error
+        table.append(line)
     return table
 
 
-def _retained(name: str, retention: Retention | None, row: Row) -> dict[str, float | None]:
-    """Two columns; the dense model, which is measured against itself, has no error."""
+def _retained(name: str, retention: Retention | None) -> dict[str, float | None]:
     share, error = retention or (None, None)
-    return {name: share, f"{name}_stderr": None if row.method == "dense" else error}
+    return {name: share, f"{name}_stderr": error}
 
 
 def _names(table: Sequence[Mapping[str, object]]) -> list[str]:
@@ -108,9 +104,7 @@ def _timed(comparison: Leaderboard) -> bool:
 
 def shown(comparison: Leaderboard) -> list[list[str]]:
     """The cells of the page and of the terminal's table; the dense model first."""
-    dense = Row(method="dense", ratio=0.0, parameters=comparison.dense_parameters, tasks=comparison.dense_tasks)
-    dense.pruned = comparison.dense
-    return [_cells(comparison, row) for row in (dense, *comparison.rows)]
+    return [_cells(comparison, row) for row in (comparison.dense_row, *comparison.rows)]
 
 
 def _cells(comparison: Leaderboard, row: Row) -> list[str]:
@@ -118,9 +112,9 @@ def _cells(comparison: Leaderboard, row: Row) -> list[str]:
         return [row.method, f"{row.ratio:.1%}", row.error]
     cells = [
         row.method,
-        "" if row.reached is None else f"{row.reached:.1%}",
+        "" if row.reached is None or row.method == DENSE else f"{row.reached:.1%}",
         "" if row.parameters is None else show_count(row.parameters),
-        f"{row.pruning_steps} + {row.recovery_steps}" if row.method != "dense" else "",
+        f"{row.pruning_steps} + {row.recovery_steps}" if row.method != DENSE else "",
         _number(comparison.mean(row.pruned)),
         _number(comparison.mean(row.recovered)),
     ]
@@ -130,7 +124,7 @@ def _cells(comparison: Leaderboard, row: Row) -> list[str]:
         error = values.get(f"{metric}_stderr")
         cells.append("" if metric is None else f"{values[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if comparison.dense_tasks:
-        share, error = _retained("", comparison.mean_retention(row), row).values()
+        share, error = comparison.mean_retention(row) or (None, None)
         cells.append("" if share is None else f"{share:.1%}" + ("" if error is None else f" ± {error:.1%}"))
     speed = row.speed.get("batch 1", {})
     cells.append("" if row.scoring_seconds is None else f"{row.scoring_seconds:.0f} s")

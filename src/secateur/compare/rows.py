@@ -14,6 +14,9 @@ _STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 """The perplexity of a model that was cut to pieces may be infinite, and is read back as that."""
 
 
+DENSE = "dense"
+
+
 class Row(BaseModel):
     """One method at one ratio. What could not be measured is None or empty."""
 
@@ -91,8 +94,18 @@ class Leaderboard(BaseModel):
         loss = sum(count * math.log(perplexity[source]) for source, count in self.tokens.items())
         return math.exp(loss / sum(self.tokens.values()))
 
+    @property
+    def dense_row(self) -> Row:
+        """The dense model, as a row beside the others."""
+        row = Row(method=DENSE, ratio=0.0, reached=0.0, decoder=0.0, parameters=self.dense_parameters)
+        row.pruned, row.tasks = self.dense, self.dense_tasks
+        return row
+
     def retention(self, row: Row, task: str) -> Retention | None:
-        """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing."""
+        """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing.
+
+        The dense model is measured against itself, and has no error.
+        """
         values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task, 0.0)
         metric = metric_of(dense or {})
         if values is None or dense is None or metric is None or metric not in values:
@@ -101,7 +114,7 @@ class Leaderboard(BaseModel):
         if above <= 0:
             return None
         share, error = (values[metric] - chance) / above, f"{metric}_stderr"
-        if error not in values or error not in dense:
+        if row.method == DENSE or error not in values or error not in dense:
             return Retention(share, None)
         return Retention(share, math.hypot(values[error], share * dense[error]) / above)
 

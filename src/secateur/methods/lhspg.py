@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState
 from secateur.errors import ModelError
 from secateur.importance.base import input_device
 from secateur.importance.weights import base_members, lora_layer
-from secateur.surgery import norms_over, removed_rows, scales_with_zeros, set_epsilon
+from secateur.surgery import norms_over, scales_with_zeros, set_epsilon, unproduced
 from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, Member, NodeGroup, removed_to_kept
 
@@ -210,15 +210,10 @@ def still_heard(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str
             module = modules.get(member.parameter.removesuffix(".weight"))
             if member.role == "in" and module is not None:
                 hooks.append(module.register_forward_pre_hook(listen(group.name, member.rows([0]).flatten())))
-    producers = removed_rows(model, graph, removed_to_kept(graph, first), role="out")
-    values = [rows.tensor.index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in producers]
     try:
-        for rows in producers:
-            rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)
-        model(input_ids=torch.ones((1, 4), dtype=torch.long, device=input_device(model)), use_cache=False)
+        with unproduced(model, graph, removed_to_kept(graph, first)):
+            model(input_ids=torch.ones((1, 4), dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
-        for rows, value in zip(producers, values, strict=True):
-            rows.tensor.index_copy_(rows.axis, rows.removed.to(rows.tensor.device), value)
         for hook in hooks:
             hook.remove()
     return frozenset(heard)
@@ -358,8 +353,9 @@ class LHSPGCallback(StatefulCallback):
                 rows.absorb(value, factor, share)
 
     def _follow(self) -> None:
+        shares = {name: self._share(name) for name in {norm.group for norm in self._norms}}
         for norm in self._norms:
-            norm.follow(self._share(norm.group))
+            norm.follow(shares[norm.group])
 
     def _share(self, name: str) -> float:
         """How much of the squares of a group's redundant rows is left since the period began."""

@@ -107,8 +107,7 @@ class LoRAPrune:
 
         Tried on a twin that shares the weights.
         """
-        for group in restrict(task.graph, task.budget).prunable:
-            require_maskable(group)
+        require_maskable(restrict(task.graph, task.budget).prunable)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)
         check_scorable(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)

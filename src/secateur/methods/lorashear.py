@@ -116,8 +116,7 @@ class LoRAShear:
     def check(self, task: PruningTask) -> None:
         """See ``Checked.check``: zeroing must be removing, and norms must be able to follow; tried on a twin."""
         graph = restrict(task.graph, task.budget)
-        for group in graph.prunable:
-            require_maskable(group)
+        require_maskable(graph.prunable)
         heard = still_heard(task.model, graph)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_norms(adapted, restrict(adapted_graph(adapted, task), task.budget), heard)

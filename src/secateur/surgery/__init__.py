@@ -2,9 +2,8 @@
 
 from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
-from secateur.surgery.mask import masked, zero_units
+from secateur.surgery.mask import masked, unproduced, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
-from secateur.surgery.rows import removed_rows
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
 
@@ -15,12 +14,12 @@ __all__ = [
     "masked",
     "norms_over",
     "protect_failing",
-    "removed_rows",
     "scales_with_zeros",
     "set_epsilon",
     "sharing_copy",
     "slice_model",
     "trace",
+    "unproduced",
     "verify_cuts",
     "zero_units",
 ]

@@ -52,7 +52,7 @@ class InputMasks:
         norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
         for name in kept:
             group = self.graph[name]
-            require_maskable(group)
+            require_maskable([group])
             units = sorted(set(removed[name]))
             for member in group.members:
                 if ".lora_" in member.parameter:

@@ -9,16 +9,15 @@ and tokens (``tokens``); layers are skipped (``blocks``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from secateur.errors import ModelError
 from secateur.surgery.blocks import skipped
 from secateur.surgery.norms import MASKABLE, norms_over, over_survivors
-from secateur.surgery.rows import Rows, cut_groups, removed_rows
+from secateur.surgery.rows import Rows, cut_groups, removed_rows, zeroed
 from secateur.surgery.tokens import silenced
 from secateur.surgery.unrouted import unrouted
 from secateur.types import DependencyGraph, NodeGroup
@@ -41,9 +40,10 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
     Where the vocabulary is cut, logits keep their places, with -inf for tokens that are gone.
     """
     graph.check_kept(kept)
-    zeroed = {group.name: kept[group.name] for group, _ in cut_groups(graph, kept) if group.kind in _ZEROED}
+    contracted = {group.name: kept[group.name] for group, _ in cut_groups(graph, kept) if group.kind in _ZEROED}
     with (
-        _zeroed(model, graph, zeroed),
+        zeroed(_consumers(model, graph, contracted)),
+        _over_survivors(model, graph, contracted),
         unrouted(model, graph, kept),
         skipped(model, graph, kept),
         silenced(model, graph, kept),
@@ -52,23 +52,23 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
 
 
 @contextmanager
-def _zeroed(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """The part of ``masked`` that zeroes what consumes the units."""
-    consumers, norms = _consumers(model, graph, kept), norms_over(model, graph, kept)
-    saved = [rows.tensor.detach().index_select(rows.axis, rows.removed.to(rows.tensor.device)) for rows in consumers]
+def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """While it lasts, norms that run over the units take their statistics over those that stay."""
+    norms = norms_over(model, graph, kept)
     try:
-        for rows in consumers:
-            _zero(rows)
         for module, norm in norms.items():
             module.forward = over_survivors(module, norm.counting)
         yield
     finally:
         for module in norms:
             del module.forward
-        # last zeroed, first restored: a tensor may be zeroed along two of its axes
-        for rows, before in reversed(list(zip(consumers, saved, strict=True))):
-            with torch.no_grad():
-                rows.tensor.index_copy_(rows.axis, rows.removed.to(rows.tensor.device), before)
+
+
+@contextmanager
+def unproduced(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """While it lasts, what produces the units that do not stay is zero: not the same as removing them."""
+    with zeroed(removed_rows(model, graph, kept, role="out")):
+        yield
 
 
 def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
@@ -78,10 +78,9 @@ def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequ
     not zero as well: its statistics will then be those of the survivors. Raises ModelError for groups where zeroing
     is not removing.
     """
-    for group, _ in cut_groups(graph, kept):
-        require_maskable(group)
+    require_maskable(group for group, _ in cut_groups(graph, kept))
     for rows in _consumers(model, graph, kept):
-        _zero(rows)
+        rows.zero()
 
 
 def _consumers(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[Rows]:
@@ -92,21 +91,18 @@ def _consumers(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequ
     return removed_rows(model, graph, kept, role="in")
 
 
-def require_maskable(group: NodeGroup) -> None:
-    if group.kind not in MASKABLE:
-        raise ModelError(
-            f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as removing "
-            f"them. Only groups of kind {', '.join(MASKABLE)} can be zeroed while a model trains; cut this one with "
-            "a one-shot method (magnitude, random, taylor)."
-        )
-    _require_consumers(group)
+def require_maskable(groups: Iterable[NodeGroup]) -> None:
+    """Raise ModelError for a group whose units cannot be removed by zeroing while the model trains."""
+    for group in groups:
+        if group.kind not in MASKABLE:
+            raise ModelError(
+                f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as "
+                f"removing them. Only groups of kind {', '.join(MASKABLE)} can be zeroed while a model trains; cut "
+                "this one with a one-shot method (magnitude, random, taylor)."
+            )
+        _require_consumers(group)
 
 
 def _require_consumers(group: NodeGroup) -> None:
     if not any(member.role == "in" for member in group.members):
         raise ModelError(f"Nothing in the model consumes {group.name}, so it cannot be masked. Leave it whole.")
-
-
-def _zero(rows: Rows) -> None:
-    with torch.no_grad():
-        rows.tensor.index_fill_(rows.axis, rows.removed.to(rows.tensor.device), 0.0)

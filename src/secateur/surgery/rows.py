@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,27 @@ class Rows:
         stays = torch.ones(self.tensor.shape[self.axis], dtype=torch.bool)
         stays[self.removed] = False
         return stays.nonzero().flatten()
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Set the removed rows to zero."""
+        self.tensor.index_fill_(self.axis, self.removed.to(self.tensor.device), 0.0)
+
+
+@contextmanager
+def zeroed(rows: Iterable[Rows]) -> Iterator[None]:
+    """While it lasts, these rows are zero; afterwards they are what they were, bit for bit."""
+    with torch.no_grad():
+        saved = [(one, one.tensor.index_select(one.axis, one.removed.to(one.tensor.device))) for one in rows]
+    try:
+        for one, _ in saved:
+            one.zero()
+        yield
+    finally:
+        # last zeroed, first restored: a tensor may be zeroed along two of its axes
+        for one, before in reversed(saved):
+            with torch.no_grad():
+                one.tensor.index_copy_(one.axis, one.removed.to(one.tensor.device), before)
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
