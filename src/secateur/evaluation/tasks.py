@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import DataError, InputError
 
+_BOOTSTRAP = 100
+"""Samples for standard errors that have no formula (perplexity, F1, BLEU): good to about 7 % of the error."""
 _TASK_NAME = re.compile(r"^task:\s*['\"]?([\w.-]+)['\"]?\s*$", re.MULTILINE)
 
 
@@ -53,14 +58,32 @@ def evaluate_tasks(
     manager, tasks = _resolve(tuple(names))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        # errors of means have a formula; the harness leaves them out when it is told to draw no samples for others
-        found = simple_evaluate(harness, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1)
+        with _one_process():
+            found = simple_evaluate(
+                harness, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=_BOOTSTRAP
+            )
     except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
         raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
     inside = _inside_groups(found) - set(tasks)
     scores = {task: _numbers(values) for task, values in found["results"].items() if task not in inside}
     members = found.get("group_subtasks", {})
     return {task: values for task, values in scores.items() if values or not members.get(task)}
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """The harness draws its samples here instead of in forks of a process that holds a model, and says so on stderr."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _inside_groups(found: Mapping[str, Any]) -> set[str]:

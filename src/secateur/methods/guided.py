@@ -87,13 +87,13 @@ class GuidedPruning(StatefulCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Look at the gradients of the whole batch."""
-        if self._done:
-            return
         if not _finite(model):
             self.skipped += 1
             for parameter in model.parameters():  # one step of NaN would be the end of all adapters
                 if parameter.grad is not None:
                     parameter.grad.zero_()
+            return
+        if self._done:
             return
         now = scores_from_adapter_gradients(model, self.graph, self.options)
         self.observed += 1

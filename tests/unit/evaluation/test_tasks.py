@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,30 @@ def test_local_tasks_run_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 <= scores["parity"]["acc"] <= 1
     accuracy = scores["parity"]["acc"]
     assert scores["parity"]["acc_stderr"] == pytest.approx((accuracy * (1 - accuracy) / 5) ** 0.5)
+
+
+@needs_harness
+def test_metrics_whose_error_has_no_formula_have_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    (folder / "last_word.yaml").write_text(  # as LAMBADA is in the harness
+        f"""task: last_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "items.jsonl"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " even"
+metric_list: [{{metric: perplexity}}, {{metric: acc}}]
+"""
+    )
+    scores = evaluate_tasks(build("llama-gqa"), tiny_tokenizer(), [str(folder / "last_word.yaml")], limit=6)
+    assert 0 < scores["last_word"]["perplexity_stderr"] < scores["last_word"]["perplexity"]
+    assert "acc_stderr" in scores["last_word"]
+    assert "DISABLE_MULTIPROC" not in os.environ
+    assert capsys.readouterr().out == ""
 
 
 @needs_harness

@@ -175,21 +175,22 @@ def test_the_moving_average_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_steps_without_finite_gradients_are_skipped(max_grad_norm: float) -> None:
+@pytest.mark.parametrize("spoilt", [1, 5])  # the last: while the masks grow, and when all are there
+def test_steps_without_finite_gradients_are_skipped(spoilt: int, max_grad_norm: float) -> None:
     """And the adapters survive them: neither the clip nor the optimiser sees what is not finite."""
 
     class Spoil(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step == 1:
+            if state.global_step == spoilt:
                 next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
 
     model = adapted()
-    pruning = pruning_of(model)
+    pruning = pruning_of(model, steps=4)
     train(
         model,
         noise(16, 2).ids,
         TrainingSettings(batch_size=4, precision="fp32", max_grad_norm=max_grad_norm),
-        steps=4,
+        steps=6,
         seed=0,
         description="",
         callbacks=[Spoil(), pruning],
