@@ -7,7 +7,9 @@ import importlib.util
 import io
 import json
 import math
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.methods import METHODS
+from secateur.methods.base import NoSettings
 from secateur.planning import make_plan
+from secateur.recovery import finetune
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -262,6 +266,100 @@ def test_rows_of_changed_text_or_weights_are_not_mixed(model: Path, tmp_path: Pa
     assert len(compare(recipe, ["magnitude"], [0.2], out, resume=True).rows) == 2
 
 
+@pytest.mark.parametrize("also", ["./train.jsonl", "copy.jsonl"])
+def test_nothing_is_evaluated_that_is_trained_on_by_another_name(
+    also: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(model / "train.jsonl", "train.jsonl")
+    shutil.copy(model / "train.jsonl", "copy.jsonl")
+    shutil.copy(model / "held-out.txt", "held-out.txt")
+    names = ["held-out.txt", also]
+    recipe = recipe_of(model, *(f"{section}.text=train.jsonl" for section in ("calibration", "recovery")))
+    many = {f"{section}.tokens": 6000 for section in ("calibration", "recovery", "evaluation")}
+    recipe = revise(recipe, {**many, "evaluation.text": names})
+    loaded, tokenizer = secateur.load(str(model))
+    texts = run._read_texts(loaded, tokenizer, run.schedule_of(recipe, ["wanda"], [0.2], {}))
+    alone = revise(recipe, {"evaluation.text": ["held-out.txt"]})
+    whole = run._read_texts(loaded, tokenizer, run.schedule_of(alone, ["wanda"], [0.2], {}))
+    assert texts.evaluation is not None
+    assert whole.evaluation is not None
+    assert texts.evaluation.sources.count("held-out.txt") == len(whole.evaluation)  # from its beginning
+    assert texts.calibration is not None
+    assert texts.recovery is not None
+    read = {tuple(row) for blocks in (texts.calibration, texts.recovery) for row in blocks.ids.tolist()}
+    numbers = _documents(tokenizer, read)
+    held_out = [
+        row for row, name in zip(texts.evaluation.ids.tolist(), texts.evaluation.sources, strict=True) if name == also
+    ]
+    assert len(numbers) > 10
+    assert _documents(tokenizer, held_out)
+    assert not numbers & _documents(tokenizer, held_out)
+
+
+def _documents(tokenizer: Any, rows: Any) -> set[str]:
+    """The numbers that documents of ``train.jsonl`` begin with."""
+    return {word for row in rows for word in re.findall(r"\d+", tokenizer.decode(row))}
+
+
+def test_rows_of_a_changed_method_of_ones_own_are_made_anew(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out, path = recipe_of(model, "recovery.steps=0"), tmp_path / "out", tmp_path / "own_method.py"
+    source = """
+from secateur.importance import CRITERIA
+from secateur.methods.base import NoSettings, one_shot
+
+class Own:
+    name, paper, summary, needs, Settings = "own", "", "", "text", NoSettings
+
+    def __init__(self, settings=None):
+        self.settings = settings or NoSettings()
+
+    def run(self, task):
+        return one_shot(task, CRITERIA["{criterion}"])
+"""
+    found = []
+    for criterion in ("magnitude", "taylor", "taylor"):
+        path.write_text(source.replace("{criterion}", criterion))
+        spec = importlib.util.spec_from_file_location("own_method", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_method", module)
+        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)  # not a cached .pyc of the same second
+        monkeypatch.setitem(METHODS, "own", module.Own)
+        board = compare(recipe, ["own", "magnitude", "taylor"], [0.3], out, resume=out.exists())
+        found.append({row.method: row.pruned for row in board.rows})
+        stamp = (out / "rows" / "own-0.3.json").stat().st_mtime_ns
+        found[-1]["when"] = {"own": float(stamp)}
+    assert found[0]["own"] == found[0]["magnitude"] != found[0]["taylor"]
+    assert found[1]["own"] == found[1]["taylor"]
+    assert found[1]["when"] == found[2]["when"]  # nothing has changed: it stays
+
+
+def test_a_method_that_trains_says_for_how_long(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        name, paper, summary, needs, Settings = "silent", "", "", "training", NoSettings
+
+    monkeypatch.setitem(METHODS, "silent", Silent)
+    with pytest.raises(InputError, match="training_steps"):
+        compare(recipe_of(model), ["silent"], [0.2], tmp_path / "out")
+
+
+def test_instructions_have_as_many_steps_in_every_row(model: Path) -> None:
+    more = (f"recovery.instructions={model / 'held-out.txt'}", "recovery.instruction_share=0.3")
+    own: dict[str, Any] = {"loraprune": {"steps": 36}}
+    rows = run.schedule_of(recipe_of(model, *more, "recovery.steps=10"), ["random", "loraprune"], [0.2], own)
+    assert [row.recovery.steps for row in rows] == [46, 10]
+    for row in rows:
+        [_, second] = finetune._stages(("a",), ("b",), row.recovery)
+        [first, _] = finetune._stages(("a",), ("b",), row.recovery)
+        assert second.until - first.until == 3
+    with pytest.raises(InputError, match="at least 2"):
+        run.schedule_of(recipe_of(model, *more, "recovery.steps=0"), ["random", "loraprune"], [0.2], own)
+
+
 def test_a_task_is_known_by_its_items(model: Path, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("{}")
     (tmp_path / "base.yaml").write_text("output_type: multiple_choice")
@@ -275,6 +373,23 @@ def test_a_task_is_known_by_its_items(model: Path, tmp_path: Path) -> None:
             with (tmp_path / name).open("a") as file:
                 file.write(" ")
     assert len(seen) == 4
+
+
+def test_a_task_is_known_by_what_it_calls_and_includes_further_down(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "part-0.parquet").write_text("0")
+    (tmp_path / "more-1.jsonl").write_text("{}")
+    (tmp_path / "_base").write_text("include: _root\ntest_split: '* test *'\n")
+    (tmp_path / "_root").write_text("data_dir: items\ndata_files: 'more-*.jsonl'\n")
+    (tmp_path / "utils.py").write_text("def process(): ...\n")
+    (tmp_path / "a.yaml").write_text("task: a\ninclude: _base\nprocess_docs: !function utils.process\n")
+    seen = set()
+    for name in ("_root", "utils.py", "items/part-0.parquet", "more-1.jsonl", None):
+        seen.add(contents.digests(recipe_of(model), [str(tmp_path / "a.yaml")])[str(tmp_path / "a.yaml")])
+        if name is not None:
+            with (tmp_path / name).open("a") as file:
+                file.write("#")
+    assert len(seen) == 5
 
 
 def test_an_analysis_is_known_by_what_it_holds(model: Path, tmp_path: Path) -> None:

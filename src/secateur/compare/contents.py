@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
+import glob
 import hashlib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from secateur.config import Recipe
 from secateur.errors import InputError
+from secateur.methods import METHODS
 
 _PIECES = 64
 _PIECE = 1 << 16
@@ -42,19 +46,56 @@ def _path(name: str) -> Path:
     return Path(name).expanduser()
 
 
+def code_of(method: str) -> str:
+    """The first 16 digits of a SHA-256 of the file that defines a method of one's own; empty for the built-in ones.
+
+    The whole file, as what the method calls may have changed; empty also where there is none (an interactive session).
+    """
+    one = METHODS[method]
+    if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(one)).read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return ""
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two names of text stand for the same file, or for files that hold the same."""
+    paths = _path(one), _path(other)
+    return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
+
+
 def _task_files(path: Path) -> set[Path]:
-    """A task file or those of a folder, and every file that one of them names (its items, what it includes)."""
-    found: set[Path] = set()
-    for file in path.glob("*.yaml") if path.is_dir() else [path]:
-        found |= {file, *_named(file)}
-    return found
+    """A task file or those of a folder, with what they include, call and name: other files, folders of items, code."""
+    waiting = list(path.glob("*.yaml")) if path.is_dir() else [path]
+    tasks, others = set[Path](), set[Path]()
+    while waiting:
+        if (file := waiting.pop()) not in tasks:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            tasks.add(file)
+            others |= {*file.parent.glob("*.py"), *_named(file, text)}
+            waiting += [one for word in _INCLUDED.findall(text) for one in _places(file, word) if one.is_file()]
+    return tasks | others
 
 
-def _named(file: Path) -> Iterator[Path]:
-    for word in set(re.findall(r"[^\s'\"\[\],]+", file.read_text(encoding="utf-8", errors="replace"))):
-        for path in (Path(word), file.parent / word):
-            if len(word) < 1000 and path.is_file():
-                yield path
+_INCLUDED = re.compile(r"^include:\s*['\"]?([^\s'\"]+)", re.MULTILINE)
+_FOLDER = re.compile(r"(?:dataset_path|data_dir):\s*['\"]?([^\s'\",}]+)")
+
+
+def _named(file: Path, text: str) -> Iterator[Path]:
+    """The files that a task file names, by patterns too, and those in its folders of data."""
+    for word in set(re.findall(r"[^\s'\"\[\]{},]+", text)):
+        for path in _places(file, word) if re.search(r"\w", word) else []:  # a lone * is no pattern of files
+            yield from (found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file())
+    for word in _FOLDER.findall(text):
+        for path in _places(file, word):
+            yield from (found for found in path.rglob("*") if found.is_file())
+
+
+def _places(file: Path, word: str) -> list[Path]:
+    """Where a name in a task file may lie: as it is, or beside the task file."""
+    return [Path(word), file.parent / word] if len(word) < 1000 else []
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -14,13 +14,22 @@ from secateur.compare.contents import digests
 from secateur.compare.rows import Row
 from secateur.config import Recipe
 from secateur.errors import InputError
+from secateur.planning import versions
 from secateur.whole import write_whole
 
 
 def identity_of(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, Any]:
-    """What decides the numbers of all rows, and what local files hold; ratios and methods are those of single rows."""
+    """What decides the numbers of all rows: settings, what local files hold, this program's version.
+
+    Ratios and methods are those of single rows.
+    """
     shared = recipes[0].model_dump(mode="json", exclude={"method": True, "budget": {"ratio"}})
-    return {**shared, "tasks": list(tasks), "content": digests(recipes[0], tasks)}
+    return {
+        **shared,
+        "tasks": list(tasks),
+        "content": digests(recipes[0], tasks),
+        "version": versions()["secateur"],
+    }
 
 
 def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> None:

@@ -25,6 +25,8 @@ class Row(BaseModel):
     method: str
     ratio: float
     """Asked for, of all parameters."""
+    code: str = ""
+    """Of a method of one's own: what the file that defines it holds (``contents.code_of``)."""
     settings: dict[str, Any] = {}
     """The method's own."""
     kinds: list[str] = []

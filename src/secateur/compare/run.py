@@ -14,6 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from secateur import stages
+from secateur.compare.contents import code_of, same_file
 from secateur.compare.folder import check_folder, check_rows, identity_of, open_folder, read_rows, write_row
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
@@ -92,7 +93,7 @@ def compare(
     recipes = schedule_of(recipe, names, ratios, settings or {})
     identity = identity_of(recipes, tasks)
     check_folder(output, identity, resume)
-    done = read_rows(output)
+    done = _of_this_code(read_rows(output))
     check_rows(output, done, recipes)
     for text in {purpose: text for planned in recipes for purpose, text in planned.texts.items()}.values():
         check_sources(text)
@@ -111,6 +112,14 @@ def compare(
         comparison.rows = sorted(done.values(), key=_place)
         write_report(comparison, output)
     return comparison
+
+
+def _of_this_code(rows: dict[tuple[str, float], Row]) -> dict[tuple[str, float], Row]:
+    """Without the rows of methods of one's own whose file has changed since."""
+    changed = {row.method for row in rows.values() if row.method in METHODS and row.code != code_of(row.method)}
+    for name in sorted(changed):
+        say(f"The file that defines {name} has changed since its rows were made: they are left out.")
+    return {key: row for key, row in rows.items() if row.method not in changed}
 
 
 def _place(row: Row) -> tuple[float, bool, int, str]:
@@ -134,12 +143,27 @@ def schedule_of(
         raise InputError(f"Ratios lie strictly between 0 and 1, such as 0.2,0.5; got {wrong or 'none'}.")
     chosen = {name: _with_method(recipe, name, settings.get(name, {})) for name in methods}
     longest = max(pruning_steps(planned) for planned in chosen.values())
-    planned = []
-    for ratio in dict.fromkeys(ratios):
-        for row in chosen.values():
-            steps = recipe.recovery.steps + longest - pruning_steps(row)
-            planned.append(revise(row, {"budget.ratio": ratio, "recovery.steps": steps}))
-    return planned
+    return [
+        revise(row, {"budget.ratio": ratio, **_recovery_of(recipe, longest - pruning_steps(row))})
+        for ratio in dict.fromkeys(ratios)
+        for row in chosen.values()
+    ]
+
+
+def _recovery_of(recipe: Recipe, more: int) -> dict[str, Any]:
+    """What a row changes that recovers for ``more`` steps: instructions have as many as in all other rows."""
+    steps, share = recipe.recovery.steps, recipe.recovery.instruction_share
+    if not recipe.recovery.instructions or more == 0:
+        return {"recovery.steps": steps + more}
+    if steps < 2:
+        raise InputError(
+            f"recovery.steps is {steps}, and recovery.instructions need at least 2 in every row, so that all read the "
+            "same. Give that many, or leave recovery.instructions empty."
+        )
+    return {
+        "recovery.steps": steps + more,
+        "recovery.instruction_share": max(1, int(steps * share + 1e-9)) / (steps + more),
+    }
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -166,8 +190,15 @@ def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Reci
 
 
 def pruning_steps(recipe: Recipe) -> int:
-    """Optimiser steps that the recipe's method trains for while it prunes."""
-    return int(getattr(recipe.method.settings, "training_steps", 0))
+    """Optimiser steps that the recipe's method trains for while it prunes; InputError when it does not say."""
+    name = recipe.method.name
+    steps = getattr(recipe.method.settings, "training_steps", None)
+    if steps is None and METHODS[name].needs == "training":
+        raise InputError(
+            f"{name} trains, and its Settings have no training_steps (optimiser steps before the cut), so that it "
+            "would get more training than the others. Add that property, as LoRAPruneSettings has it."
+        )
+    return int(steps or 0)
 
 
 def _rehearse(
@@ -228,19 +259,17 @@ def _measure_dense(
 
 
 def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
-    """The text of all rows, read once. Evaluation files that nothing else reads are taken whole."""
+    """The text of all rows, read once. Evaluation files that nothing else reads, by any name, are taken whole."""
     if tokenizer is None:
         raise InputError("The model has no tokenizer, so that nothing can be measured. Put its files into the folder.")
     wanted: dict[Any, Any] = {}
     for recipe in recipes:
         wanted |= recipe.texts
-    elsewhere = {name for purpose, text in wanted.items() if purpose != "evaluation" for name in text.text}
-    evaluation = wanted["evaluation"]
-    if elsewhere & {name for name in evaluation.text if Path(name).suffix}:
-        return read_texts(model, tokenizer, wanted, recipes[0].seed)
-    whole = load_whole(evaluation, tokenizer, recipes[0].seed, evaluation.tokens)
-    others = {purpose: text for purpose, text in wanted.items() if purpose != "evaluation"}
-    found = read_texts(model, tokenizer, others, recipes[0].seed)
+    evaluation = wanted.pop("evaluation")
+    elsewhere = {name for text in wanted.values() for name in text.text}
+    trained_on = [name for name in evaluation.text if any(same_file(name, other) for other in elsewhere)]
+    whole = load_whole(evaluation, tokenizer, recipes[0].seed, evaluation.tokens, trained_on)
+    found = read_texts(model, tokenizer, wanted, recipes[0].seed)
     return Texts(**{**vars(found), "evaluation": whole})
 
 
@@ -251,6 +280,7 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
     row = Row(
         method=name,
         ratio=ratio,
+        code=code_of(name),
         settings=recipe.method.settings.model_dump(mode="json"),
         kinds=list(recipe.budget.kinds),
         pruning_steps=pruning_steps(recipe),

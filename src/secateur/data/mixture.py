@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from random import Random
 from typing import Self
@@ -110,7 +110,11 @@ def load_blocks(
 
 
 def load_whole(
-    settings: TextSettings, tokenizer: PreTrainedTokenizerBase | None, seed: int, max_tokens: int | None = None
+    settings: TextSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    max_tokens: int | None = None,
+    trained_on: Collection[str] = (),
 ) -> TokenBlocks:
     """What a finished model is measured on: files from their beginning to their end, sources by what is held out.
 
@@ -120,13 +124,14 @@ def load_whole(
 
     Args:
         max_tokens: use only the first so many tokens of each file; None for all. Sources do not heed it.
+        trained_on: files that are read for something else as well, and give their evaluation split as sources do.
 
     Raises:
         DataError: no tokenizer, a source that cannot be read, or too little text.
     """
     tokenizer = _needed(tokenizer)
     check_sources(settings)
-    files = [name for name in settings.text if Path(name).suffix in FILES]
+    files = [name for name in settings.text if Path(name).suffix in FILES and name not in trained_on]
     parts = {name: _whole_file(name, tokenizer, settings.window, max_tokens) for name in files}
     ids, names = list(parts.values()), [name for name, rows in parts.items() for _ in rows]
     others = [name for name in settings.text if name not in parts]

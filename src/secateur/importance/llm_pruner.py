@@ -95,7 +95,7 @@ class LLMPruner:
         self, model: nn.Module, group: NodeGroup, trained: dict[str, nn.Parameter], squares: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         scores, consumers = [], []
-        for member in base_members(group, trained):
+        for member in _matrices(group, trained):
             gradient = trained[member.parameter].grad
             if gradient is None:  # no token reached it (an expert that was never chosen): it changes nothing
                 continue
@@ -113,6 +113,13 @@ class LLMPruner:
         axes = other_axes(elements, member.axis)
         rows = elements.sum(dim=axes) if axes else elements
         return rows.abs()
+
+
+def _matrices(group: NodeGroup, trained: dict[str, nn.Parameter]) -> list[Member]:
+    """What is scored: as in the authors' code no biases and norms (the gradient of a key's bias is zero, and so would
+    every product be), except where there is nothing else."""
+    members = list(base_members(group, trained))
+    return [member for member in members if trained[member.parameter].dim() > 1] or members
 
 
 def _gradients_and_squares(

@@ -74,6 +74,7 @@ class Method(Protocol):
     needs: ClassVar[MethodNeeds]
     """``nothing``: weights only; ``text``: calibration text; ``training``: training text as well."""
     Settings: ClassVar[type[Settings]]
+    """Its own keys. Of a method that trains, the property ``training_steps`` says how many optimiser steps it makes."""
 
     def __init__(self, settings: Any = None) -> None: ...
 

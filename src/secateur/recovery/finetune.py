@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -224,7 +223,8 @@ def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoveryS
             f"recovery.steps = {settings.steps} is too few for two stages, text and instructions. Set it to at least "
             f"2, or leave recovery.instructions empty."
         )
-    first_ends = min(math.ceil(settings.steps * (1 - settings.instruction_share)), settings.steps - 1)
+    of_second = max(1, int(settings.steps * settings.instruction_share + 1e-9))
+    first_ends = max(1, settings.steps - of_second)
     return [Stage("text", first, first_ends), Stage("instructions", second, settings.steps)]
 
 

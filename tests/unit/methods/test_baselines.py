@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,31 @@ def inputs_of(model: Any, path: str, ids: torch.Tensor) -> torch.Tensor:
         model(input_ids=ids)
     hook.remove()
     return seen[0].flatten(0, -2)
+
+
+@pytest.mark.parametrize("members", ["sum", "product", "max"])
+def test_llm_pruner_scores_no_biases(members: Any) -> None:
+    """A key's bias has no gradient, and one of zero no salience: with them every product would be one of zero."""
+    found = []
+    for fill in (0.0, 0.1):
+        model = build("qwen2")
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.fill_(fill)
+        graph = trace(model)
+        found.append(Criterion("first", members).score(model, graph, noise(4, 1), 0))
+        if fill == 0.0:
+            for group in graph.prunable:
+                assert len(found[0][group.name].unique()) == group.size
+                assert (found[0][group.name] > 0).all()
+        else:
+            only = [
+                replace(group, members=tuple(m for m in group.members if "bias" not in m.parameter)) for group in graph
+            ]
+            without = replace(graph, groups=tuple(only))
+            expected = Criterion("first", members).score(model, without, noise(4, 1), 0)
+            for group in graph.prunable:
+                torch.testing.assert_close(found[1][group.name], expected[group.name])
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
