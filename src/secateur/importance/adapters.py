@@ -211,10 +211,14 @@ class Adapters:
         blocks = calibration(blocks, self.name)
         if not graph.prunable:
             return Scores({})
+        self.check(model, graph)
         adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
-        if not adapters:
-            raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
-        check_scorable(model, graph, self.options)
         with borrowed(model, adapters), recomputed(model, self.recompute):
             mean_loss_backward(model, blocks, self.batch_size)
             return scores_from_adapter_gradients(model, graph, self.options)
+
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """Raise ModelError unless the model has adapters, and every prunable group a weight with one."""
+        if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
+            raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
+        check_scorable(model, graph, self.options)

@@ -27,8 +27,10 @@ from secateur.importance.base import (
     calibration,
     mean_loss_backward,
     require_gradients,
+    unscorable,
 )
 from secateur.importance.weights import (
+    active_adapters,
     adapter_delta,
     base_members,
     base_parameters,
@@ -92,8 +94,7 @@ class Hesso:
         if self.needs == "nothing":
             return self._scores(model, graph, lambda name: effective_weight(model, name), lambda name: None, of_loss)
         if self.needs == "adapters":
-            if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
-                raise ModelError(f"'{self.name}' reads LoRA adapters, and there are none; attach and train them first.")
+            self.check(model, graph)
             return self._scores(
                 model, graph, lambda name: stored_weight(model, name), lambda name: adapter_delta(model, name), of_loss
             )
@@ -109,6 +110,22 @@ class Hesso:
                 return None if gradient is None else -gradient
 
             return self._scores(model, graph, lambda name: effective_weight(model, name), downhill, of_loss)
+
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """Raise ModelError where what adapters learned is asked for and a prunable group has none: it would score 0.
+
+        Takes a moment; the adapters need not be trained yet.
+        """
+        if self.needs != "adapters":
+            return
+        if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
+            raise ModelError(f"'{self.name}' reads LoRA adapters, and there are none; attach and train them first.")
+        for group in graph.prunable:
+            # a unit that is a module needs an adapter of its own, while the units of other groups share theirs
+            for names in base_parameters(graph, group) if group.modules else [_names(graph, group)]:
+                if not any(active_adapters(model, name) for name in names):
+                    reason = "nothing that produces its units has an active LoRA adapter (lora.targets)"
+                    raise unscorable(group, self.name, reason)
 
     def _scores(
         self, model: nn.Module, graph: DependencyGraph, weight: Callable[[str], torch.Tensor], d: Direct, of_loss: bool

@@ -75,15 +75,16 @@ def adapter_delta(model: nn.Module, parameter: str) -> torch.Tensor | None:
 
     A new tensor that lives as long as the caller keeps it.
     """
+    deltas = [layer.get_delta_weight(name).detach() for layer, name in active_adapters(model, parameter)]
+    return torch.as_tensor(sum(deltas)) if deltas else None
+
+
+def active_adapters(model: nn.Module, parameter: str) -> list[tuple[Any, str]]:
+    """The LoRA layer and the name of each adapter that adds something to ``parameter`` now (not merged, not off)."""
     layer = lora_layer(model, parameter)
     if layer is None or layer.merged or layer.disable_adapters:
-        return None
-    deltas = [
-        layer.get_delta_weight(adapter).detach()  # type: ignore[attr-defined]
-        for adapter in layer.active_adapters
-        if adapter in layer.scaling
-    ]
-    return torch.as_tensor(sum(deltas)) if deltas else None
+        return []
+    return [(layer, adapter) for adapter in layer.active_adapters if adapter in layer.scaling]
 
 
 def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,3 +119,33 @@ def test_adapters_are_asked_for() -> None:
     model = TINY["llama-gqa"]()
     with pytest.raises(ModelError, match="attach and train"):
         CRITERIA["hesso-lora-cosine"].score(model, trace(model), None, 0)
+
+
+@pytest.mark.parametrize("criterion", ["hesso-lora-cosine", "hesso-lora-first-order", "lora"])
+def test_groups_without_an_adapter_are_refused_not_scored_zero(criterion: str) -> None:
+    model = attach_lora(TINY["llama-gqa"](), LoraSettings(targets=("gate_proj", "up_proj", "down_proj")), seed=0)
+    graph = trace(model)
+    with pytest.raises(ModelError, match=r"cannot score layers\.0\.attention.*lora\.targets.*budget\.protect"):
+        CRITERIA[criterion].score(model, graph, blocks(), 0)
+    ffn = replace(graph, groups=tuple(group for group in graph if group.kind == "ffn"))
+    assert len(CRITERIA[criterion].score(model, ffn, blocks(), 0).values) == 2
+
+
+def test_a_layer_without_an_adapter_is_refused_and_one_with_some_is_not() -> None:
+    def score(target: str) -> Any:
+        model = attach_lora(TINY["llama-gqa"](), LoraSettings(targets=(target,)), seed=0)
+        graph = trace(model).opened(["layer"])
+        layers = replace(graph, groups=tuple(group for group in graph if group.kind == "layer"))
+        return CRITERIA["hesso-lora-first-order"].score(model, layers, None, 0)["layers"]
+
+    assert len(score("up_proj")) == 2
+    with pytest.raises(ModelError, match="cannot score layers:"):
+        score("layers.1.mlp.up_proj")
+
+
+def test_adapters_that_are_merged_say_nothing() -> None:
+    model = adapted("llama-gqa")
+    graph = trace(model)
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="cannot score"):
+        CRITERIA["hesso-lora-cosine"].score(model, graph, None, 0)
