@@ -156,13 +156,18 @@ def check_window(settings: TextSettings, model: PreTrainedModel, section: str) -
     Args:
         section: where the settings stand in the recipe, such as ``evaluation``; for the message.
     """
-    config = model.config.get_text_config()
-    context = next((size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int)), None)
+    context = context_of(model)
     if context is not None and settings.window > context:
         raise InputError(
             f"{section}.window = {settings.window} is longer than what {model.config._name_or_path or 'the model'} can "
             f"read at once, {context} tokens. Set {section}.window to at most {context}."
         )
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """How many tokens ``model`` can read at once; None where its config does not say."""
+    config = model.config.get_text_config()
+    return next((size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int)), None)
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import document_end, encode
+from secateur.data.mixture import context_of
 from secateur.errors import DataError
 from secateur.loading import cache_folder
 from secateur.progress import Bar, say
@@ -66,11 +68,12 @@ def write_own_text(
         seed: of the sampling.
 
     Raises:
-        DataError: no tokenizer, or the tokenizer has no token to start from, or the model only writes empty text.
+        DataError: no tokenizer, or the tokenizer has no token to start from, or the model's context has no room for an
+            answer, or the model only writes empty text.
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so it cannot write text. Put its files into the folder.")
-    file = cache_folder() / f"own-text-{_key(model, tokens, seed)}.jsonl"
+    file = cache_folder() / f"own-text-{_key(model, tokenizer, tokens, seed)}.jsonl"
     if file.is_file():
         return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     say(f"The model writes {tokens:,} tokens of its own text")
@@ -115,23 +118,41 @@ def _requests(seed: int) -> Iterator[str]:
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str]) -> list[tuple[str, int]]:
     """The model's text for each request, and how many tokens it is."""
     prompts = [_prompt(tokenizer, request) for request in requests]
-    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    longest = max(map(len, prompts))
+    room = (context_of(model) or sys.maxsize) - longest
+    if room < 1:
+        raise DataError(
+            f"The model reads {longest + room} tokens at once, and a request takes {longest} with its chat template: "
+            "there is no room for text of its own. Take other text than self."
+        )
+    end = _end(model, tokenizer)
+    # many tokenizers have no mark for padding, and need none: the mask says what is read
+    padding = next(mark for mark in (tokenizer.pad_token_id, *end, 0) if mark is not None)
+    ids = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     written = cast(Any, model).generate(
-        **inputs,
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
         generation_config=GenerationConfig(
-            max_new_tokens=_WRITTEN_TOKENS,
+            max_new_tokens=min(_WRITTEN_TOKENS, room),
             do_sample=True,
             temperature=_TEMPERATURE,
             top_p=_TOP_P,
             top_k=0,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end or None,
+            pad_token_id=padding,
         ),
-    )[:, inputs["input_ids"].shape[1] :]
+    )[:, longest:]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    lengths = (written != tokenizer.pad_token_id).sum(1).tolist()
+    lengths = (written != padding).sum(1).tolist()
     return [(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text; empty where neither model nor tokenizer knows one."""
+    end = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    return end if isinstance(end, list) else [] if end is None else [end]
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
@@ -152,9 +173,11 @@ def _document(tokenizer: PreTrainedTokenizerBase, request: str, text: str) -> st
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def _key(model: PreTrainedModel, tokens: int, seed: int) -> str:
-    """Hash of what decides the text: the model's numbers, how much, and the seed."""
-    digest = hashlib.sha256(f"{tokens}/{seed}/{_WRITTEN_TOKENS}/{_BATCH}/{_TEMPERATURE}/{_TOP_P}".encode())
+def _key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
+    """Hash of what decides the text: the model's numbers and context, the tokenizer, how much, and the seed."""
+    settings = (tokens, seed, _WRITTEN_TOKENS, _BATCH, _TEMPERATURE, _TOP_P, context_of(model), _end(model, tokenizer))
+    words = (tokenizer.bos_token_id, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()))
+    digest = hashlib.sha256(repr((settings, words)).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.detach().double().sum().item()}".encode())
     return digest.hexdigest()[:16]

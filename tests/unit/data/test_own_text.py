@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,38 @@ def test_own_text_fills_blocks() -> None:
 def test_without_a_tokenizer_nothing_is_written() -> None:
     with pytest.raises(DataError, match="no tokenizer"):
         write_own_text(build("llama-gqa"), None, 20, 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_tokenizer_without_padding_gives_the_same_text(small: Path, chat: bool) -> None:
+    """Llama's, Mistral's and GPT-2's have none; requests of unequal length are padded all the same."""
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer(chat=chat)
+    first = write_own_text(model, tokenizer, 100, 0)
+    shutil.rmtree(small)
+    tokenizer.pad_token = None
+    assert write_own_text(model, tokenizer, 100, 0) == first
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_no_text_is_longer_than_the_context(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions beyond a table of 64 end in an IndexError."""
+    monkeypatch.setattr(own_text, "_WRITTEN_TOKENS", 256)
+    assert write_own_text(build(family), tiny_tokenizer(), 100, 0)
+    tokenizer = tiny_tokenizer(chat=True)
+    assert write_own_text(build(family), tokenizer, 100, 0)
+    monkeypatch.setattr(own_text, "_REQUESTS", ("Explain {} to a beginner who has never heard of it before.",))
+    with pytest.raises(DataError, match=r"reads 64 tokens at once.*no room"):
+        write_own_text(build(family), tokenizer, 100, 1)
+
+
+def test_another_tokenizer_is_another_text() -> None:
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    keys = {own_text._key(model, tokenizer, 100, 0), own_text._key(model, tiny_tokenizer(chat=True), 100, 0)}
+    tokenizer.eos_token = "<unk>"
+    model.generation_config.eos_token_id = None
+    keys.add(own_text._key(model, tokenizer, 100, 0))
+    tokenizer.bos_token = "<unk>"
+    keys.add(own_text._key(model, tokenizer, 100, 0))
+    tokenizer.add_tokens(["tree"])
+    keys.add(own_text._key(model, tokenizer, 100, 0))
+    assert len(keys) == 5
