@@ -22,7 +22,7 @@ from secateur.loading import load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
-from secateur.stages import losses, refuse_what_cannot_work, size
+from secateur.stages import contents, losses, refuse_what_cannot_work, size
 from secateur.surgery import trace
 from secateur.workspace import Workspace
 
@@ -78,8 +78,8 @@ def analyze(
             picture marks.
         output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
             ``heatmap.png``. Until it is finished, what was measured is kept beside it.
-        resume: go on with what an interrupted call measured for ``output``; of a finished one of the same settings,
-            what it found is given back.
+        resume: go on with what an interrupted call measured for ``output``, of the same settings, weights and text; of
+            a finished one of the same settings and weights, what it found is given back.
     """
     recipe = revise(recipe or Recipe(), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
@@ -88,14 +88,15 @@ def analyze(
     ratios = sorted(set(ratios))
     started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {ratios}\n"
     if output is not None:
-        if resume and (found := _finished(output, started_as)) is not None:
+        if resume and (found := _finished(output, started_as, model)) is not None:
             say(f"This analysis is finished; its folder is {output}. Nothing is done again.")
             return found
         output = check_output(output)
-        Workspace.place(output, started_as, resume)
+        Workspace.place(output, started_as, resume, contents(model))
     graph = trace(model).opened(recipe.budget.kinds)
-    blocks = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed).calibration
-    work = Workspace.open(output, started_as, resume)
+    texts = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed)
+    blocks = texts.calibration
+    work = Workspace.open(output, started_as, resume, contents(model, texts))
     dtype = autocast_dtype(recipe.evaluation.precision, model.device)
     with autocast(recipe.evaluation.precision, model.device):
         chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
@@ -132,11 +133,18 @@ def analyze(
     return analysis
 
 
-def _finished(output: Path, started_as: str) -> Analysis | None:
-    """What an analysis of the same settings left in ``output``, if there is one."""
+def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis | None:
+    """What an analysis of the same settings left in ``output``, if there is one; InputError for other weights."""
     file = output.expanduser() / "analysis.json"
     found = Analysis.load(file) if file.is_file() else None
-    return found if found is not None and found.recipe == started_as else None
+    if found is None or found.recipe != started_as:
+        return None
+    if found.weights != digest(model):
+        raise InputError(
+            f"The analysis in {output} is finished, and the model's weights are not those that it is of. Name another "
+            "folder for an analysis of these, or delete that one."
+        )
+    return found
 
 
 def _one_shot_criterion(name: str) -> Criterion:

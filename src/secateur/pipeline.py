@@ -17,6 +17,7 @@ from secateur.planning import restrict
 from secateur.progress import say
 from secateur.stages import (
     Result,
+    contents,
     cut,
     decide,
     grow_back,
@@ -63,7 +64,8 @@ def prune(
         method: a name from ``secateur methods``; default ``lorashear``.
         recipe: every other setting. ``ratio`` and ``method`` win over what it says.
         output: folder to save to; until it is finished, the stages are kept beside it.
-        resume: go on after the last finished stage of an interrupted run for ``output``.
+        resume: go on after the last finished stage of an interrupted run for ``output``, with the same recipe, weights
+            and text.
         dry_run: discover, check the budget and the text, and stop. The result's plan is by random scores.
 
     Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
@@ -79,7 +81,7 @@ def prune(
     check_describes_itself(model)
     if output is not None:
         output = check_output(output)
-        Workspace.place(output, identity(recipe), resume)
+        Workspace.place(output, identity(recipe), resume, contents(model))
     graph = trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     plan = rehearse(model, graph, recipe)
@@ -89,7 +91,7 @@ def prune(
     result = Result(model, tokenizer, plan, graph, recipe)
     if dry_run:
         return result
-    work = Workspace.open(output, identity(recipe), resume)
+    work = Workspace.open(output, identity(recipe), resume, contents(model, texts))
     result.metrics, result.events = work.metrics(), work.events
 
     with work.stage("dense", "Measuring the dense model", result.metrics):

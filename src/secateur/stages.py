@@ -30,7 +30,7 @@ from secateur.export import (
 from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
-from secateur.importance.knowledge import check_weights
+from secateur.importance.knowledge import check_weights, digest
 from secateur.methods import METHODS, Checked, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
@@ -296,6 +296,16 @@ def refuse_what_cannot_work(model: PreTrainedModel) -> None:
             f"Training happens on the first visible GPU, and the model is on {model.device}. "
             f"Set CUDA_VISIBLE_DEVICES={model.device.index} and use --device cuda."
         )
+
+
+def contents(model: PreTrainedModel, texts: Texts | None = None) -> dict[str, str]:
+    """Digests of what a run computes from, by the names that a message uses: weights, and texts once they are read.
+
+    The same recipe may name other contents tomorrow, and an unfinished run must not go on with those.
+    """
+    read = {} if texts is None else vars(texts)
+    blocks = {f"the text of {purpose}": "none" if found is None else found.digest for purpose, found in read.items()}
+    return {"the model's weights": digest(model), **blocks}
 
 
 def _last(result: Result) -> str:

@@ -30,8 +30,11 @@ class Workspace:
         self.events: list[dict[str, Any]] = []
 
     @staticmethod
-    def place(output: Path, recipe: str, resume: bool) -> Path:
-        """Folder of a run for ``output``; raises InputError as ``open`` does, and writes nothing."""
+    def place(output: Path, recipe: str, resume: bool, contents: Mapping[str, str]) -> Path:
+        """Folder of a run for ``output``; raises InputError as ``open`` does, and writes nothing.
+
+        ``contents`` may be a part of those given to ``open``: the others are not looked at.
+        """
         folder = output.absolute().parent / f".{output.name}.secateur"
         written = folder / "recipe.yaml"
         if not _begun(folder):
@@ -48,28 +51,39 @@ class Workspace:
                 f"The unfinished run in {folder} was started with another recipe ({written}): {was!r} there, {now!r} "
                 "here. Repeat its settings to resume it, or delete that folder to start anew."
             )
+        noted = folder / "contents.json"
+        known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+        changed = [name for name, digest in contents.items() if known.get(name) != digest]
+        if changed:
+            raise InputError(
+                f"The unfinished run in {folder} was started with other contents under the same names. Changed since: "
+                f"{', '.join(changed)}. Put back what was there to resume it, or delete that folder to start anew."
+            )
         return folder
 
     @classmethod
-    def open(cls, output: Path | None, recipe: str, resume: bool) -> Workspace:
+    def open(cls, output: Path | None, recipe: str, resume: bool, contents: Mapping[str, str]) -> Workspace:
         """Start a run, or go on with the one that was interrupted.
 
         Args:
             output: where the finished folder will be; None keeps nothing on disk.
             recipe: the full recipe as text: a run goes on only with the recipe that it was started with.
             resume: whether to go on with what is there.
+            contents: what the run computes from, by name, with a digest of each: a run goes on only with the same.
 
-        Raises InputError when an unfinished run is there and ``resume`` is not set, or when its recipe differs.
+        Raises InputError when an unfinished run is there and ``resume`` is not set, or when its recipe or contents
+        differ.
         """
         if output is None:
             return cls(None)
-        folder = cls.place(output, recipe, resume)
+        folder = cls.place(output, recipe, resume, contents)
         try:
             if not _begun(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             space = cls(folder)
             space.write_text("recipe.yaml", recipe)
+            space.write_json("contents.json", dict(contents))
         except OSError as error:
             if folder.is_dir() and not _begun(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -176,4 +190,5 @@ def _first_difference(before: str, now: str) -> tuple[str, str]:
 
 def _begun(folder: Path) -> bool:
     """Whether anything was kept of a run: more than what it was asked for."""
-    return folder.is_dir() and any(path.name not in ("recipe.yaml", "run.jsonl") for path in folder.iterdir())
+    asked = ("recipe.yaml", "contents.json", "run.jsonl")
+    return folder.is_dir() and any(path.name not in asked for path in folder.iterdir())

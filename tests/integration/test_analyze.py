@@ -103,6 +103,33 @@ def test_interrupted_and_resumed_it_measures_the_same_once(
     assert Analysis.load(tmp_path / "out" / "analysis.json") == again
 
 
+def test_no_analysis_goes_on_with_other_weights_or_text_nor_is_given_back_for_them(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, tuned = TINY["llama-gqa"](), TINY["llama-gqa"]()
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    settings: dict[str, Any] = {"recipe": _recipe(text), "ratios": [0.5], "output": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection, "write_analysis", dies)
+        with pytest.raises(KeyboardInterrupt):
+            inspection.analyze(model, tiny_tokenizer(), **settings)
+    with pytest.raises(InputError, match=r"Changed since: the model's weights\. Put back"):
+        inspection.analyze(tuned, tiny_tokenizer(), **settings, resume=True)
+    before = text.read_text()
+    text.write_text(before.replace("letter", "parcel"))
+    with pytest.raises(InputError, match=r"Changed since: the text of calibration\. Put back"):
+        inspection.analyze(model, tiny_tokenizer(), **settings, resume=True)
+    text.write_text(before)
+    found = inspection.analyze(model, tiny_tokenizer(), **settings, resume=True)
+    assert inspection.analyze(model, tiny_tokenizer(), **settings, resume=True) == found
+    with pytest.raises(InputError, match="finished, and the model's weights are not those"):
+        inspection.analyze(tuned, tiny_tokenizer(), **settings, resume=True)
+
+
 def test_interrupted_while_its_folder_is_written_it_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

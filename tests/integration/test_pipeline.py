@@ -72,6 +72,32 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
 
 
+def test_a_run_is_not_resumed_with_weights_or_text_that_are_others_by_then(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    recipe = revise(recipe, {"method": "taylor", "recovery.steps": 0})
+    whole = _run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "cut", killed)
+        with pytest.raises(_KilledError):
+            _run(recipe, tmp_path / "out")
+    model = TINY["llama-gqa"]()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)  # as a fine-tune in the same folder might
+    with pytest.raises(InputError, match=r"Changed since: the model's weights\. Put back"):
+        pipeline.prune(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", resume=True)
+    text = tmp_path / "letters.txt"
+    before = text.read_text()
+    text.write_text(before.replace("letter", "parcel"))
+    with pytest.raises(InputError, match=r"Changed since: the text of calibration, the text of evaluation\. Put back"):
+        _run(recipe, tmp_path / "out", resume=True)
+    text.write_text(before)
+    assert _run(recipe, tmp_path / "out", resume=True).plan == whole.plan
+
+
 def test_only_groups_that_the_budget_may_cut_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(pipeline, "say", said.append)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,13 @@ class TokenBlocks:
     def names(self) -> tuple[str, ...]:
         """The sources that occur, sorted."""
         return tuple(sorted(set(self.sources)))
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of a SHA-256 of ids, window and sources."""
+        found = hashlib.sha256(repr((self.window, self.sources)).encode())
+        found.update(self.ids.numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The ids in order, at most ``size`` blocks at a time."""
