@@ -24,6 +24,19 @@ from secateur.testing.tiny import build
         ("llama-gqa", "loraprune", {"lora.targets": "[nothing]"}, "finds no linear module"),
         ("llama-gqa", "lorashear", {"lora.targets": "[nothing]"}, "finds no linear module"),
         ("llama-gqa", "magnitude", {"lora.targets": "[nothing]"}, "finds no linear module"),  # recovery needs it
+        (
+            "llama-gqa",
+            "lorashear",
+            {"lora.targets": "[gate_proj, up_proj]", "method.saliency": "{lora: 1}", "method.warmup_steps": "1"},
+            r"'lora' cannot score layers\.0\.attention.*lora\.targets",
+        ),
+        (
+            "llama-gqa",
+            "lorashear",
+            {"lora.targets": "[q_proj]", "method.saliency": "{hesso-lora-cosine: 1}", "method.warmup_steps": "1"},
+            r"'hesso-lora-cosine' cannot score layers\.0\.mlp.*lora\.targets",
+        ),
+        ("mixtral", "lorashear", {"method.saliency": "{lora: 1}", "method.warmup_steps": "1"}, "'lora' cannot score"),
         ("mixtral", "loraprune", {}, "none of its weights is a linear layer with a LoRA adapter"),
         ("llama-gqa", "flap", {"recovery.repair": "true"}, r"twice.*method\.compensate=false"),
         ("llama-gqa", "loraprune", {"evaluation.baseline": "shortgpt"}, r"baseline shortgpt.*evaluation\.baseline"),
@@ -40,11 +53,16 @@ def test_the_rehearsal_refuses(family: str, method: str, settings: dict[str, Any
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["loraprune", "flap"])
-def test_the_rehearsal_lets_the_possible_through_and_leaves_the_model_as_it_was(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("loraprune", []), ("flap", []), ("lorashear", ["method.saliency={lora: 1}", "method.warmup_steps=1"])],
+)
+def test_the_rehearsal_lets_the_possible_through_and_leaves_the_model_as_it_was(
+    method: str, settings: list[str]
+) -> None:
     model = build("llama-gqa")
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    recipe = load_recipe(None, [], {"method": method})
+    recipe = load_recipe(None, settings, {"method": method})
     stages.rehearse(model, trace(model, recipe.budget.kinds), recipe)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert not any("lora_" in name for name, _ in model.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -47,6 +47,15 @@ class Criterion(Protocol):
             DataError: text is needed and there is none.
             ModelError: a prunable group has no parameter that the criterion can read; the message names it.
         """
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A criterion that cannot read every group, and says so before anything slow begins."""
+
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """Raise the ModelError that ``score`` would end with. Takes a moment; adapters need not be trained yet."""
         ...
 
 

@@ -20,6 +20,7 @@ from secateur import progress
 from secateur.graph import trace
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
+from secateur.importance.base import Checked
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
 from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms, still_heard
 from secateur.planning import allocate, by_period, restrict
@@ -114,12 +115,17 @@ class LoRAShear:
         return Decision(removed=removed, scores=begun.scores, metrics={"training": book.log})
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check``: zeroing must be removing, and norms must be able to follow; tried on a twin."""
+        """See ``Checked.check`` of methods: zeroing must be removing, norms must be able to follow, and a saliency that
+        reads adapters must find them in every group; tried on a twin."""
         graph = restrict(task.graph, task.budget)
         require_maskable(graph.prunable)
         heard = still_heard(task.model, graph)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
-        check_norms(adapted, restrict(adapted_graph(adapted, task), task.budget), heard)
+        graph = restrict(adapted_graph(adapted, task), task.budget)
+        check_norms(adapted, graph, heard)
+        for criterion in map(CRITERIA.__getitem__, self.settings.saliency):
+            if criterion.needs == "adapters" and isinstance(criterion, Checked):
+                criterion.check(adapted, graph)
 
     def _begin(
         self, task: PruningTask, book: _Book, period: int, removed: Removed, adapted: PeftModel | None
