@@ -2,9 +2,12 @@
 
     python benchmarks/lora_estimate.py --model smollm2-135m -o docs/methods
 
-At LoRA's initialisation, after a warm-up, and after training, all on the same calibration text: for the output side
-(q k v, gate up), the input side (o, down), both as the criterion adds them up, and for the output side's estimate as a
-guess at both. Writes ``loraprune-estimate.json`` and ``loraprune-estimate.png`` and prints the means.
+At LoRA's initialisation, after a warm-up, and after training, all on the same calibration text. Within each group:
+for the output side (q k v, gate up), the input side (o, down), both added up, and the output side's estimate as a
+guess at both. Between groups (``all``): for the output side of all units of the model, each by the parameters that it
+frees, as a global ranking compares them. Form and normalisation within a group are the method's; ``--set
+method.normalise=true`` is what LoRAPrune's code does. Writes ``loraprune-estimate.json`` and
+``loraprune-estimate.png`` and prints the means.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import secateur
 from secateur import progress
 from secateur.data import read_texts
 from secateur.importance.adapters import Options
-from secateur.importance.estimate import Agreement, compare_with_true_gradient
+from secateur.importance.estimate import ALL, Agreement, compare_with_true_gradient
+from secateur.methods.loraprune import LoRAPruneSettings
 from secateur.planning import restrict
 from secateur.training import attach_lora, train
 
@@ -32,6 +36,8 @@ SIDES = ("out", "in", "both", "out for both")
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = secateur.load_recipe(None, arguments.overrides, {"model.name": arguments.model, "method": "loraprune"})
+    method = recipe.method.settings
+    assert isinstance(method, LoRAPruneSettings)
     model, tokenizer = secateur.load(arguments.model)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     assert texts.calibration is not None
@@ -53,13 +59,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             done = steps
         found = compare_with_true_gradient(
-            adapted, graph, texts.calibration, Options(arguments.form), batch_size=arguments.batch_size
+            adapted,
+            graph,
+            texts.calibration,
+            Options(method.form, method.normalise),
+            batch_size=arguments.batch_size,
         )
         moments[f"{done} steps"] = [asdict(item) for item in found]
         print(f"after {done} steps ({time.monotonic() - started:.0f} s): {summary(found)}", flush=True)
     return {
         "model": arguments.model,
-        "form": arguments.form,
+        "form": method.form,
+        "normalise": method.normalise,
         "lora": recipe.lora.model_dump(mode="json"),
         "learning_rate": recipe.training.learning_rate,
         "tokens_per_step": recipe.training.batch_size * recipe.recovery.window,
@@ -74,7 +85,8 @@ def summary(found: Sequence[Agreement]) -> str:
     for kind in dict.fromkeys(item.kind for item in found):
         for side in SIDES:
             mean, overlap = means([asdict(item) for item in found], kind, side)
-            parts.append(f"{kind} {side} {mean:.2f} (lowest fifth {overlap:.0%})")
+            if not math.isnan(mean):
+                parts.append(f"{kind} {side} {mean:.2f} (lowest fifth {overlap:.0%})")
     return ", ".join(parts)
 
 
@@ -93,6 +105,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(item["kind"] for found in result["moments"].values() for item in found))
+    kinds.remove(ALL)
     figure = Figure(figsize=(4.6 * len(kinds), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -117,7 +130,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--warm-up", type=int, default=8, help="optimiser steps before the second look")
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps before the third")
-    parser.add_argument("--form", choices=("absolute", "squared"), default="absolute")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the picture and the numbers")

@@ -5,7 +5,7 @@ The true gradient of a wrapped weight is allocated here, one batch after the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,25 @@ from torch import nn
 from secateur.importance.adapters import Composed, Options, composed
 from secateur.importance.base import borrowed, calibration, mean_loss_backward
 from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
+from secateur.planning.allocate import countable
+from secateur.planning.stacks import comparable
 from secateur.types import DependencyGraph, Member, NodeGroup
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks
 
 
+ALL = "all"
+"""Group and kind of the agreement between groups."""
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """Of one side of one group: Spearman's rank correlation of its units' scores with those by the true gradient."""
+    """Of one side of one group: Spearman's rank correlation of its units' scores with those by the true gradient.
+
+    Or, with ``ALL`` as group and kind, of the output side of all units of the model in one ranking, as a global ranking
+    compares them: not normalised, divided by the parameters that go with a unit.
+    """
 
     group: str
     kind: str
@@ -49,7 +59,8 @@ def compare_with_true_gradient(
     """Score every prunable group of a model with adapters by the estimate and by the true ``∂L/∂W``, and compare.
 
     Both see the same mean loss over ``blocks``, the same effective weight ``W + s B A`` and the same form and
-    normalisation. Memory: a gradient for every wrapped weight. The model is left as it was.
+    normalisation. The last agreement is that between groups, whatever ``options`` normalise. Memory: a gradient for
+    every wrapped weight. The model is left as it was.
     """
     options = options or Options()
     blocks = calibration(blocks, "lora")
@@ -57,10 +68,9 @@ def compare_with_true_gradient(
     frozen = {member.parameter for group in graph.prunable for member, _ in _members(model, group)}
     with borrowed(model, [*adapters, *frozen]) as trained:
         mean_loss_backward(model, blocks, batch_size)
-        found: list[Agreement] = []
-        for group in graph.prunable:
-            found += _compare_group(group, _members(model, group), trained, options)
-        return found
+        sums = {group.name: _unit_sums(group, _members(model, group), trained, options) for group in graph.prunable}
+    found = [item for group in graph.prunable for item in _within(group, sums[group.name], options.normalise)]
+    return found + _between(graph, sums)
 
 
 def _members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, Composed]]:
@@ -68,30 +78,55 @@ def _members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, Composed]
     return [(member, composed(layer)) for member, layer in layers if layer is not None]
 
 
-def _compare_group(
+UnitSums = list[tuple[str, torch.Tensor]]
+"""For each matrix that a group lives on its side, and the estimate and the truth of the units, ``[2, size]``."""
+
+
+def _unit_sums(
     group: NodeGroup,
     members: Sequence[tuple[Member, Composed]],
     trained: dict[str, nn.Parameter],
     options: Options,
-) -> list[Agreement]:
-    sums: dict[str, list[torch.Tensor]] = {}
+) -> UnitSums:
+    sums: UnitSums = []
     for member, operator in members:
         gradient = trained[member.parameter].grad
         assert gradient is not None
         guess = sum_rows(operator.row_sums(member.axis, options), member, group.size)
         truth = sum_rows(true_row_sums(operator, gradient, member.axis, options), member, group.size)
-        for side in (member.role, "both"):
-            pair = sums.setdefault(side, [torch.zeros(group.size), torch.zeros(group.size)])
-            for index, score in enumerate((guess.cpu(), truth.cpu())):
-                norm = float(score.norm())
-                pair[index] += score / norm if options.normalise and norm > 0 else score
-    pairs = {side: (guess, truth) for side, (guess, truth) in sums.items()}
-    if "out" in pairs:
-        pairs["out for both"] = (pairs["out"][0], pairs["both"][1])
+        sums.append((member.role, torch.stack([guess, truth]).cpu()))
+    return sums
+
+
+def _within(group: NodeGroup, sums: UnitSums, normalise: bool) -> list[Agreement]:
+    """The agreements on one group, by side."""
+    added: dict[str, torch.Tensor] = {}
+    for role, scores in sums:
+        norms = scores.norm(dim=1, keepdim=True)
+        share = torch.where(norms > 0, scores / norms, 0.0) if normalise else scores
+        for side in (role, "both"):
+            added[side] = added.get(side, torch.zeros(2, group.size)) + share
+    if "out" in added:
+        added["out for both"] = torch.stack([added["out"][0], added["both"][1]])
     return [
         Agreement(group.name, group.kind, side, spearman(guess, truth), _overlap(guess, truth))
-        for side, (guess, truth) in pairs.items()
+        for side, (guess, truth) in added.items()
     ]
+
+
+def _between(graph: DependencyGraph, sums: Mapping[str, UnitSums]) -> list[Agreement]:
+    """The agreement on all units; none where no matrix that produces units has an adapter."""
+    plain, parts = countable(graph), []
+    for group in graph.prunable:
+        producing = [scores for side, scores in sums[group.name] if side == "out"]
+        if producing:
+            guess, truth = torch.stack(producing).sum(0)
+            cost = plain.unit_cost(group)
+            parts.append(torch.stack([comparable(scores, cost, "parameters") for scores in (guess, truth)]))
+    if not parts:
+        return []
+    guess, truth = torch.cat(parts, dim=1)
+    return [Agreement(ALL, ALL, "out", spearman(guess, truth), _overlap(guess, truth))]
 
 
 def true_row_sums(operator: Composed, gradient: torch.Tensor, axis: int, options: Options) -> torch.Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from secateur.graph import trace
-from secateur.importance.adapters import Options
-from secateur.importance.estimate import compare_with_true_gradient, spearman
+from secateur.importance.adapters import Adapters, Options
+from secateur.importance.estimate import ALL, compare_with_true_gradient, spearman
+from secateur.importance.weights import sum_rows
+from secateur.planning.stacks import comparable
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
@@ -49,6 +51,40 @@ def test_a_whole_basis_gives_the_true_ranking() -> None:
     assert found
     assert all(item.correlation > 0.99 for item in found if item.kind == "ffn")
     assert all(item.overlap == 1.0 for item in found if item.kind == "ffn")
+
+
+def test_between_groups_it_is_the_ranking_that_planning_would_make() -> None:
+    """One number for all units, by the scores that LoRAPrune has by default, each by the parameters it frees."""
+    model, text = adapted(rank=8), noise(8, 1)
+    graph = trace(model)
+    for options in (Options(), Options(normalise=False)):
+        *_, last = compare_with_true_gradient(model, graph, text, options)
+        assert (last.group, last.kind, last.side) == (ALL, ALL, "out")
+    scores = Adapters(Options(sides="out", normalise=False)).score(model, graph, text, 0)
+    assert scores.of_loss
+    plain = trace(build("llama-gqa"))
+    guess = torch.cat(
+        [comparable(scores[group.name], plain.unit_cost(group), "auto", of_loss=True) for group in plain.prunable]
+    )
+    assert last.correlation == pytest.approx(spearman(guess, true_scores(plain, text)), abs=1e-6)
+    assert last.correlation > 0.6
+
+
+def true_scores(plain: Any, text: Any) -> torch.Tensor:
+    """Σ |G W| over the rows of what produces each unit, by the parameters that go with it, from a plain backward."""
+    dense = build("llama-gqa")  # B = 0, so that it is the same function
+    dense(input_ids=text.ids, labels=text.ids).loss.backward()
+    weights = dict(dense.named_parameters())
+    parts = []
+    for group in plain.prunable:
+        total = torch.zeros(group.size)
+        for member in group.members:
+            if member.role == "out":
+                weight = weights[member.parameter]
+                assert weight.grad is not None
+                total += sum_rows((weight * weight.grad).detach().abs().sum(1), member, group.size)
+        parts.append(total / plain.unit_cost(group))
+    return torch.cat(parts)
 
 
 def test_training_teaches_the_consumers_side() -> None:
