@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe, dump
@@ -40,6 +41,9 @@ from secateur.surgery import add_biases, masked, slice_model
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
+
+_QUANTISED = ("Int8Params", "Params4bit")
+"""What bitsandbytes calls parameters in 8 and 4 bits; by name, as it need not be installed."""
 
 
 @dataclass
@@ -281,7 +285,8 @@ def _complete_folder(result: Result, folder: Path, verification: Verification) -
 
 
 def refuse_what_cannot_work(model: PreTrainedModel) -> None:
-    """Raise InputError for what is no model, adapters, several processes, and a GPU that the Trainer would not use."""
+    """Raise InputError for what is no model, adapters, weights in 8 or 4 bits, several processes, and a GPU that the
+    Trainer would not use."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise InputError(
             f"A {type(model).__name__} is not a model of transformers. Give what secateur.load or "
@@ -289,6 +294,19 @@ def refuse_what_cannot_work(model: PreTrainedModel) -> None:
         )
     if isinstance(model, PeftModel):
         raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if wrapped:
+        raise InputError(
+            f"{len(wrapped)} modules of this model carry adapters (the first is {wrapped[0]}), as after training that "
+            "was interrupted, or because a PeftModel holds it. Load the model again, or merge that PeftModel "
+            "(merge_and_unload) and give what it returns."
+        )
+    quantised = [name for name, weight in model.named_parameters() if type(weight).__name__ in _QUANTISED]
+    if quantised:
+        raise InputError(
+            f"{len(quantised)} weights of this model are quantised by bitsandbytes (the first is {quantised[0]}); rows "
+            "and columns cannot be cut out of those. Load it in float32, bfloat16 or float16, and quantise the result."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Pruning runs in one process so far. Start it without torchrun or accelerate launch.")
     if model.device.type == "cuda" and model.device.index:

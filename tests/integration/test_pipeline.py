@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import secateur
-from secateur import pipeline
+from secateur import inspection, pipeline
 from secateur.config import Recipe, load_recipe, revise
 from secateur.errors import InputError, PlanError
+from secateur.methods.lhspg import LHSPGCallback
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -96,6 +97,35 @@ def test_a_run_is_not_resumed_with_weights_or_text_that_are_others_by_then(
         _run(recipe, tmp_path / "out", resume=True)
     text.write_text(before)
     assert _run(recipe, tmp_path / "out", resume=True).plan == whole.plan
+
+
+def test_a_model_whose_training_was_interrupted_still_has_adapters_and_that_is_said(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    model = TINY["llama-gqa"]()
+    with monkeypatch.context() as patch:
+        patch.setattr(LHSPGCallback, "on_optimizer_step", killed)
+        with pytest.raises(_KilledError):
+            pipeline.prune(model, tiny_tokenizer(), recipe=recipe)
+    for call in (pipeline.prune, inspection.analyze):
+        with pytest.raises(
+            InputError, match=r"14 modules .*carry adapters.*layers\.0\.self_attn.*Load the model again"
+        ):
+            call(model, tiny_tokenizer(), recipe=recipe)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_in_8_or_4_bits_is_refused_as_such(bits: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = TINY["llama-gqa"]()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = (bnb.nn.Int8Params if bits == 8 else bnb.nn.Params4bit)(linear.weight.data, requires_grad=False)
+    for call in (pipeline.prune, inspection.analyze):
+        with pytest.raises(InputError, match=r"1 weights .*bitsandbytes .*layers\.1\.mlp\.up_proj.*Load it in float32"):
+            call(model, tiny_tokenizer())
 
 
 def test_only_groups_that_the_budget_may_cut_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
