@@ -3,11 +3,14 @@
     python benchmarks/ablations.py run --analysis ANALYSIS/analysis.json --text wiki.test.raw --json ablations.jsonl
     python benchmarks/ablations.py table --json ablations.jsonl --write docs/methods/lorashear.md
 
-``run`` appends a line for every finished run and leaves out what the file has already (the same recipe to the last key
-and the same text), so that it can be stopped at any time and called again. Every variant has the steps of the
-default in all: warm-up, periods and recovery together. ``--text`` is a file that nothing here trains on; ``--dry-run``
-says what would be run. ``table`` prints Markdown: per ratio the geometric mean of perplexity over the held-out sources,
-or perplexity of ``--text``, mean over seeds with the standard error of the paired difference from the default.
+``run`` appends a line for every finished run and leaves out what the file has already (the same recipe to the last
+key and the same contents of the files that it names), so that it can be stopped at any time and called again. Every
+variant has the steps of the default in all: warm-up, periods and recovery together. ``--text`` is a file that nothing
+here trains on; ``--dry-run`` says what would be run. ``table`` prints Markdown: per ratio the geometric mean of
+perplexity over the held-out sources, or perplexity of ``--text``, mean over seeds with the standard error of the
+paired difference from the default. Runs are paired with those of their own default alone; each default of the file
+(other settings, another text or model) has a table of its own, and so have, together, the rows of older files that do
+not say which was theirs.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from typing import Any
 
 import secateur
 from secateur import progress
+from secateur.compare.contents import digests
 from secateur.config import Recipe, dump, load_recipe, revise
 from secateur.data import read_ids
 from secateur.evaluation import text_loss
+from secateur.methods import METHODS
 from secateur.precision import autocast_dtype
 from secateur.workspace import read_json_lines
 
@@ -39,18 +44,20 @@ Overrides = Mapping[str, Any]
 def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
     """Name → what differs from the default; only what really differs is listed."""
     own = default.method.settings.model_dump()
-    steps = own["warmup_steps"] + own["periods"] * own["period_steps"]
+    warmup = own["warmup_steps"]
+    steps = warmup + own["periods"] * own["period_steps"]
     criterion = max(own["saliency"], key=lambda name: own["saliency"][name])
-    half = max(1, own["periods"] * own["period_steps"] // 2)
+    half = max(1, (steps - warmup) // 2)
     whole = steps + default.recovery.steps
     rank = default.lora.rank
+    one_shot = {"method": criterion, "recovery.steps": whole}
     every: dict[str, Overrides] = {
         DEFAULT: {},
-        "one shot, all steps in recovery": {"method": criterion, "recovery.steps": whole},
+        "one shot, all steps in recovery": one_shot,
         "decay": {"method.projection": "decay"},
         "half-space": {"method.projection": "half-space"},
         "half-space, epsilon 0.5": {"method.projection": "half-space", "method.epsilon": 0.5},
-        "two periods": {"method.periods": 2, "method.period_steps": half},
+        "two periods": {"method.periods": 2, "method.period_steps": half, "recovery.steps": whole - warmup - 2 * half},
         # patience 0, as a recovery that stops early would have read less than the others
         "dynamic shares": {"recovery.round_steps": max(1, default.recovery.steps // 4), "recovery.patience": 0},
         "constant shares": {"recovery.round_steps": 0},
@@ -59,11 +66,13 @@ def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
         "rank / 2": {"lora.rank": max(1, rank // 2), "lora.alpha": max(1, default.lora.alpha // 2)},
         "rank x 2": {"lora.rank": 2 * rank, "lora.alpha": 2 * default.lora.alpha},
         "rank x 4": {"lora.rank": 4 * rank, "lora.alpha": 4 * default.lora.alpha},
-        "one shot with repair": {"method": criterion, "recovery.steps": whole, "recovery.repair": True},
+        "one shot with repair": {**one_shot, "recovery.repair": True},
     }
+    if criterion not in METHODS:  # one of HESSO's proxies, say
+        every = {name: more for name, more in every.items() if "method" not in more}
     proxies = ("magnitude", "average-magnitude", "cosine", "first-order", "second-order")
     every["saliency, five proxies"] = {"method.saliency": {f"hesso-{name}": 0.2 for name in proxies}}
-    if own["warmup_steps"] == 0 and own["periods"] == 1:  # what LoRA learned needs some steps before
+    if warmup == 0 and own["periods"] == 1:  # what LoRA learned needs some steps before
         first = max(1, steps // 4)
         warm = {"method.warmup_steps": first, "method.period_steps": steps - first}
         by_lora = {f"hesso-{'lora-' if name in proxies[2:] else ''}{name}": 0.2 for name in proxies}
@@ -78,8 +87,15 @@ def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
 
 
 def key(recipe: Recipe, text: Path | None) -> str:
-    """What a finished run is known by."""
-    return hashlib.sha256(f"{dump(recipe)}{text and text.name}".encode()).hexdigest()[:16]
+    """What a finished run is known by: every setting, and what the files that it reads hold."""
+    read = hashlib.sha256(text.read_bytes()).hexdigest() if text else None
+    facts = [recipe.model_dump(mode="json"), digests(recipe, ()), read]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def family(recipe: Recipe, text: Path | None) -> str:
+    """What runs that differ in nothing but seed and ratio have in common."""
+    return key(revise(recipe, {"seed": 0, "budget.ratio": 0.5}), text)
 
 
 def one_run(recipe: Recipe, text: Path | None) -> dict[str, Any]:
@@ -124,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
             print("there already" if mark in finished else f"to do, {dict(known[name])}")
             continue
         row = {"key": mark, "variant": name, "ratio": ratio, "seed": seed, "changes": dict(known[name])}
+        row |= {"family": family(recipe, arguments.text), "default": family(default, arguments.text)}
+        row |= {"settings": [arguments.model, *arguments.overrides]}
         row |= one_run(recipe, arguments.text)
         with arguments.json.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -143,24 +161,47 @@ def number_of(row: Mapping[str, Any]) -> float:
     return statistics.geometric_mean(states.get("recovered", states["pruned"]).values())
 
 
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each default, under its settings where there are several."""
+    found: dict[str | None, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("default"), []).append(row)
+    if len(found) == 1:
+        return table(rows)
+    return "\n".join(f"{_default_of(own[0])}:\n\n{table(own)}" for own in found.values())
+
+
+def _default_of(row: Mapping[str, Any]) -> str:
+    if "default" not in row:
+        return "Runs that do not say what their default was"
+    return f"Default {row['default'][:6]}, {' '.join(row['settings'])}"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line for each variant, two columns for each ratio."""
+    """Markdown: a line for each variant, two columns for each ratio; rows of one default."""
     ratios = sorted({row["ratio"] for row in rows})
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    latest = {(row["variant"], row["ratio"], row["seed"]): number_of(row) for row in rows}
+    lines_of = list(dict.fromkeys(_line(row) for row in rows))
+    latest = {(_line(row), row["ratio"], row["seed"]): number_of(row) for row in rows}
+    base = {(ratio, seed): value for ((name, _), ratio, seed), value in latest.items() if name == DEFAULT}
     head = "".join(f" {ratio:.0%} | against the default |" for ratio in ratios)
     lines = [f"| variant |{head}", f"| --- |{' ---: | ---: |' * len(ratios)}"]
-    for name in names:
+    for line in lines_of:
+        name, mark = line
         cells = []
         for ratio in ratios:
-            own = {seed: value for (variant, at, seed), value in latest.items() if (variant, at) == (name, ratio)}
-            pairs = [(value, latest.get((DEFAULT, ratio, seed))) for seed, value in own.items()]
-            ratios_to_default = [math.log(value / base) for value, base in pairs if base]
-            cells += [_mean(list(own.values())), "" if name == DEFAULT else _change(ratios_to_default)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            own = {seed: value for (which, at, seed), value in latest.items() if (which, at) == (line, ratio)}
+            logs = [math.log(value / base[ratio, seed]) for seed, value in own.items() if (ratio, seed) in base]
+            cells += [_mean(list(own.values())), "" if name == DEFAULT else _change(logs)]
+        alone = [other for other, _ in lines_of].count(name) == 1
+        lines.append(f"| {name if alone else f'{name} ({mark[:6]})'} | {' | '.join(cells)} |")
     seeds = sorted({row["seed"] for row in rows})
     where = "the text that nothing trained on" if all("text" in row for row in rows) else "the held-out sources"
     return "\n".join([*lines, "", f"Perplexity of {where}; seeds {', '.join(map(str, seeds))}."]) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What the line of a row is known by: one name may stand for several families (of two analyses, say)."""
+    return row["variant"], row.get("family", "")
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -205,7 +246,7 @@ def main() -> None:
         progress.show()
         run(arguments)
         return
-    text = table(read(arguments.json))
+    text = tables(read(arguments.json))
     print(text)
     if arguments.write is not None:
         write(text, arguments.write)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from secateur.config import dump, load_recipe, revise
+from secateur.config import Recipe, dump, load_recipe, revise
 from secateur.data import Texts, TokenBlocks
 from secateur.recovery import source_losses
 from secateur.testing.tiny import build
@@ -28,6 +31,12 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def steps(recipe: Recipe) -> int:
+    own = recipe.method.settings.model_dump()
+    pruning = own.get("warmup_steps", 0) + own.get("periods", 0) * own.get("period_steps", 0)
+    return int(pruning + recipe.recovery.steps)
+
+
 def test_every_variant_is_another_recipe_with_the_same_number_of_steps(tmp_path: Path) -> None:
     ablations = script("ablations")
     default = load_recipe()
@@ -36,13 +45,61 @@ def test_every_variant_is_another_recipe_with_the_same_number_of_steps(tmp_path:
     assert len({dump(recipe) for recipe in recipes.values()}) == len(recipes) > 10
     assert len({ablations.key(recipe, None) for recipe in recipes.values()}) == len(recipes)
 
-    def steps(recipe: object) -> int:
-        own = recipe.method.model_dump()  # type: ignore[attr-defined]
-        pruning = own.get("warmup_steps", 0) + own.get("periods", 0) * own.get("period_steps", 0)
-        return pruning + recipe.recovery.steps  # type: ignore[attr-defined,no-any-return]
-
     assert {steps(recipe) for recipe in recipes.values()} == {steps(default)}
     assert not [name for name, r in recipes.items() if r.recovery.round_steps and r.recovery.patience]  # ends early
+
+
+@pytest.mark.parametrize(
+    ("override", "one_shot"),
+    [
+        ("method.period_steps=41", True),
+        ("method.warmup_steps=5", True),
+        ("method.saliency={hesso-first-order: 1.0}", False),  # no method cuts by it in one shot
+    ],
+)
+def test_defaults_of_ones_own_have_variants_too(override: str, one_shot: bool) -> None:
+    default = load_recipe(None, [override])
+    found = script("ablations").variants(default, None)
+    assert {steps(revise(default, more)) for more in found.values()} == {steps(default)}
+    assert ("one shot with repair" in found) == one_shot
+
+
+def test_runs_of_other_settings_texts_and_analyses_are_other_runs_and_are_not_paired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablations = script("ablations")
+    values = iter(range(10, 100))
+    monkeypatch.setattr(ablations, "one_run", lambda recipe, text: {"text": float(next(values)), "seconds": 0})
+    texts = [tmp_path / "a" / "wiki.txt", tmp_path / "b" / "wiki.txt"]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text(str(text))
+    analysis, file = tmp_path / "analysis.json", tmp_path / "rows.jsonl"
+
+    def run(names: str, text: Path = texts[0], overrides: tuple[str, ...] = ()) -> int:
+        known: dict[str, Any] = {"json": file, "model": "m", "ratios": "0.2,0.5", "seeds": "0", "dry_run": False}
+        known |= {"variants": names, "overrides": list(overrides), "text": text, "analysis": analysis}
+        before = len(ablations.read(file))
+        ablations.run(argparse.Namespace(**known))
+        return len(ablations.read(file)) - before
+
+    protected = "analysis, 10% protected"
+    analysis.write_text("one")
+    assert run(f"default; {protected}") == 4
+    assert run(f"default; {protected}") == 0
+    analysis.write_text("another")
+    assert run(f"default; {protected}") == 2
+    first = ablations.tables(ablations.read(file))
+    assert first.count("| default |") == 1
+    lines = [line for line in first.splitlines() if line.startswith(f"| {protected} (")]
+    assert [line.split("|")[2:4] for line in lines] == [[" 11.00 ", " +10.0 % "], [" 14.00 ", " +40.0 % "]]
+    assert run("default", texts[1]) == run("default; rank x 2", overrides=("lora.rank=4",)) - 2 == 2
+    file.write_text(file.read_text() + json.dumps({"variant": "rank x 2", "ratio": 0.2, "seed": 0, "text": 7.0}) + "\n")
+    text = ablations.tables(ablations.read(file))
+    assert text.count("| variant |") == 4
+    assert "m lora.rank=4:" in text
+    assert "Runs that do not say what their default was:" in text
+    assert "| rank x 2 | 7.00 |  |" in text
 
 
 def test_the_table_pairs_by_seed_and_goes_between_its_marks(tmp_path: Path) -> None:
