@@ -15,8 +15,9 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -39,20 +40,31 @@ def tiny() -> Any:
 
 
 class Counts:
-    """Tokens that went through each layer and through the head."""
+    """Tokens that went through each layer and through the head, while it is entered."""
 
     def __init__(self, model: Any, stack: LayerStack) -> None:
         self.seen: Counter[str] = Counter()
-        self.weight = {str(index): _size(layer) for index, layer in enumerate(stack.layers)}
-        self.weight["head"] = model.get_output_embeddings().weight.numel()
-        watched = {str(index): layer.self_attn for index, layer in enumerate(stack.layers)}
-        for name, module in {**watched, "head": model.get_output_embeddings()}.items():
-            module.register_forward_hook(self._hook(name))
+        self.modules = {str(index): layer for index, layer in enumerate(stack.layers)}
+        self.modules["head"] = model.get_output_embeddings()
+        self.weight = {name: _size(module) for name, module in self.modules.items()}
 
-    def _hook(self, name: str) -> Any:
-        def count(module: Any, args: Any, out: Any) -> None:
+    def __enter__(self) -> Self:
+        for name, module in self.modules.items():
+            module.forward = self._counting(name, module.forward)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self.modules.values():
+            del module.forward
+
+    def _counting(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the forward itself, not a hook: the stack puts another in its place where a layer is skipped."""
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
             states = out[0] if isinstance(out, tuple) else out
             self.seen[name] += states.shape[0] * states.shape[1]
+            return out
 
         return count
 
@@ -67,13 +79,11 @@ def _size(module: torch.nn.Module) -> int:
 
 
 def one_way(model: Any, graph: Any, blocks: TokenBlocks, chosen: Any, cached: bool) -> tuple[dict[str, float], Any]:
-    counts = Counts(model, LayerStack.find(model, graph))
+    counts, dtype = Counts(model, LayerStack.find(model, graph)), autocast_dtype("auto", model.device)
     started = time.monotonic()
-    dtype = autocast_dtype("auto", model.device)
-    _, trials = measure_cuts(model, graph, blocks, chosen, cached=cached, autocast=dtype)
+    with counts:
+        _, trials = measure_cuts(model, graph, blocks, chosen, cached=cached, autocast=dtype)
     seconds = time.monotonic() - started
-    for module in model.modules():
-        module._forward_hooks.clear()
     return {"passes": round(counts.passes(blocks.ids.numel()), 2), "seconds": round(seconds, 1)}, trials
 
 

@@ -15,8 +15,11 @@ import torch
 
 from secateur.config import Recipe, dump, load_recipe, revise
 from secateur.data import Texts, TokenBlocks
+from secateur.graph import trace
+from secateur.importance import CRITERIA
+from secateur.importance.knowledge import cuts
 from secateur.recovery import source_losses
-from secateur.testing.tiny import build
+from secateur.testing.tiny import VOCAB, build
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -143,3 +146,18 @@ def test_peers_recover_with_all_that_our_own_rows_recover_with(tmp_path: Path) -
     assert task.teacher is not None
     plain = task_of(load_recipe(None, ["recovery.teacher=0"]), Texts(recovery=blocks), tmp_path / "not opened")
     assert (plain.instructions, plain.validation, plain.reference, plain.teacher) == (None, None, {}, None)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gpt-neox"])
+def test_the_cost_of_an_analysis_is_counted_by_the_layers_that_run(family: str) -> None:
+    """Whatever a family calls its attention."""
+    cost, model = script("analysis_cost"), build(family)
+    graph = trace(model)
+    chosen = cuts(graph, CRITERIA["magnitude"].score(model, graph, None, 0), [0.5])
+    blocks = TokenBlocks(torch.arange(384).view(8, 48) % VOCAB, ("a",) * 8)
+    forwards = [dict(module.__dict__) for module in model.modules()]
+    naive, _ = cost.one_way(model, graph, blocks, chosen, cached=False)
+    cached, _ = cost.one_way(model, graph, blocks, chosen, cached=True)
+    assert naive["passes"] == len({cut.made for cut in chosen}) + 1
+    assert 1 < cached["passes"] < naive["passes"]
+    assert [dict(module.__dict__) for module in model.modules()] == forwards
