@@ -69,6 +69,11 @@ class Member:
     def rows_per_unit(self) -> int:
         return len(self.offsets) * self.width
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the units lie one after the other from the first row on, each in one piece."""
+        return self.offsets == (0,) and self.stride == self.width and self.gap == 0
+
     def rows(self, units: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Index tensor of shape ``[len(units), rows_per_unit]``: the rows (or columns) of each unit."""
         unit = torch.as_tensor(units, dtype=torch.long).reshape(-1, 1, 1)
@@ -316,6 +321,8 @@ def _check_cut(group: NodeGroup, stays: set[int]) -> None:
             raise PlanError(f"The plan removes unit {unit} of {group.name}, which must stay: {reason}.")
     if len(stays) < group.least:
         raise PlanError(f"The plan keeps {len(stays)} units of {group.name}, which needs at least {group.least}.")
+    if group.runs == 1:
+        return
     length = group.size // group.runs
     counts = {sum(unit // length == run for unit in stays) for run in range(group.runs)}
     if len(counts) > 1:

@@ -168,12 +168,17 @@ def _least(problem: _Problem, target: float) -> list[int]:
 def _even_share(problem: _Problem, target: float) -> float:
     """The largest share s such that keeping s of every group (legal, at least one unit) does not exceed the target."""
 
+    known: dict[tuple[int, ...], int] = {}  # the last halves of a share are less than a unit
+
     def parameters(share: float) -> int:
         kept = {}
         for stack in problem.stacks:
             even = _at_least(problem.legal[stack.group.name], share * stack.group.size)
             kept[stack.group.name] = min(stack.left, even)
-        return problem.count(kept)
+        counts = tuple(kept.values())
+        if counts not in known:
+            known[counts] = problem.count(kept)
+        return known[counts]
 
     low, high = 0.0, 1.0
     for _ in range(30):
