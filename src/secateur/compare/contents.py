@@ -19,6 +19,8 @@ _PIECE = 1 << 16
 """Of a file of weights so many bytes are read in so many places: training changes all of it, and it may be large."""
 _WEIGHTS = (".safetensors", ".bin")
 _MODEL_FILES = (*_WEIGHTS, ".json", ".model", ".jinja", ".py")
+_INCLUDED = re.compile(r"^include:\s*['\"]?([^\s'\"]+)", re.MULTILINE)
+_FOLDER = re.compile(r"(?:dataset_path|data_dir):\s*['\"]?([^\s'\",}]+)")
 
 
 def digests(recipe: Recipe, tasks: Sequence[str]) -> dict[str, str]:
@@ -55,7 +57,7 @@ def code_of(method: str) -> str:
     if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return ""
     try:
-        return hashlib.sha256(Path(inspect.getfile(one)).read_bytes()).hexdigest()[:16]
+        return _digest([Path(inspect.getfile(one))])
     except (OSError, TypeError):
         return ""
 
@@ -77,10 +79,6 @@ def _task_files(path: Path) -> set[Path]:
             others |= {*file.parent.glob("*.py"), *_named(file, text)}
             waiting += [one for word in _INCLUDED.findall(text) for one in _places(file, word) if one.is_file()]
     return tasks | others
-
-
-_INCLUDED = re.compile(r"^include:\s*['\"]?([^\s'\"]+)", re.MULTILINE)
-_FOLDER = re.compile(r"(?:dataset_path|data_dir):\s*['\"]?([^\s'\",}]+)")
 
 
 def _named(file: Path, text: str) -> Iterator[Path]:

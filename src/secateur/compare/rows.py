@@ -15,6 +15,7 @@ _STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 DENSE = "dense"
+"""What stands for a method in the row of the model that nothing was cut from."""
 
 
 class Row(BaseModel):

@@ -124,7 +124,7 @@ class LoRAShear:
         graph = restrict(adapted_graph(adapted, task), task.budget)
         check_norms(adapted, graph, heard)
         for criterion in map(CRITERIA.__getitem__, self.settings.saliency):
-            if criterion.needs == "adapters" and isinstance(criterion, Checked):
+            if isinstance(criterion, Checked):
                 criterion.check(adapted, graph)
 
     def _begin(

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -151,7 +152,7 @@ def _ranked(problem: _Problem, ratio: float | None) -> dict[str, int]:
     stops = []
     for stack, least in zip(problem.stacks, _least(problem, target), strict=True):
         legal = problem.legal[stack.group.name]
-        between = [count for count in legal if least <= count < stack.left]
+        between = legal[bisect_left(legal, least) : bisect_left(legal, stack.left)]
         stops.append(torch.tensor([stack.left, *reversed(between)]))
     return choose_ranked(problem.count, problem.stacks, stops, target)
 
@@ -167,23 +168,20 @@ def _least(problem: _Problem, target: float) -> list[int]:
 
 def _even_share(problem: _Problem, target: float) -> float:
     """The largest share s such that keeping s of every group (legal, at least one unit) does not exceed the target."""
+    names = [stack.group.name for stack in problem.stacks]
 
-    known: dict[tuple[int, ...], int] = {}  # the last halves of a share are less than a unit
+    def kept(share: float) -> tuple[int, ...]:
+        even = (_at_least(problem.legal[stack.group.name], share * stack.group.size) for stack in problem.stacks)
+        return tuple(min(stack.left, count) for stack, count in zip(problem.stacks, even, strict=True))
 
-    def parameters(share: float) -> int:
-        kept = {}
-        for stack in problem.stacks:
-            even = _at_least(problem.legal[stack.group.name], share * stack.group.size)
-            kept[stack.group.name] = min(stack.left, even)
-        counts = tuple(kept.values())
-        if counts not in known:
-            known[counts] = problem.count(kept)
-        return known[counts]
+    @cache
+    def parameters(counts: tuple[int, ...]) -> int:  # shares that are nearly the same keep the same
+        return problem.count(dict(zip(names, counts, strict=True)))
 
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if parameters(middle) <= target else (low, middle)
+        low, high = (middle, high) if parameters(kept(middle)) <= target else (low, middle)
     return low
 
 

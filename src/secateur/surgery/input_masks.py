@@ -50,9 +50,9 @@ class InputMasks:
         self.graph.check_kept(kept)
         masks: dict[nn.Module, torch.Tensor] = {}
         norms: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        require_maskable(self.graph[name] for name in kept)
         for name in kept:
             group = self.graph[name]
-            require_maskable([group])
             units = sorted(set(removed[name]))
             for member in group.members:
                 if ".lora_" in member.parameter:
