@@ -4,9 +4,11 @@
 
 Time: in one process and on the same weights the arms take turns, in another order in every round, each with the same
 batch, optimiser and precision, and what the Trainer does in a step: forward, backward, clip, optimiser, callback. What
-is given is the median over rounds of a step of the arm / the plain step of that round, with the quartiles. Peak memory:
-a process for each arm, the highest resident memory (``VmHWM``; on CUDA ``max_memory_allocated``) over some steps after
-the first ones, whole and without what Python and the libraries take before there is a model.
+is given is the median over rounds of a step of the arm / the plain step of that round, with the quartiles; and what the
+arm's callback alone takes of a plain step, which the noise of the machine moves less (the masks of the forward and
+backward pass are in the former only). Peak memory: a process for each arm, the highest resident memory (``VmHWM``; on
+CUDA ``max_memory_allocated``) over some steps after the first ones, whole and without what Python and the libraries
+take before there is a model.
 
 LHSPG projects the units that go at ``--ratio`` in the middle of a long period, LoRAPrune scores in every step and has
 its masks on. ``--tiny`` takes a small random Llama, to try the script.
@@ -45,7 +47,8 @@ ARMS = (PLAIN, "lhspg, decay", "lhspg, half-space", "loraprune")
 LONG = 10_000
 """Steps of the period that is looked into: its end, which only writes zeros, is not part of the measurement."""
 
-Step = Callable[[int], float]
+Step = Callable[[int], tuple[float, float]]
+"""Number of the step → seconds, and those of them that are spent in the callback."""
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Any, torch.Tensor]:
@@ -83,7 +86,7 @@ def callback_of(arm: str, model: Any, arguments: argparse.Namespace) -> Any:
 
 
 def steps_of(arms: tuple[str, ...], arguments: argparse.Namespace) -> tuple[dict[str, Step], Any]:
-    """A function for each arm that makes its n-th step and says how long it took; all on the same weights."""
+    """A function for each arm that makes its n-th step; all on the same weights."""
     model, ids = prepare(arguments)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)
@@ -93,22 +96,28 @@ def steps_of(arms: tuple[str, ...], arguments: argparse.Namespace) -> tuple[dict
         own = sharing_copy(model) if arm == "loraprune" else model  # masks hang on modules, not on weights
         callback = None if arm == PLAIN else callback_of(arm, own, arguments)
 
-        def step(number: int) -> float:
-            state = SimpleNamespace(global_step=number)
+        def called(event: str, number: int, **kwargs: Any) -> float:
+            if callback is None:
+                return 0.0
+            synchronise()
+            started = time.perf_counter()
+            getattr(callback, event)(None, SimpleNamespace(global_step=number), None, **kwargs)
+            synchronise()
+            return time.perf_counter() - started
+
+        def step(number: int) -> tuple[float, float]:
             synchronise()
             started = time.perf_counter()
             with autocast("auto", model.device):
                 loss = own(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
-            if callback is not None:
-                callback.on_pre_optimizer_step(None, state, None, model=own)
+            within = called("on_pre_optimizer_step", number, model=own)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
-            if callback is not None:
-                callback.on_optimizer_step(None, state, None)
+            within += called("on_optimizer_step", number)
             optimiser.zero_grad()
             synchronise()
-            return time.perf_counter() - started
+            return time.perf_counter() - started, within
 
         return step
 
@@ -121,11 +130,14 @@ def timed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for step in steps.values():
         step(0)
     taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    within: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for number in range(1, arguments.steps + 1):
         order = [ARMS[(number + place) % len(ARMS)] for place in range(len(ARMS))]
         for arm in order:
-            taken[arm].append(steps[arm](number))
-    rows = []
+            whole, part = steps[arm](number)
+            taken[arm].append(whole)
+            within[arm].append(part)
+    rows, plain_step = [], statistics.median(taken[PLAIN])
     for arm in ARMS:
         ratios = [own / plain for own, plain in zip(taken[arm], taken[PLAIN], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
@@ -135,6 +147,7 @@ def timed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             | {
                 "time_ratio": round(statistics.median(ratios), 3),
                 "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+                "callback_ratio": round(statistics.median(within[arm]) / plain_step, 3),
             }
         )
     return rows
@@ -200,7 +213,10 @@ def main() -> None:
         memory = "".join(
             f", {key} {row[key]:.3f}" for key in ("peak_ratio", "peak_without_libraries_ratio") if key in row
         )
-        print(f"{row['arm']}: {row['seconds']} s a step, time ratio {row['time_ratio']:.3f} {row['quartiles']}{memory}")
+        time_ratio = (
+            f"time ratio {row['time_ratio']:.3f} {row['quartiles']}, callback alone {row['callback_ratio']:.3f}"
+        )
+        print(f"{row['arm']}: {row['seconds']} s a step, {time_ratio}{memory}")
     if arguments.json is not None:
         settings = {
             key: getattr(arguments, key) for key in ("model", "tiny", "device", "ratio", "rank", "batch", "window")

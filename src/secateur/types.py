@@ -69,6 +69,10 @@ class Member:
     def rows_per_unit(self) -> int:
         return len(self.offsets) * self.width
 
+    def elements_per_unit(self, shape: Sequence[int]) -> int:
+        """Elements of a parameter of this shape that go with one unit while its other axes stay whole."""
+        return self.rows_per_unit * math.prod(size for axis, size in enumerate(shape) if axis != self.axis)
+
     @property
     def in_order(self) -> bool:
         """Whether the units lie one after the other from the first row on, each in one piece."""
@@ -159,7 +163,7 @@ class DependencyGraph:
         return table
 
     @cached_property
-    def _unit_of(self) -> dict[str, tuple[str, int]]:
+    def unit_of(self) -> dict[str, tuple[str, int]]:
         """Parameter → the group and the unit of it whose module it lies in, where units are modules."""
         units = {path: (group.name, unit) for group in self.groups for unit, path in enumerate(group.modules)}
         found = {}
@@ -172,12 +176,12 @@ class DependencyGraph:
         return found
 
     @cached_property
-    def _alike(self) -> dict[str, int]:
+    def alike(self) -> dict[str, int]:
         """One of the parameters that lose the same with every unit → how many of them there are."""
         alike: dict[object, list[str]] = {}
         for name, shape in self.shapes.items():
             owners = [(group.name, member.axis, member.rows_per_unit) for group, member in self.of_parameter(name)]
-            alike.setdefault((shape, tuple(owners), self._unit_of.get(name)), []).append(name)
+            alike.setdefault((shape, tuple(owners), self.unit_of.get(name)), []).append(name)
         return {names[0]: len(names) for names in alike.values()}
 
     def __getitem__(self, name: str) -> NodeGroup:
@@ -212,14 +216,14 @@ class DependencyGraph:
     def parameters_of(self, group: NodeGroup) -> list[str]:
         """The parameters that get smaller, or go, when units of ``group`` go."""
         if group.modules:
-            return [name for name, (owner, _) in self._unit_of.items() if owner == group.name]
+            return [name for name, (owner, _) in self.unit_of.items() if owner == group.name]
         return list(dict.fromkeys(member.parameter for member in group.members if member.parameter in self.shapes))
 
     def parameters_by_unit(self, group: NodeGroup) -> list[list[str]]:
         """The parameters in each unit of a group whose units are modules, in model order; empty for any other group."""
         units: list[list[str]] = [[] for _ in group.modules]
         for name in self.parameters_of(group) if group.modules else ():
-            units[self._unit_of[name][1]].append(name)
+            units[self.unit_of[name][1]].append(name)
         return units
 
     def check_kept(self, kept: Mapping[str, Sequence[int]]) -> None:
@@ -245,11 +249,11 @@ class DependencyGraph:
 
     def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
-        return sum(many * self.numel(name, kept or {}) for name, many in self._alike.items())
+        return sum(many * self.numel(name, kept or {}) for name, many in self.alike.items())
 
     def numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
         """Elements of ``parameter`` when only ``kept`` units stay; only the lengths matter, save for whole modules."""
-        owner, unit = self._unit_of.get(parameter, ("", 0))
+        owner, unit = self.unit_of.get(parameter, ("", 0))
         if owner in kept and unit not in kept[owner]:
             return 0
         shape = list(self.shapes[parameter])
@@ -266,15 +270,8 @@ class DependencyGraph:
         where these are modules."""
         if group.modules:
             return sum(math.prod(self.shapes[name]) for name in self.parameters_of(group)) // group.size
-        cost = 0
-        for member in group.members:
-            shape = self.shapes.get(member.parameter)
-            if shape is not None:
-                others = 1
-                for axis, size in enumerate(shape):
-                    others *= size if axis != member.axis else 1
-                cost += member.rows_per_unit * others
-        return cost
+        members = [member for member in group.members if member.parameter in self.shapes]
+        return sum(member.elements_per_unit(self.shapes[member.parameter]) for member in members)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -432,5 +429,5 @@ def removed_to_kept(graph: DependencyGraph, removed: Mapping[str, Iterable[int]]
     for name, units in removed.items():
         gone = set(units)
         if gone:
-            kept[name] = [unit for unit in range(graph[name].size) if unit not in gone]
+            kept[name] = sorted(set(range(graph[name].size)) - gone)
     return kept

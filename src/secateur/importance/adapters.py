@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -144,33 +145,34 @@ def composed(layer: LoraLayer) -> Composed:
     return Composed(base, bool(getattr(layer, "fan_in_fan_out", False)), a, b, float(layer.scaling[name]))
 
 
-def scores_from_adapter_gradients(model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> Scores:
-    """Scores from the gradients that A and B hold *now*: for use inside a training step, unscaled and unclipped.
+class AdapterGradients:
+    """Scores from the gradients that A and B hold: for use inside a training step, unscaled and unclipped.
 
     Of each wrapped weight that a group lives on, output side (rows of ``W`` and ``B``) and input side (columns of
     ``W`` and ``A``), the sums over the rows of a unit are divided by their L2 norm over the units (``normalise``: the
     estimate's scale depends on the norms of A and B, which differ between the two sides) and added up.
 
+    Weights and adapters are looked up once; ``scores`` reads what is in them at the time.
+
     Raises:
         ModelError: a prunable group has no weight with an adapter on the sides asked for.
-        PlanError: gradients are not finite.
     """
-    scores = {group.name: _group_scores(model, group, options) for group in graph.prunable}
-    return Scores(scores, options.of_loss)
 
+    def __init__(self, model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:
+        self.options = options
+        self._members = [(group, _composed_members(model, group, options.sides)) for group in graph.prunable]
 
-def check_scorable(model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:
-    """Raise ModelError unless every prunable group has a weight with an adapter on the sides asked for."""
-    for group in graph.prunable:
-        _composed_members(model, group, options.sides)
+    def scores(self) -> Scores:
+        """Of every prunable group, from the gradients as they are now; PlanError where they are not finite."""
+        scores = {group.name: self._of_group(group, members) for group, members in self._members}
+        return Scores(scores, self.options.of_loss)
 
-
-def _group_scores(model: nn.Module, group: NodeGroup, options: Options) -> torch.Tensor:
-    total = torch.zeros(group.size)
-    for member, operator in _composed_members(model, group, options.sides):
-        score = sum_rows(operator.row_sums(member.axis, options), member, group.size).cpu()
-        total += score / score.norm() if options.normalise and float(score.norm()) > 0 else score
-    return total
+    def _of_group(self, group: NodeGroup, members: Sequence[tuple[Member, Composed]]) -> torch.Tensor:
+        total = torch.zeros(group.size)
+        for member, operator in members:
+            score = sum_rows(operator.row_sums(member.axis, self.options), member, group.size).cpu()
+            total += score / score.norm() if self.options.normalise and float(score.norm()) > 0 else score
+        return total
 
 
 def _composed_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[tuple[Member, Composed]]:
@@ -211,14 +213,17 @@ class Adapters:
         blocks = calibration(blocks, self.name)
         if not graph.prunable:
             return Scores({})
-        self.check(model, graph)
+        gradients = self._gradients(model, graph)
         adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
         with borrowed(model, adapters), recomputed(model, self.recompute):
             mean_loss_backward(model, blocks, self.batch_size)
-            return scores_from_adapter_gradients(model, graph, self.options)
+            return gradients.scores()
 
     def check(self, model: nn.Module, graph: DependencyGraph) -> None:
         """Raise ModelError unless the model has adapters, and every prunable group a weight with one."""
+        self._gradients(model, graph)
+
+    def _gradients(self, model: nn.Module, graph: DependencyGraph) -> AdapterGradients:
         if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
             raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
-        check_scorable(model, graph, self.options)
+        return AdapterGradients(model, graph, self.options)

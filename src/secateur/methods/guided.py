@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import InputError, ModelError
-from secateur.importance.adapters import Options, check_scorable, scores_from_adapter_gradients
-from secateur.planning import Budget, allocate
+from secateur.importance.adapters import AdapterGradients, Options
+from secateur.planning import Budget, allocate, countable
 from secateur.surgery import InputMasks
 from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, Scores
@@ -48,7 +49,8 @@ class GuidedPruning(StatefulCallback):
         moving_average: float = 0.9,
         options: Options | None = None,
     ) -> None:
-        self.graph, self.budget, self.schedule = graph, budget, schedule
+        # adapters will be merged: counting looks at every decision at the shapes that stay
+        self.graph, self.budget, self.schedule = countable(graph), budget, schedule
         self.every, self.moving_average, self.options = every, moving_average, options or Options()
         self.removed: Removed = {}
         """Group name → units that are masked now, ascending."""
@@ -60,6 +62,8 @@ class GuidedPruning(StatefulCallback):
         """Steps whose gradients were not finite, so that they were not looked at."""
         self._done = False
         self._masks: InputMasks | None = None
+        self._gradients: AdapterGradients | None = None
+        self._trained: list[torch.nn.Parameter] = []
 
     @property
     def scores(self) -> Scores:
@@ -79,7 +83,8 @@ class GuidedPruning(StatefulCallback):
                 f"LoRAPrune reads gradients before they are clipped, and this Trainer clips first (max_grad_norm="
                 f"{args.max_grad_norm}). Set max_grad_norm=0 and clip in a callback after this one."
             )
-        check_scorable(model, self.graph, self.options)
+        self._gradients = AdapterGradients(model, self.graph, self.options)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._masks = InputMasks(model, self.graph)
         self._masks.remove(self.removed)
 
@@ -87,15 +92,17 @@ class GuidedPruning(StatefulCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Look at the gradients of the whole batch."""
-        if not _finite(model):
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        # of one number, so that a GPU is waited for once
+        if not get_total_norm(gradients).isfinite():
             self.skipped += 1
-            for parameter in model.parameters():  # one step of NaN would be the end of all adapters
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+            for gradient in gradients:  # one step of NaN would be the end of all adapters
+                gradient.zero_()
             return
         if self._done:
             return
-        now = scores_from_adapter_gradients(model, self.graph, self.options)
+        assert self._gradients is not None
+        now = self._gradients.scores()
         self.observed += 1
         for name in now:
             before = self.average.get(name, torch.zeros_like(now[name]))
@@ -142,12 +149,6 @@ class GuidedPruning(StatefulCallback):
         self.removed = {
             name: (mask == 0).nonzero().flatten().tolist() for name, mask in _below("mask/", tensors).items()
         }
-
-
-def _finite(model: torch.nn.Module) -> bool:
-    """One number is looked at, so that a GPU is waited for once."""
-    sums = [p.grad.sum().float() for p in model.parameters() if p.grad is not None]
-    return not sums or bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all())
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
-from secateur.importance.adapters import Form, Options, Sides, check_scorable
+from secateur.importance.adapters import AdapterGradients, Form, Options, Sides
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
@@ -110,7 +110,7 @@ class LoRAPrune:
         require_maskable(restrict(task.graph, task.budget).prunable)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)
-        check_scorable(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
+        AdapterGradients(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
 
     @property
     def _options(self) -> Options:

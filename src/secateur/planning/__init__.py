@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from secateur.planning.allocate import allocate
+from secateur.planning.allocate import allocate, countable
 from secateur.planning.budget import Budget, restrict
 from secateur.planning.plan import decoder_ratio, describe, make_plan, versions
 from secateur.planning.schedule import by_period, cubic
 
-__all__ = ["Budget", "allocate", "by_period", "cubic", "decoder_ratio", "describe", "make_plan", "restrict", "versions"]
+__all__ = [
+    "Budget",
+    "allocate",
+    "by_period",
+    "countable",
+    "cubic",
+    "decoder_ratio",
+    "describe",
+    "make_plan",
+    "restrict",
+    "versions",
+]

@@ -103,7 +103,8 @@ class _Problem:
 def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Mapping[str, Iterable[int]]) -> _Problem:
     gone = {name: set(units) for name, units in removed.items()}
     for name, units in gone.items():
-        if name not in graph or not units <= set(range(graph[name].size)) or len(units) == graph[name].size:
+        size = graph[name].size if name in graph else 0
+        if not (min(units, default=0) >= 0 and max(units, default=-1) < size and len(units) < size):
             raise PlanError(f"Already removed: {len(units)} units of {name}, which this model does not have to give.")
     groups = restrict(graph, budget).prunable
     if not groups:

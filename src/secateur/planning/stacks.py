@@ -93,29 +93,56 @@ def build_stack(
 
 
 class Count:
-    """Exact numbers of parameters of the model for given numbers of kept units (groups may share a parameter)."""
+    """Exact numbers of parameters of the model for given numbers of kept units (groups may share a parameter).
 
-    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int], stacks: Iterable[Stack] = ()) -> None:
+    Where one axis of a parameter is cut, each unit takes the same number from it, whatever others keep: these are
+    counted once and for all. The rest is counted by shapes (``DependencyGraph.numel``).
+    """
+
+    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int], stacks: Sequence[Stack] = ()) -> None:
         """``kept`` holds the groups that have already lost units; ``stacks`` say which units of a group go first, where
         that matters because units are modules of different sizes."""
         self.graph = graph
         self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
         self.fixed = dict(kept)
+        self._cut = {stack.group.name for stack in stacks} | kept.keys()
         self.total = graph.parameter_count()
+        self._each = dict.fromkeys(self._cut, 0)
+        """Group → parameters that go with each unit of it, those of ``_joint`` apart."""
+        self._joint: dict[str, int] = {}
+        """One of the parameters of which a unit takes more or less, depending on other groups → how many are alike."""
+        for name, many in graph.alike.items():
+            if self._is_joint(name):
+                self._joint[name] = many
+            for group, member in () if name in self._joint else graph.of_parameter(name):
+                if group.name in self._cut:
+                    self._each[group.name] += many * member.elements_per_unit(graph.shapes[name])
+        self._others = self.total - self._joint_count(self._joint, {})
 
     def __call__(self, kept: Mapping[str, int]) -> int:
         """Parameters when ``kept`` units of each named group stay, and the others as they are now."""
-        return self.graph.parameter_count(self._units({**self.fixed, **kept}))
+        counts = {**self.fixed, **kept}
+        gone = sum(self._each[name] * (self.graph[name].size - count) for name, count in counts.items())
+        return self._others - gone + self._joint_count(self._joint, counts)
 
     def step(self, kept: Mapping[str, int], group: NodeGroup, to: int) -> int:
         """Parameters that go when ``group`` goes down to ``to`` units and the others keep ``kept``."""
-        before = self._units({**self.fixed, **kept})
-        after = {**before, **self._units({group.name: to})}
-        names = self.graph.parameters_of(group)
-        return sum(self.graph.numel(name, before) - self.graph.numel(name, after) for name in names)
+        before = {**self.fixed, **kept}
+        names = self.graph.parameters_of(group) if self._joint else ()
+        joint = dict.fromkeys((name for name in names if self._is_joint(name)), 1)
+        fewer = self._joint_count(joint, before) - self._joint_count(joint, {**before, group.name: to})
+        return self._each[group.name] * (before.get(group.name, group.size) - to) + fewer
 
-    def _units(self, kept: Mapping[str, int]) -> dict[str, Sequence[int]]:
-        return {
+    def _is_joint(self, parameter: str) -> bool:
+        """Whether several axes of ``parameter`` are cut, or it goes as a whole with a unit."""
+        axes = {member.axis for group, member in self.graph.of_parameter(parameter) if group.name in self._cut}
+        return len(axes) > 1 or self.graph.unit_of.get(parameter, ("", 0))[0] in self._cut
+
+    def _joint_count(self, parameters: Mapping[str, int], kept: Mapping[str, int]) -> int:
+        if not parameters:
+            return 0
+        units: dict[str, Sequence[int]] = {
             name: self._modules[name].highest(count) if name in self._modules else range(count)
             for name, count in kept.items()
         }
+        return sum(many * self.graph.numel(name, units) for name, many in parameters.items())

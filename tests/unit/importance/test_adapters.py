@@ -14,7 +14,7 @@ from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
-from secateur.importance.adapters import Options, composed, estimate_gradient, scores_from_adapter_gradients
+from secateur.importance.adapters import AdapterGradients, Options, composed, estimate_gradient
 from secateur.importance.base import mean_loss_backward, recomputed
 from secateur.importance.weights import dequantised, lora_layer
 from secateur.planning import Budget, allocate
@@ -187,7 +187,7 @@ def test_gradients_that_are_there_can_be_read_in_a_training_step() -> None:
     model = adapted("llama-gqa", anything, rank=4)
     graph = trace(model)
     mean_loss_backward(model, blocks(), 3)
-    now = scores_from_adapter_gradients(model, graph)
+    now = AdapterGradients(model, graph).scores()
     later = Adapters().score(model, graph, blocks(), seed=0)
     for name in now:
         torch.testing.assert_close(now[name], later[name], rtol=1e-4, atol=1e-7)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from secateur.errors import InputError, ModelError
 from secateur.graph import trace
-from secateur.importance.adapters import scores_from_adapter_gradients
+from secateur.importance.adapters import AdapterGradients
 from secateur.importance.base import mean_loss_backward
 from secateur.methods.guided import GuidedPruning
 from secateur.methods.loraprune import LoRAPrune, LoRAPruneSettings
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_whole_batch_unclipped(settings: dict[str, An
     model, blocks = adapted(), noise(4, 2)
     pruning = pruning_of(model, moving_average=0.0)
     mean_loss_backward(model, blocks, 4)
-    expected = scores_from_adapter_gradients(model, pruning.graph, pruning.options)
+    expected = AdapterGradients(model, pruning.graph, pruning.options).scores()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     watch = Watch(pruning)
@@ -165,7 +165,7 @@ def test_the_moving_average_is_what_it_says() -> None:
 
     class Read(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            seen.append(dict(scores_from_adapter_gradients(model, pruning.graph).values))
+            seen.append(dict(AdapterGradients(model, pruning.graph).scores().values))
 
     run(model, pruning, steps=3, watch=Read())
     for name in pruning.scores:

@@ -13,7 +13,7 @@ import torch
 from secateur.data import TokenBlocks
 from secateur.graph import trace
 from secateur.importance import Activation, llm_pruner
-from secateur.importance.adapters import scores_from_adapter_gradients
+from secateur.importance.adapters import AdapterGradients
 from secateur.importance.base import borrowed, mean_loss_backward
 from secateur.importance.flap import Fluctuation
 from secateur.importance.llm_pruner import LLMPruner, salience
@@ -45,7 +45,7 @@ def guided(alpha: int, loss_scale: float = 1.0) -> Scores:
         for parameter in trained.values():
             assert parameter.grad is not None
             parameter.grad *= loss_scale
-        return scores_from_adapter_gradients(model, trace(model))
+        return AdapterGradients(model, trace(model)).scores()
 
 
 def same(one: Scores, other: Scores) -> bool:
