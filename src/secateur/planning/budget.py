@@ -159,7 +159,8 @@ def _narrowed(
 ) -> NodeGroup:
     """``group`` with the reason why it must stay whole; or, for whole layers, with those that the budget keeps."""
     if reason is not None:
-        return replace(group, protected=reason, on_request=False)
+        unchanged = reason == group.protected and not group.on_request
+        return group if unchanged else replace(group, protected=reason, on_request=False)
     fixed = dict(group.fixed)
     for layer in range(len(group.modules)):
         names = [other.name for other in graph if other.layer == layer]
@@ -169,9 +170,9 @@ def _narrowed(
             fixed.setdefault(layer, why)
     if group.fixed != tuple(sorted(fixed.items())):
         group = replace(group, fixed=tuple(sorted(fixed.items())))
-    if not group.movable:
+    if len(group.fixed) == group.size:
         return replace(group, protected=f"all of its units must stay: {fixed[0]}", on_request=False)
-    return replace(group, protected=None)
+    return group if group.protected is None else replace(group, protected=None)
 
 
 def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: int) -> str | None:
