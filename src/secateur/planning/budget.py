@@ -170,7 +170,7 @@ def _narrowed(
             fixed.setdefault(layer, why)
     if group.fixed != tuple(sorted(fixed.items())):
         group = replace(group, fixed=tuple(sorted(fixed.items())))
-    if len(group.fixed) == group.size:
+    if group.fixed and not group.movable:
         return replace(group, protected=f"all of its units must stay: {fixed[0]}", on_request=False)
     return group if group.protected is None else replace(group, protected=None)
 
