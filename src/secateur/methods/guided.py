@@ -88,9 +88,7 @@ class GuidedPruning(StatefulCallback):
         self._masks = InputMasks(model, self.graph)
         self._masks.remove(self.removed)
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at the gradients of the whole batch."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         # of one number, so that a GPU is waited for once
