@@ -97,11 +97,10 @@ def steps_of(arms: tuple[str, ...], arguments: argparse.Namespace) -> tuple[dict
         callback = None if arm == PLAIN else callback_of(arm, own, arguments)
 
         def called(event: str, number: int, **kwargs: Any) -> float:
-            if callback is None:
-                return 0.0
             synchronise()
             started = time.perf_counter()
-            getattr(callback, event)(None, SimpleNamespace(global_step=number), None, **kwargs)
+            if callback is not None:
+                getattr(callback, event)(None, SimpleNamespace(global_step=number), None, **kwargs)
             synchronise()
             return time.perf_counter() - started
 

@@ -152,7 +152,7 @@ class AdapterGradients:
     ``W`` and ``A``), the sums over the rows of a unit are divided by their L2 norm over the units (``normalise``: the
     estimate's scale depends on the norms of A and B, which differ between the two sides) and added up.
 
-    Weights and adapters are looked up once; ``scores`` reads what is in them at the time.
+    Layers are looked up once; ``scores`` reads what is in them at the time.
 
     Raises:
         ModelError: a prunable group has no weight with an adapter on the sides asked for.
@@ -160,30 +160,35 @@ class AdapterGradients:
 
     def __init__(self, model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:
         self.options = options
-        self._members = [(group, _composed_members(model, group, options.sides)) for group in graph.prunable]
+        self._members = [(group, _adapted_members(model, group, options.sides)) for group in graph.prunable]
 
     def scores(self) -> Scores:
-        """Of every prunable group, from the gradients as they are now; PlanError where they are not finite."""
+        """Of every prunable group, from the gradients as they are now.
+
+        Raises PlanError where these are not finite, and ModelError where an adapter has been merged or switched off.
+        """
         scores = {group.name: self._of_group(group, members) for group, members in self._members}
         return Scores(scores, self.options.of_loss)
 
-    def _of_group(self, group: NodeGroup, members: Sequence[tuple[Member, Composed]]) -> torch.Tensor:
+    def _of_group(self, group: NodeGroup, members: Sequence[tuple[Member, LoraLayer]]) -> torch.Tensor:
         total = torch.zeros(group.size)
-        for member, operator in members:
-            score = sum_rows(operator.row_sums(member.axis, self.options), member, group.size).cpu()
+        for member, layer in members:
+            score = sum_rows(composed(layer).row_sums(member.axis, self.options), member, group.size).cpu()
             total += score / score.norm() if self.options.normalise and float(score.norm()) > 0 else score
         return total
 
 
-def _composed_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[tuple[Member, Composed]]:
+def _adapted_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[tuple[Member, LoraLayer]]:
     members = [member for member in base_members(group) if sides in ("both", member.role)]
     layers = [(member, lora_layer(model, member.parameter)) for member in members]
-    found = [(member, composed(layer)) for member, layer in layers if layer is not None and _is_linear(layer)]
+    found = [(member, layer) for member, layer in layers if layer is not None and _is_linear(layer)]
     if not found:
         side = "" if sides == "both" else f" on the side {sides!r}"
         raise unscorable(
             group, "lora", f"none of its weights is a linear layer with a LoRA adapter{side} (lora.targets)"
         )
+    for _, layer in found:
+        composed(layer)
     return found
 
 

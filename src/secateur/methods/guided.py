@@ -49,8 +49,8 @@ class GuidedPruning(StatefulCallback):
         moving_average: float = 0.9,
         options: Options | None = None,
     ) -> None:
-        # adapters will be merged: counting looks at every decision at the shapes that stay
         self.graph, self.budget, self.schedule = countable(graph), budget, schedule
+        """The graph is without the shapes of the adapters, which will be merged and do not count."""
         self.every, self.moving_average, self.options = every, moving_average, options or Options()
         self.removed: Removed = {}
         """Group name → units that are masked now, ascending."""
@@ -63,7 +63,7 @@ class GuidedPruning(StatefulCallback):
         self._done = False
         self._masks: InputMasks | None = None
         self._gradients: AdapterGradients | None = None
-        self._trained: list[torch.nn.Parameter] = []
+        self._parameters: list[torch.nn.Parameter] = []
 
     @property
     def scores(self) -> Scores:
@@ -84,15 +84,15 @@ class GuidedPruning(StatefulCallback):
                 f"{args.max_grad_norm}). Set max_grad_norm=0 and clip in a callback after this one."
             )
         self._gradients = AdapterGradients(model, self.graph, self.options)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = list(model.parameters())
         self._masks = InputMasks(model, self.graph)
         self._masks.remove(self.removed)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at the gradients of the whole batch."""
-        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        # of one number, so that a GPU is waited for once
-        if not get_total_norm(gradients).isfinite():
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # one number, so that a GPU is waited for once; the largest, as squares of finite numbers need not be finite
+        if not get_total_norm(gradients, float("inf")).isfinite():
             self.skipped += 1
             for gradient in gradients:  # one step of NaN would be the end of all adapters
                 gradient.zero_()

@@ -103,8 +103,7 @@ class _Problem:
 def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Mapping[str, Iterable[int]]) -> _Problem:
     gone = {name: set(units) for name, units in removed.items()}
     for name, units in gone.items():
-        size = graph[name].size if name in graph else 0
-        if not (min(units, default=0) >= 0 and max(units, default=-1) < size and len(units) < size):
+        if name not in graph or not units < _all_units(graph[name].size):
             raise PlanError(f"Already removed: {len(units)} units of {name}, which this model does not have to give.")
     groups = restrict(graph, budget).prunable
     if not groups:
@@ -122,8 +121,13 @@ def _problem(graph: DependencyGraph, scores: Scores, budget: Budget, removed: Ma
         stacks=stacks,
         legal={group.name: legal_counts(group, graph, budget.runs_on, budget.round_to) for group in groups},
         gone=gone,
-        count=Count(graph, {name: graph[name].size - len(units) for name, units in gone.items()}, stacks),
+        count=Count(graph, gone, stacks),
     )
+
+
+@cache
+def _all_units(size: int) -> frozenset[int]:
+    return frozenset(range(size))
 
 
 def _check_reachable(problem: _Problem) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -99,13 +99,14 @@ class Count:
     counted once and for all. The rest is counted by shapes (``DependencyGraph.numel``).
     """
 
-    def __init__(self, graph: DependencyGraph, kept: Mapping[str, int], stacks: Sequence[Stack] = ()) -> None:
-        """``kept`` holds the groups that have already lost units; ``stacks`` say which units of a group go first, where
-        that matters because units are modules of different sizes."""
+    def __init__(self, graph: DependencyGraph, gone: Mapping[str, Collection[int]], stacks: Sequence[Stack]) -> None:
+        """``gone`` holds the units that groups have already lost, ``stacks`` the groups that may lose more; which units
+        these are matters where units are modules of different sizes."""
         self.graph = graph
         self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
-        self.fixed = dict(kept)
-        self._cut = {stack.group.name for stack in stacks} | kept.keys()
+        self._gone = gone
+        self._fixed = {name: graph[name].size - len(units) for name, units in gone.items()}
+        self._cut = {stack.group.name for stack in stacks} | gone.keys()
         self.total = graph.parameter_count()
         self._each = dict.fromkeys(self._cut, 0)
         """Group → parameters that go with each unit of it, those of ``_joint`` apart."""
@@ -120,14 +121,14 @@ class Count:
         self._others = self.total - self._joint_count(self._joint, {})
 
     def __call__(self, kept: Mapping[str, int]) -> int:
-        """Parameters when ``kept`` units of each named group stay, and the others as they are now."""
-        counts = {**self.fixed, **kept}
+        """Parameters when ``kept`` units of each named group stay, which has a stack, and the others are as now."""
+        counts = {**self._fixed, **kept}
         gone = sum(self._each[name] * (self.graph[name].size - count) for name, count in counts.items())
         return self._others - gone + self._joint_count(self._joint, counts)
 
     def step(self, kept: Mapping[str, int], group: NodeGroup, to: int) -> int:
         """Parameters that go when ``group`` goes down to ``to`` units and the others keep ``kept``."""
-        before = {**self.fixed, **kept}
+        before = {**self._fixed, **kept}
         names = self.graph.parameters_of(group) if self._joint else ()
         joint = dict.fromkeys((name for name in names if self._is_joint(name)), 1)
         fewer = self._joint_count(joint, before) - self._joint_count(joint, {**before, group.name: to})
@@ -141,8 +142,12 @@ class Count:
     def _joint_count(self, parameters: Mapping[str, int], kept: Mapping[str, int]) -> int:
         if not parameters:
             return 0
-        units: dict[str, Sequence[int]] = {
-            name: self._modules[name].highest(count) if name in self._modules else range(count)
-            for name, count in kept.items()
-        }
+        units = {name: self._units(name, count) for name, count in kept.items()}
         return sum(many * self.graph.numel(name, units) for name, many in parameters.items())
+
+    def _units(self, name: str, kept: int) -> Sequence[int]:
+        if name in self._modules:
+            return self._modules[name].highest(kept)
+        if self.graph[name].modules:
+            return sorted(set(range(self.graph[name].size)).difference(self._gone[name]))
+        return range(kept)

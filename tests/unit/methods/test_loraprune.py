@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,12 +151,15 @@ def test_clipping_happens_after_reading() -> None:
     assert all(float(norm) == pytest.approx(1e-3, rel=1e-2) for norm in norms)
 
 
-def test_a_trainer_that_clips_first_is_refused() -> None:
-    from types import SimpleNamespace
+def begun(pruning: GuidedPruning, model: Any, max_grad_norm: float = 0.0) -> None:
+    arguments: Any = SimpleNamespace(max_grad_norm=max_grad_norm)
+    pruning.on_train_begin(arguments, Any, Any, model=model)  # type: ignore[arg-type]
 
+
+def test_a_trainer_that_clips_first_is_refused() -> None:
     model = adapted()
     with pytest.raises(InputError, match="max_grad_norm"):
-        pruning_of(model).on_train_begin(SimpleNamespace(max_grad_norm=1.0), Any, Any, model=model)  # type: ignore[arg-type]
+        begun(pruning_of(model), model, max_grad_norm=1.0)
 
 
 def test_the_moving_average_is_what_it_says() -> None:
@@ -176,13 +180,15 @@ def test_the_moving_average_is_what_it_says() -> None:
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("spoilt", [1, 5])  # the last: while the masks grow, and when all are there
-def test_steps_without_finite_gradients_are_skipped(spoilt: int, max_grad_norm: float) -> None:
+@pytest.mark.parametrize("place", [0, -1])
+def test_steps_without_finite_gradients_are_skipped(spoilt: int, place: int, max_grad_norm: float) -> None:
     """And the adapters survive them: neither the clip nor the optimiser sees what is not finite."""
 
     class Spoil(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.global_step == spoilt:
-                next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                gradients[place].view(-1)[-1] = float("nan") if place else float("inf")
 
     model = adapted()
     pruning = pruning_of(model, steps=4)
@@ -198,6 +204,38 @@ def test_steps_without_finite_gradients_are_skipped(spoilt: int, max_grad_norm: 
     assert pruning.skipped == 1
     assert all(torch.isfinite(value).all() for value in pruning.average.values())
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_gradients_whose_squares_are_not_finite_are_read() -> None:
+    model = adapted()
+    pruning = pruning_of(model)
+    begun(pruning, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e20) if parameter.requires_grad else None
+    pruning.on_pre_optimizer_step(None, Any, Any)  # type: ignore[arg-type]
+    assert (pruning.observed, pruning.skipped) == (1, 0)
+
+
+def test_an_adapter_that_is_merged_while_it_trains_is_refused() -> None:
+    model = adapted()
+    pruning = pruning_of(model)
+    begun(pruning, model)
+    mean_loss_backward(model, noise(2, 2), 2)
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="merged"):
+        pruning.on_pre_optimizer_step(None, Any, Any)  # type: ignore[arg-type]
+
+
+def test_a_parameter_that_trains_later_is_looked_at() -> None:
+    model = adapted()
+    pruning = pruning_of(model)
+    begun(pruning, model)
+    mean_loss_backward(model, noise(2, 2), 2)
+    late = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    late.grad = torch.full_like(late, float("nan"))
+    pruning.on_pre_optimizer_step(None, Any, Any)  # type: ignore[arg-type]
+    assert pruning.skipped == 1
+    assert not late.grad.any()
 
 
 def test_no_gradient_of_a_frozen_weight_is_ever_there() -> None:

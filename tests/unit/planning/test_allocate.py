@@ -184,8 +184,15 @@ def test_errors_say_which_knob_to_turn() -> None:
         allocate(graph, Scores({}), Budget())
     with pytest.raises(PlanError, match="smallest step"):
         allocate(graph, random_scores(graph, 0), Budget(ratio=0.001, kinds=("attention",)))
-    with pytest.raises(PlanError, match="Already removed"):
-        allocate(graph, random_scores(graph, 0), Budget(), removed={"layers.0.mlp": [40]})
+    for name, units in (
+        ("layers.0.mlp", [40]),
+        ("layers.0.mlp", [-1]),
+        ("layers.0.mlp", [1.5]),
+        ("layers.0.mlp", range(40)),
+        ("layers.7.mlp", []),
+    ):
+        with pytest.raises(PlanError, match="Already removed"):
+            allocate(graph, random_scores(graph, 0), Budget(), removed={name: units})  # type: ignore[dict-item]
 
 
 def test_protected_groups_stay_whole() -> None:

@@ -87,3 +87,9 @@ def test_experts_keep_what_the_router_needs_and_equal_runs() -> None:
     removed = allocate(graph, Scores({experts.name: torch.arange(8.0)}), Budget(ratio=0.3, kinds=("expert",), floor=0))
     assert removed == {experts.name: [0, 4]} or removed == {experts.name: [0, 1, 4, 5]}
     graph.check_kept(removed_to_kept(graph, removed))
+
+
+def test_what_one_budget_refuses_another_does_not_open(graph: DependencyGraph) -> None:
+    once = restrict(graph, Budget(kinds=("ffn",)))
+    with pytest.raises(PlanError, match="cannot be cut"):
+        restrict(once, Budget(kinds=("layer",)))
