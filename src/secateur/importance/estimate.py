@@ -15,7 +15,7 @@ from torch import nn
 from secateur.importance.adapters import Composed, Options, composed
 from secateur.importance.base import borrowed, calibration, mean_loss_backward
 from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
-from secateur.planning.allocate import countable
+from secateur.planning import countable
 from secateur.planning.stacks import comparable
 from secateur.types import DependencyGraph, Member, NodeGroup
 
