@@ -136,14 +136,16 @@ def timed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             whole, part = steps[arm](number)
             taken[arm].append(whole)
             within[arm].append(part)
-    rows, plain_step = [], statistics.median(taken[PLAIN])
+    rows: list[dict[str, Any]] = []
+    plain_step = statistics.median(taken[PLAIN])
     for arm in ARMS:
         ratios = [own / plain for own, plain in zip(taken[arm], taken[PLAIN], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        row = {"arm": arm, "seconds": round(statistics.median(taken[arm]), 4), "steps": len(ratios)}
         rows.append(
-            row
-            | {
+            {
+                "arm": arm,
+                "seconds": round(statistics.median(taken[arm]), 4),
+                "steps": len(ratios),
                 "time_ratio": round(statistics.median(ratios), 3),
                 "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
                 "fastest_ratio": round(min(taken[arm]) / min(taken[PLAIN]), 3),

@@ -187,7 +187,7 @@ def _adapted_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[t
         raise unscorable(
             group, "lora", f"none of its weights is a linear layer with a LoRA adapter{side} (lora.targets)"
         )
-    for _, layer in found:
+    for _, layer in found:  # refused before anything is trained, not at the first score
         composed(layer)
     return found
 

@@ -173,20 +173,18 @@ def _least(problem: _Problem, target: float) -> list[int]:
 
 def _even_share(problem: _Problem, target: float) -> float:
     """The largest share s such that keeping s of every group (legal, at least one unit) does not exceed the target."""
-    names = [stack.group.name for stack in problem.stacks]
 
-    def kept(share: float) -> tuple[int, ...]:
-        even = (_at_least(problem.legal[stack.group.name], share * stack.group.size) for stack in problem.stacks)
-        return tuple(min(stack.left, count) for stack, count in zip(problem.stacks, even, strict=True))
-
-    @cache
-    def parameters(counts: tuple[int, ...]) -> int:  # shares that are nearly the same keep the same
-        return problem.count(dict(zip(names, counts, strict=True)))
+    def parameters(share: float) -> int:
+        kept = {}
+        for stack in problem.stacks:
+            even = _at_least(problem.legal[stack.group.name], share * stack.group.size)
+            kept[stack.group.name] = min(stack.left, even)
+        return problem.count(kept)
 
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if parameters(kept(middle)) <= target else (low, middle)
+        low, high = (middle, high) if parameters(middle) <= target else (low, middle)
     return low
 
 

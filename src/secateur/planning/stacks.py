@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.types import DependencyGraph, NodeGroup, Scores, removed_to_kept
 
 Normalise = Literal["auto", "mean", "parameters", "none"]
 
@@ -104,7 +104,8 @@ class Count:
         these are matters where units are modules of different sizes."""
         self.graph = graph
         self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
-        self._gone = gone
+        modules = {name: units for name, units in gone.items() if graph[name].modules}
+        self._stays = removed_to_kept(graph, modules)
         self._fixed = {name: graph[name].size - len(units) for name, units in gone.items()}
         self._cut = {stack.group.name for stack in stacks} | gone.keys()
         self.total = graph.parameter_count()
@@ -148,6 +149,4 @@ class Count:
     def _units(self, name: str, kept: int) -> Sequence[int]:
         if name in self._modules:
             return self._modules[name].highest(kept)
-        if self.graph[name].modules:
-            return sorted(set(range(self.graph[name].size)).difference(self._gone[name]))
-        return range(kept)
+        return self._stays.get(name, range(kept))
