@@ -1,0 +1,98 @@
+"""Reading what people and other programs wrote: names of files, text and JSON, or one message that says why not.
+
+Every file that is not ours is read through this room. It refuses what is no ordinary file (a device has no end), what
+is not UTF-8, what is nested too deep, numbers of thousands of digits, and names that the file system cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InputError, SecateurError
+
+DEEPEST = 100
+"""Levels of nesting that JSON and YAML may have. Real files have about ten."""
+
+
+def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[SecateurError] = InputError) -> Path:
+    """``name`` as a path, with ``~`` replaced; raises ``error`` for a name that no file can have.
+
+    Args:
+        what: begins the message, such as ``The model``.
+
+    The path need not exist. Refused are an empty name, a NUL character, the home of an unknown user, and names that are
+    too long for the file system or go round in a circle of links.
+    """
+    shown = repr(os.fspath(name))[1:-1]
+    shown = shown if len(shown) <= 80 else f"{shown[:60]}…"
+    if not os.fspath(name).strip():
+        raise error(f"{what} has no name: it is empty. Give the path of a file or folder.")
+    try:
+        path = Path(name).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (RuntimeError, ValueError) as reason:  # no such user's home; a NUL character
+        raise error(f"{what} {shown} is no path: {reason}. Give another one.") from reason
+    except OSError as reason:
+        if isinstance(reason, NotADirectoryError | PermissionError):
+            return path
+        raise error(f"{what} {shown} is no path: {reason.strerror}. Give another one.") from reason
+    return path
+
+
+def read_text(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> str:
+    """The text of an ordinary file in UTF-8, with or without a byte order mark; raises ``error`` with ``advice``."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise error(f"{path} is no ordinary file. {advice}".strip())
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(
+            f"{path} cannot be read: it is not text in UTF-8 (byte {reason.start}). {advice}".strip()
+        ) from reason
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}. {advice}".strip()) from reason
+
+
+def parse_json(text: str, where: str, *, error: type[SecateurError] = InputError, advice: str = "") -> Any:
+    """The value of a JSON text; ``where`` it stood begins the message of ``error``."""
+    try:
+        value = json.loads(text)
+        check_depth(value, where, error=error, advice=advice)
+    except json.JSONDecodeError as reason:
+        place = f"line {reason.lineno}, column {reason.colno}"
+        raise error(f"{where} is not JSON ({reason.msg}: {place}). {advice}".strip()) from reason
+    except RecursionError as reason:
+        raise error(f"{where} is nested too deep. {advice}".strip()) from reason
+    except ValueError as reason:  # Python refuses to read numbers of more than 4,300 digits
+        raise error(f"{where} holds a number of too many digits. {advice}".strip()) from reason
+    return value
+
+
+def read_json(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> Any:
+    """``read_text`` and ``parse_json`` of a file."""
+    return parse_json(read_text(path, error=error, advice=advice), str(path), error=error, advice=advice)
+
+
+def check_depth(value: Any, where: str, *, error: type[SecateurError] = InputError, advice: str = "") -> None:
+    """Raise ``error`` when lists and mappings in ``value`` are nested more than ``DEEPEST`` levels.
+
+    What YAML's anchors put in many places is looked at once a level.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        below = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        level = list({id(item): item for item in below}.values())
+        if not level:
+            return
+    raise error(f"{where} is nested more than {DEEPEST} levels deep. {advice}".strip())
