@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from secateur.errors import ModelError
-from secateur.export.sizes import OWN_NAME, Place, place_of, query_heads_name, size_name
-from secateur.surgery.rebuild import is_listed, is_uneven
+from secateur.export.sizes import Place, place_of, query_heads_name, size_name
+from secateur.surgery.rebuild import OWN_NAME, is_listed, is_uneven
 from secateur.types import DependencyGraph, NodeGroup
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from secateur.surgery.rebuild import OWN_NAME
 from secateur.types import Kind, NodeGroup
 
 _NAMES: Mapping[Kind, tuple[str, ...]] = {
@@ -30,8 +31,6 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model"),
     "vocab": ("vocab_size",),
 }
-OWN_NAME = "pruned_"
-"""Prefix of names that we give, where the family has none for the sizes of a layer, or wants its own to be global."""
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 
 

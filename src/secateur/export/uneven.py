@@ -18,9 +18,8 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 
 from secateur.errors import ModelError
 from secateur.export.layers import LayerSizes, without_layer_sizes
-from secateur.export.sizes import OWN_NAME
 from secateur.surgery.attributes import attribute_changes
-from secateur.surgery.rebuild import MODELING_FILE
+from secateur.surgery.rebuild import MODELING_FILE, OWN_NAME
 from secateur.types import NodeGroup
 
 

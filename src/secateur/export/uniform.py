@@ -16,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.errors import ModelError, SecateurError
 from secateur.export.huggingface import on_meta, shapes_of
 from secateur.export.layers import LayerSizes
-from secateur.export.sizes import OWN_NAME, place_of, query_heads_name
+from secateur.export.sizes import place_of, query_heads_name
 from secateur.graph import trace
 from secateur.surgery import slice_model
-from secateur.surgery.rebuild import family_of, is_listed, is_uneven
+from secateur.surgery.rebuild import OWN_NAME, family_of, is_listed, is_uneven
 from secateur.surgery.rows import Rows, removed_rows
 from secateur.types import DependencyGraph, NodeGroup
 

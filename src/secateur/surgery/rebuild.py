@@ -21,6 +21,8 @@ from secateur.errors import ModelError
 from secateur.surgery.pruned_layers import PrunedLayers
 
 MODELING_FILE = "modeling_pruned.py"
+OWN_NAME = "pruned_"
+"""Prefix of names that we give, where the family has none for the sizes of a layer, or wants its own to be global."""
 
 _TEMPLATE = jinja2.Environment(
     loader=jinja2.PackageLoader("secateur.surgery", "."), keep_trailing_newline=True, undefined=jinja2.StrictUndefined

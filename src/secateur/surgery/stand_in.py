@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.graph import trace
+from secateur.surgery.narrower import narrower
 from secateur.types import DependencyGraph, NodeGroup
 
 VOCABULARY = 512
@@ -21,20 +22,6 @@ WIDE_UP_TO = 300_000_000
 """A stand-in that cannot be made narrower may have so many parameters."""
 NARROW_FROM = 20_000_000
 """A stand-in with more parameters than this is made narrower, so that checking costs seconds and megabytes."""
-_TOGETHER = (
-    ("hidden_size", "d_model", "n_embd"),
-    ("num_attention_heads", "n_head", "n_heads"),
-    ("num_key_value_heads", "num_kv_heads"),
-)
-"""Sizes that are divided by the same number, so that the width of a head and the queries of a KV head stay."""
-_AT_MOST = {
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "intermediate_size_mlp"), 416),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 208),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 16),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 4),
-    **dict.fromkeys(("n_group", "topk_group"), 2),
-}
-"""Sizes that a narrow stand-in needs no more of."""
 
 
 def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreTrainedModel | PeftModel:
@@ -55,7 +42,7 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
     wide = _on_meta(base, config)
     if sum(parameter.numel() for parameter in wide.parameters()) > NARROW_FROM:
         try:
-            return _built(model, base, _narrower(copy.deepcopy(config)), graph, sizes=False)
+            return _built(model, base, narrower(copy.deepcopy(config)), graph, sizes=False)
         except (ModelError, StrictDataclassError, ValueError):
             if sum(parameter.numel() for parameter in wide.parameters()) > WIDE_UP_TO:
                 raise
@@ -104,34 +91,6 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.add_(noise, alpha=0.3)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-
-
-def _narrower(config: PretrainedConfig) -> PretrainedConfig:
-    """``config``, changed in place, with smaller widths: all of ``_TOGETHER`` by one power of two."""
-    text = config.get_text_config()
-    names = [name for group in _TOGETHER for name in group if _size(text, name)]
-    kv_heads = [name for name in _TOGETHER[2] if _size(text, name)]
-    divisor = 1
-    while all(_size(text, name) % (2 * divisor) == 0 for name in names) and all(
-        _size(text, name) // (2 * divisor) >= 2 for name in (kv_heads or names)
-    ):
-        divisor *= 2
-    for name in names:
-        setattr(text, name, _size(text, name) // divisor)
-    if _size(text, "head_dim"):  # then the hidden size is free to go on alone, as long as validators see it divide
-        hidden, heads = (next((name for name in group if _size(text, name)), "") for group in _TOGETHER[:2])
-        while hidden and heads and _size(text, hidden) > 512 and _size(text, hidden) % (2 * _size(text, heads)) == 0:
-            setattr(text, hidden, _size(text, hidden) // 2)
-    for name, most in _AT_MOST.items():
-        if _size(text, name):
-            setattr(text, name, min(_size(text, name), most))
-    return config
-
-
-def _size(config: PretrainedConfig, name: str) -> int:
-    """The size called ``name``, or 0; names that stand for another are left to that one."""
-    value = getattr(config, name, None) if name not in config.attribute_map else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def signature(group: NodeGroup) -> tuple[Any, ...]:
