@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import secateur
 from secateur import progress
+from secateur.analysis import Trial
 from secateur.data import TextSettings, TokenBlocks, load_blocks
 from secateur.importance import CRITERIA
-from secateur.importance.analysis import Trial
 from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.importance.stack import LayerStack
 from secateur.precision import autocast_dtype

@@ -19,11 +19,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
+from secateur.analysis import Analysis
 from secateur.data import Purpose, TextSettings
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
-from secateur.importance.analysis import Analysis
 from secateur.loading import ModelSettings
 from secateur.methods import METHODS
 from secateur.planning import Budget

@@ -9,15 +9,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.adapters import is_adapter_folder
+from secateur.analysis import Analysis, Trial
 from secateur.config import Recipe, dump, revise
 from secateur.data import check_sources, check_window, load_whole, read_texts
+from secateur.digest import digest
 from secateur.errors import InputError
 from secateur.evaluation import as_written, compare_speed, machine
 from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import Verification, check_output, needs_trust, verify_saved, write_analysis, written_dtype
 from secateur.importance import CRITERIA, Criterion
-from secateur.importance.analysis import Analysis, Trial
-from secateur.importance.knowledge import cuts, digest, measure_cuts
+from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.loading import load
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype

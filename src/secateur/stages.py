@@ -14,8 +14,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.analysis import check_weights
 from secateur.config import Recipe, dump
 from secateur.data import Texts, TokenBlocks
+from secateur.digest import digest
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.evaluation import TextLoss, as_written, compare_speed, losses_by_source, machine, parameter_count
 from secateur.export import (
@@ -31,7 +33,6 @@ from secateur.export import (
 from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
-from secateur.importance.knowledge import check_weights, digest
 from secateur.methods import METHODS, Checked, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype

@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from secateur.analysis import Analysis, Deviation, percent
 from secateur.compare import Leaderboard, columns_of, shown
 from secateur.export import Comparison, Verification
 from secateur.export.story import show_count, show_number
-from secateur.importance.analysis import Analysis, Deviation, percent
 from secateur.surgery import Check
 from secateur.types import DependencyGraph, NodeGroup
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur import inspection, tables
+from secateur.analysis import Analysis
 from secateur.cli import app
 from secateur.config import load_recipe
 from secateur.errors import InputError, PlanError, SecateurError
-from secateur.importance.analysis import Analysis
 from secateur.planning import Budget, restrict
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -208,7 +208,7 @@ def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(
         secateur.prune(model, **settings)
     Analysis.load(out / "analysis.json").model_copy(update={"weights": None}).save(out / "analysis.json")
     said: list[str] = []
-    monkeypatch.setattr("secateur.importance.knowledge.say", said.append)
+    monkeypatch.setattr("secateur.analysis.say", said.append)
     secateur.prune(model, **settings)
     assert "does not tell of which weights" in said[0]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
 from secateur.config import Recipe, dump, load_recipe, revise
 from secateur.data import Texts, TokenBlocks
@@ -20,18 +18,6 @@ from secateur.importance import CRITERIA
 from secateur.importance.knowledge import cuts
 from secateur.recovery import source_losses
 from secateur.testing.tiny import VOCAB, build
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name.replace('/', '_')}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def steps(recipe: Recipe) -> int:

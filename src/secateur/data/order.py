@@ -34,11 +34,6 @@ class ReadingOrder:
         """Share of each source from now on; they add up to one."""
         return dict(self._weights)
 
-    @property
-    def times_round(self) -> dict[str, float]:
-        """How often the text of each source has been read."""
-        return {name: self._times[name] / len(rows) for name, rows in self._rows.items()}
-
     def set_weights(self, weights: Mapping[str, float], position: int = 0) -> None:
         """Change the shares from ``position`` on, or from the next one that is not decided yet, if that is later.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from secateur.importance.analysis import Analysis, Deviation, percent
+from secateur.analysis import Analysis, Deviation, percent
 from secateur.whole import whole
 
 _LABEL = {"kl": "KL(dense || cut), nats", "perplexity": "change of perplexity"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -130,12 +130,9 @@ def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False
 
     ``use_cache`` says whether a cache is made on the way, where a model takes this argument.
     """
-    return _logits(model(input_ids=token_ids, **dict.fromkeys(_options(model), use_cache)))
-
-
-def _options(twin: Any) -> dict[str, Any]:
-    base = twin.get_base_model() if hasattr(twin, "get_base_model") else twin
-    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    caching = {"use_cache": use_cache} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    return _logits(model(input_ids=token_ids, **caching))
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -52,20 +52,20 @@ class Options:
 DEFAULT = Options()
 
 
-def estimate_gradient(
+def gradient_factors(
     a: torch.Tensor,
     b: torch.Tensor,
     grad_a: torch.Tensor,
     grad_b: torch.Tensor,
     scaling: float,
     quadratic: bool = False,
-) -> torch.Tensor:
-    """Estimate of the gradient G of the effective weight ``W + s B A`` (eq. 10 over s, its quadratic term optional).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors whose product estimates the gradient G of the effective weight ``W + s B A`` (eq. 10 over s).
 
     ``∂L/∂(BA) ≈ ∂_B A + B ∂_A``, where ``∂_B = s G Aᵀ`` and ``∂_A = s Bᵀ G``; hence ``(∂_B A + B ∂_A) / s`` is exactly
     ``G AᵀA + B Bᵀ G``: G itself where the rows of A (with B = 0) or the rows of B (with A = 0) are an orthonormal
-    basis. The paper's third term ``− ∂_B ∂_A`` is left out unless asked for: it is not of the same degree in the loss,
-    so that its share depends on the scale of the loss.
+    basis. The paper's third term ``− ∂_B ∂_A`` is left out unless asked for (``quadratic``): it is not of the same
+    degree in the loss, so that its share depends on the scale of the loss.
 
     Args:
         a: ``[r, in]``, with its gradient ``grad_a``.
@@ -73,16 +73,8 @@ def estimate_gradient(
         scaling: s = alpha / r.
 
     Returns:
-        ``[out, in]``, fp32: one product of ``[out, 2r]`` with ``[2r, in]``.
+        ``[out, 2r]`` and ``[2r, in]``, fp32.
     """
-    left, right = _factors(a, b, grad_a, grad_b, scaling, quadratic)
-    return left @ right
-
-
-def _factors(
-    a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor, scaling: float, quadratic: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two factors of ``estimate_gradient``, ``[out, 2r]`` and ``[2r, in]``, fp32."""
     left = torch.cat([grad_b.float(), b.float() - grad_b.float() if quadratic else b.float()], dim=1)
     return left / scaling, torch.cat([a.float(), grad_a.float()])
 
@@ -109,7 +101,7 @@ class Composed:
             return total
         weight = dequantised(self.base)
         weight = weight.T if self.transposed else weight
-        left, right = _factors(a, b, grad_a, grad_b, self.scaling, options.quadratic)
+        left, right = gradient_factors(a, b, grad_a, grad_b, self.scaling, options.quadratic)
         a, b = a.float(), b.float() * self.scaling
         step = max(1, _BLOCK_ELEMENTS // inputs)
         for start in range(0, outputs, step):

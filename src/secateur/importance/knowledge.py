@@ -8,18 +8,16 @@ The states move along with the layers, so that only those of one layer are held 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from secateur.analysis import Trial
 from secateur.data import TokenBlocks
-from secateur.errors import InputError, ModelError, PlanError
-from secateur.importance.analysis import Analysis, Trial
+from secateur.errors import InputError, ModelError
 from secateur.importance.base import borrowed, calibration, input_device
 from secateur.importance.stack import LayerStack
 from secateur.progress import Bar, say
@@ -27,7 +25,6 @@ from secateur.surgery import masked
 from secateur.types import DependencyGraph, NodeGroup, Scores
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
-_WEIGHTS_OF_A_PARAMETER = 1024  # so many of each, evenly spaced, are looked at to tell models apart
 Kept = dict[str, list[int]]
 
 
@@ -60,32 +57,6 @@ class Cut:
     @property
     def plan(self) -> Kept:
         return {self.group.name: list(self.kept)}
-
-
-def digest(model: nn.Module) -> str:
-    """Hash of some weights of every parameter, which tells two models of the same shapes apart in a moment.
-
-    They are compared as bfloat16, so that a model is the same in fp32 and in bf16 (not always in fp16, which rounds
-    elsewhere). Adapters are parameters like any other.
-    """
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // _WEIGHTS_OF_A_PARAMETER)].to(torch.bfloat16).cpu()
-        found.update(name.encode() + some.view(torch.int16).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def check_weights(model: nn.Module, file: Path) -> None:
-    """Raise PlanError when the analysis in ``file`` is of a model with other weights; its shapes are not looked at."""
-    analysis = Analysis.load(file)
-    if analysis.weights is None:
-        say(f"{file} does not tell of which weights it is (an older analysis): only shapes were compared.")
-    elif analysis.weights != digest(model):
-        raise PlanError(
-            f"The analysis {file} is of {analysis.base_model or 'a model without a name'} with other weights, such as "
-            "before a fine-tune, or in another type. Analyse this one with `secateur analyze`."
-        )
 
 
 def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[Cut]:

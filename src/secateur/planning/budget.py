@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from secateur.analysis import Analysis, Deviation, percent
 from secateur.errors import PlanError
-from secateur.importance.analysis import Analysis, Deviation, percent
 from secateur.planning.shapes import RunsOn, needs_equal_widths, refusal
 from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 

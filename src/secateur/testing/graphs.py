@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from secateur.planning.shapes import legal_counts
 from secateur.types import DependencyGraph, Member, NodeGroup
@@ -62,35 +60,6 @@ def llama_graph(
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, hidden)
     return DependencyGraph(model_type, tuple(groups), shapes)
-
-
-def with_query_heads(ffn: Sequence[int], kv_heads: Sequence[int], *, queries: int = 2, **shape: Any) -> DependencyGraph:
-    """``llama_graph``, with the query heads within the KV heads of each layer, where there are several."""
-    graph = llama_graph(ffn, kv_heads, queries=queries, **shape)
-    groups: list[NodeGroup] = []
-    for group in graph:
-        groups.append(group)
-        if group.kind == "attention" and queries > 1:
-            members = [
-                replace(member, stride=member.stride // queries, width=member.width // queries, run=queries)
-                for member in group.members
-                if ".q_proj." in member.parameter or ".o_proj." in member.parameter
-            ]
-            groups.append(
-                NodeGroup(
-                    name=f"{group.name}.query",
-                    kind="query",
-                    size=group.size * queries,
-                    members=tuple(members),
-                    protected="protected by default: query",
-                    layer=group.layer,
-                    on_request=True,
-                    least=group.size,
-                    runs=group.size,
-                    within=group.name,
-                )
-            )
-    return replace(graph, groups=tuple(groups))
 
 
 def _member(parameter: str, axis: int, width: int) -> Member:

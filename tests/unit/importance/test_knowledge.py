@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from secateur.analysis import Analysis, Trial
 from secateur.data import TokenBlocks
 from secateur.errors import InputError, ModelError, PlanError
 from secateur.graph import trace
 from secateur.importance import CRITERIA, knowledge
-from secateur.importance.analysis import Analysis, Trial
 from secateur.importance.stack import LayerStack
 from secateur.surgery import slice_model
 from secateur.testing.tiny import TINY

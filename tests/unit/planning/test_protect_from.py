@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from secateur.analysis import Analysis, Trial
 from secateur.errors import PlanError
-from secateur.importance.analysis import Analysis, Trial
 from secateur.planning import Budget, allocate, restrict
 from secateur.surgery import trace
 from secateur.testing.tiny import TINY

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,39 @@ from secateur.errors import PlanError
 from secateur.planning import Budget, allocate, make_plan, restrict
 from secateur.planning.shapes import legal_counts
 from secateur.planning.stacks import build_stack
-from secateur.testing.graphs import with_query_heads
+from secateur.testing.graphs import llama_graph
 from secateur.types import DependencyGraph, NodeGroup, PruningPlan, Scores, removed_to_kept
 
 LAYERS, KV_HEADS, QUERIES = 6, 3, 4
+
+
+def with_query_heads(ffn: Sequence[int], kv_heads: Sequence[int], *, queries: int = 2, **shape: Any) -> DependencyGraph:
+    """``llama_graph``, with the query heads within the KV heads of each layer, where there are several."""
+    graph = llama_graph(ffn, kv_heads, queries=queries, **shape)
+    groups: list[NodeGroup] = []
+    for group in graph:
+        groups.append(group)
+        if group.kind == "attention" and queries > 1:
+            members = [
+                replace(member, stride=member.stride // queries, width=member.width // queries, run=queries)
+                for member in group.members
+                if ".q_proj." in member.parameter or ".o_proj." in member.parameter
+            ]
+            groups.append(
+                NodeGroup(
+                    name=f"{group.name}.query",
+                    kind="query",
+                    size=group.size * queries,
+                    members=tuple(members),
+                    protected="protected by default: query",
+                    layer=group.layer,
+                    on_request=True,
+                    least=group.size,
+                    runs=group.size,
+                    within=group.name,
+                )
+            )
+    return replace(graph, groups=tuple(groups))
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
+from secateur.digest import digest
 from secateur.errors import PlanError
+from secateur.progress import say
 from secateur.types import Kind
 
 Deviation = Literal["kl", "perplexity"]
@@ -47,7 +50,7 @@ class Analysis(BaseModel):
     fingerprint: str
     """``DependencyGraph.fingerprint`` of the model."""
     weights: str | None = None
-    """``knowledge.digest`` of the model's weights, which tells a fine-tune from its base; None when not known."""
+    """``digest`` of the model's weights, which tells a fine-tune from its base; None when not known."""
     recipe: str = ""
     """All settings that it was made with, as text; an analysis is finished when its own are those asked for."""
     criterion: str
@@ -102,6 +105,18 @@ class Analysis(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PlanError(f"{path} is not an analysis: {where}: {first['msg']}. {advice}") from error
+
+
+def check_weights(model: nn.Module, file: Path) -> None:
+    """Raise PlanError when the analysis in ``file`` is of a model with other weights; its shapes are not looked at."""
+    analysis = Analysis.load(file)
+    if analysis.weights is None:
+        say(f"{file} does not tell of which weights it is (an older analysis): only shapes were compared.")
+    elif analysis.weights != digest(model):
+        raise PlanError(
+            f"The analysis {file} is of {analysis.base_model or 'a model without a name'} with other weights, such as "
+            "before a fine-tune, or in another type. Analyse this one with `secateur analyze`."
+        )
 
 
 def percent(fraction: float) -> str:

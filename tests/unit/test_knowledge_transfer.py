@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
+
+from scripts import script
 
 from secateur.surgery import slice_model
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "knowledge_transfer.py"
-
 
 def test_lhspg_carries_knowledge_over_before_the_cut_and_training_before_a_cut_in_one_shot_does_not() -> None:
-    spec = importlib.util.spec_from_file_location("knowledge_transfer", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = benchmark
-    spec.loader.exec_module(benchmark)
+    benchmark = script("knowledge_transfer")
     world = benchmark.build(0, modulus=13, layers=2, hidden=24, steps=400)
     assert benchmark.knows(world.model, world.ids)["accuracy"] == 1.0
     masked = copy.deepcopy(world.model)

@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
 from secateur.graph import trace
 from secateur.importance.adapters import Adapters, Options
-from secateur.importance.estimate import ALL, compare_with_true_gradient, spearman
 from secateur.importance.weights import sum_rows
 from secateur.planning.stacks import comparable
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
+
+estimate = script("lora_estimate")
+ALL, compare_with_true_gradient, spearman = estimate.ALL, estimate.compare_with_true_gradient, estimate.spearman
 
 
 def adapted(rank: int, family: str = "llama-gqa") -> Any:
