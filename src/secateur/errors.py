@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class SecateurError(Exception):
     """Base of every error that is the user's to mend; the CLI prints it as one message, without a traceback."""
@@ -25,3 +27,38 @@ class DataError(SecateurError):
 
 class VerificationError(SecateurError):
     """Something that was written or cut does not compute what it should."""
+
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",  # torch's DefaultCPUAllocator
+    "cannot allocate memory",  # mmap, as torch and safetensors quote it
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "alloc_failed",  # cuBLAS
+    "os error 12)",  # Rust's words for ENOMEM
+    "can't start new thread",  # no room for its stack
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or what caused it, is a lack of memory, of the machine or of an accelerator.
+
+    torch and safetensors say so in words only, as RuntimeError or as an error of their own.
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or cause in seen:
+            continue
+        seen.append(cause)
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
+            return True
+        if any(words in str(cause).lower() for words in _NO_MEMORY):
+            return True
+        waiting += [cause.__cause__, cause.__context__]
+    return False

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -63,6 +64,7 @@ _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
 _HUB_IGNORED = ["*/*", "consolidated*"]
 _HUB_TIMEOUT_SECONDS = 10.0
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class ModelSettings(Settings):
@@ -480,8 +482,27 @@ def _open_model(
         raise ModelError(
             f"{name} has no fitting weights for {len(wrong)} parameters of its config.json; the first is {wrong[0]}."
         )
-    model.stored_dtype = config.dtype or precision  # a pruned checkpoint is written in the type of its source
+    model.stored_dtype = _stored_dtype(folder) or precision  # a pruned checkpoint is written in the type of its source
+    model.source_folder = folder
     return cast(PreTrainedModel, model)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The type of most floating bytes in the weight files, whatever config.json says."""
+    bytes_of = dict.fromkeys(_FLOATS, 0)
+    index = folder / _WEIGHTS_INDEX
+    shards = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file():
+        shards = sorted({str(shard) for shard in _mapping(_read_json(index), "weight_map").values()})
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            for key in file.keys():
+                tensor = file.get_slice(key)
+                if tensor.get_dtype() in _FLOATS:
+                    size = math.prod(tensor.get_shape()) * _FLOATS[tensor.get_dtype()].itemsize
+                    bytes_of[tensor.get_dtype()] += size
+    most = max(bytes_of, key=lambda name: bytes_of[name])
+    return _FLOATS[most] if bytes_of[most] else None
 
 
 def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizerBase | None:
