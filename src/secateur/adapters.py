@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
 
@@ -18,6 +19,8 @@ _NOT_MERGED = {
     "layer_replication": "it repeats layers of its base model",
 }
 """Settings that merging cannot obey, because the result is no longer the base model with other weights."""
+_TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 5e-2
+"""Of the largest logit: how far merging may move one, by rounding alone."""
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -65,7 +68,10 @@ def check_adapter(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
 def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
     """``model`` with the LoRA adapter in ``folder`` merged into its weights.
 
-    Raises ModelError when a tensor of either finds no partner; peft itself raises whatever it does for other shapes.
+    Tensors that the model holds once and uses twice (head and embedding) become two where the adapter changes one of
+    the uses; the config then says so. Raises ValueError when a tensor of either finds no partner, or when the merged
+    model computes something else than peft's own with the adapter beside the weights; peft itself raises whatever it
+    does for other shapes.
     """
     from peft import PeftModel
 
@@ -73,17 +79,89 @@ def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, A
         stored = list(file.keys())
     for module in settings.get("modules_to_save") or ():
         if not any(f".{module}." in f".{key}" for key in stored):
-            raise ModelError(
+            raise ValueError(
                 f"{module} was trained in full (modules_to_save in {ADAPTER_CONFIG}), and {ADAPTER_WEIGHTS} has no "
                 "weights for it: what it learned is lost. Save the adapter again from where it was trained."
             )
+    ties, shared = dict(getattr(model, "all_tied_weights_keys", {})), _uses(model)
+    parts = {id(part): part for part in (model.config, model.config.get_text_config())}.values()
+    said = [(part, part.tie_word_embeddings) for part in parts if hasattr(part, "tie_word_embeddings")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about missing keys, which are an error here
         adapted = PeftModel.from_pretrained(model, str(folder))
         # A second time, because only this tells what found no place.
         names = getattr(model, "_checkpoint_conversion_mapping", None)
         result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=str(model.device))
-    for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
-        if keys:
-            raise ModelError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
-    return adapted.merge_and_unload()
+        for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
+            if keys:
+                raise ValueError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
+        adapted.eval()
+        _give_each_use_its_own(model, shared)
+        ids = _probe(model, settings)
+        with torch.no_grad():
+            expected = adapted(input_ids=ids, use_cache=False).logits
+            merged: Any = adapted.merge_and_unload()
+            _tie_again(merged, ties, said)
+            found = merged(input_ids=ids, use_cache=False).logits
+    _check_the_same(found, expected)
+    return merged
+
+
+def _uses(model: PreTrainedModel) -> dict[int, tuple[torch.nn.Parameter, set[str]]]:
+    """Parameters that more than one module uses: the names under which they stand, by identity."""
+    found: dict[int, tuple[torch.nn.Parameter, set[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (parameter, set()))[1].add(name)
+    return {key: entry for key, entry in found.items() if len(entry[1]) > 1}
+
+
+def _give_each_use_its_own(model: PreTrainedModel, shared: dict[int, tuple[torch.nn.Parameter, set[str]]]) -> None:
+    """Copies of the ``shared`` parameters that an adapter has got hold of, so that merging changes one use alone."""
+    now = _uses(model)
+    touched = {key for key, (_, names) in shared.items() if key not in now or now[key][1] != names}
+    owners: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in touched:
+                continue
+            if owners.setdefault(id(parameter), module) is not module:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+
+
+def _tie_again(model: PreTrainedModel, ties: Mapping[str, str], said: Sequence[tuple[PreTrainedConfig, bool]]) -> None:
+    """Make one tensor of those that are the same still; when some are not, let the config say that head and embedding
+    are two. ``said`` is what it said before peft saw that they are not one at the moment."""
+    from secateur.loading.ties import follow_config, untie
+
+    pairs = [(name, model.get_parameter(name), model.get_parameter(other)) for name, other in ties.items()]
+    for _, one, other in pairs:
+        if one is not other and not torch.allclose(one, other, rtol=0, atol=1e-6 * float(other.abs().max())):
+            untie(model.config)
+            follow_config(model)
+            return
+    for name, _, other in pairs:
+        place, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(place), leaf, other)
+    for part, tied in said:
+        part.tie_word_embeddings = tied
+
+
+def _probe(model: PreTrainedModel, settings: Mapping[str, Any]) -> torch.Tensor:
+    """A few tokens, with those that the adapter trained alone; shape ``[1, tokens]``."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    trained = settings.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    ids = [token for tokens in lists for token in list(tokens)[:4]] + list(range(3, 19))
+    return torch.tensor([[token % rows for token in ids]], device=model.device)
+
+
+def _check_the_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise ValueError unless the logits of the merged model are those of the model with the adapter beside it."""
+    tolerance = _TOLERANCE if found.dtype == torch.float32 else _TOLERANCE_16_BIT
+    difference = float((found.float() - expected.float()).abs().max())
+    scale = float(expected.float().abs().max())
+    if not difference <= tolerance * scale:  # also when one of them is not a number
+        raise ValueError(
+            f"merged into the weights it computes something else than beside them: logits differ by {difference:.3g} of "
+            f"{scale:.3g}. Merge it where it was trained (merge_and_unload, save_pretrained)."
+        )

@@ -211,7 +211,7 @@ def inspect(
     settings = _settings(recipe, overrides, _model_flags(model, device, trust_remote_code))
     opened = settings.model
     progress.show()
-    network = outline(opened.name, revision=opened.revision, trust_remote_code=opened.trust_remote_code)
+    network = outline(**opened.model_dump(exclude={"device", "dtype"}))
     graph = trace(network, settings.budget.kinds)
     if as_json:
         typer.echo(json.dumps(graph.to_json(), indent=1))

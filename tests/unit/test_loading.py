@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from secateur.errors import InputError, ModelError
-from secateur.loading import BUILT_IN, BuiltInModel, cache_folder, load, outline, pick_device
+from secateur.loading import BUILT_IN, BuiltInModel, built_in, cache_folder, hub, load, opening, outline, pick_device
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -161,8 +161,6 @@ def test_code_on_the_hub_is_fetched_only_when_trusted(
 
     from huggingface_hub import HfApi
 
-    from secateur import loading
-
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors", "mine.py")]
     monkeypatch.setattr(HfApi, "model_info", lambda *a, **o: SimpleNamespace(siblings=files, sha="0" * 40))
     asked: list[str] = []
@@ -171,7 +169,7 @@ def test_code_on_the_hub_is_fetched_only_when_trusted(
         asked.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     outline("owner/name", trust_remote_code=trust)
     assert ("*.py" in asked) is trust
     assert "*.tiktoken" in asked
@@ -247,7 +245,7 @@ def test_nonsense_in_config(folder: Path) -> None:
     with pytest.raises(ModelError):
         load(str(folder))
     (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be read as JSON"):
+    with pytest.raises(ModelError, match="is not JSON"):
         load(str(folder))
 
 
@@ -522,11 +520,9 @@ def test_a_whole_model_beside_an_adapter_is_ambiguous(adapter: Path, saved: Path
 def test_an_adapter_is_put_on_the_revision_that_it_was_trained_on(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur import loading
-
     change_adapter(adapter, base_model_name_or_path="some/base", revision="abc")
     asked: list[object] = []
-    monkeypatch.setattr(loading, "_hub_folder", lambda name, revision, trust: asked.append((name, revision)))
+    monkeypatch.setattr(opening, "hub_folder", lambda name, revision, trust: asked.append((name, revision)))
     with pytest.raises(TypeError):  # there is no such folder
         load(str(adapter))
     assert asked == [("some/base", "abc")]
@@ -577,14 +573,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> lis
     from importlib import metadata
     from types import SimpleNamespace
 
-    from secateur import loading
-
-    module = tmp_path / "toy_package"
-    module.mkdir()
-    (module / "toy.gguf").touch()
+    package = tmp_path / "toy_package"
+    package.mkdir()
+    (package / "toy.gguf").touch()
     toy = BuiltInModel("toy-package", "1.0", "toy_package", "toy.gguf", "none", 64)
-    monkeypatch.setattr(loading, "BUILT_IN", {"toy": toy})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(module / "__init__.py")))
+    for module in (built_in, opening):
+        monkeypatch.setattr(module, "BUILT_IN", {"toy": toy})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package / "__init__.py")))
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     conversions: list[Path] = []
@@ -593,7 +588,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> lis
         conversions.append(target)
         shutil.copytree(saved, target, dirs_exist_ok=True)
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(built_in, "_convert", convert)
     return conversions
 
 
@@ -607,34 +602,30 @@ def test_a_built_in_model_is_converted_once(package: list[Path], tmp_path: Path)
 def test_an_interrupted_conversion_leaves_nothing(
     package: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur import loading
-
-    finish = loading._convert
+    finish = built_in._convert
 
     def interrupted(packed: Path, source: BuiltInModel, target: Path) -> None:
         finish(packed, source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", interrupted)
+    monkeypatch.setattr(built_in, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("toy")
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(loading, "_convert", finish)
+    monkeypatch.setattr(built_in, "_convert", finish)
     load("toy")
 
 
 def test_another_process_may_be_faster(package: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from secateur import loading
-
-    finish = loading._convert
+    finish = built_in._convert
 
     def overtaken(packed: Path, source: BuiltInModel, target: Path) -> None:
         finish(packed, source, target)
         shutil.copytree(target, tmp_path / "cache" / "toy-1.0")
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
+    monkeypatch.setattr(built_in, "_convert", overtaken)
     load("toy")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["toy-1.0"]
 

@@ -1,0 +1,17 @@
+"""Opening a model: a folder, a Hugging Face hub id, or a built-in name becomes a model and a tokenizer."""
+
+from secateur.loading.built_in import BUILT_IN, BuiltInModel, cache_folder
+from secateur.loading.library import quiet_transformers
+from secateur.loading.opening import Dtype, ModelSettings, load, outline, pick_device
+
+__all__ = [
+    "BUILT_IN",
+    "BuiltInModel",
+    "Dtype",
+    "ModelSettings",
+    "cache_folder",
+    "load",
+    "outline",
+    "pick_device",
+    "quiet_transformers",
+]

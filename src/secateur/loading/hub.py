@@ -1,0 +1,162 @@
+"""A model on the Hugging Face hub becomes a folder: downloaded, or found whole in the hub's cache."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+
+from secateur.errors import ModelError
+from secateur.loading.built_in import BUILT_IN
+from secateur.loading.library import first_line
+from secateur.loading.weights import refuse_weights
+from secateur.progress import say
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+_CODE = ["*.py"]  # fetched only for those who trust it
+# Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
+_IGNORED = ["*/*", "consolidated*"]
+_TIMEOUT_SECONDS = 10.0
+
+
+def hub_folder(name: str, revision: str | None, trust: bool) -> Path:
+    """The folder of a hub model, after downloading what its cache lacks; one attempt, no long retries.
+
+    Where the hub cannot be reached, or fails, what was fetched earlier is used if it is complete. Raises ModelError
+    with what to do, for whatever goes wrong at the hub, on the way, or on the disk.
+    """
+    wanted = _FILES + (_CODE if trust else [])
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is neither a folder nor a hub id ({first_line(error)}).") from error
+    except Exception as error:  # the client library changes its classes between versions
+        if (refusal := _refusal(name, revision, error)) is not None:
+            raise refusal from error
+        return _cached_folder(name, revision, wanted, error)
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    if "config.json" in files and not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        refuse_weights(name, files)
+    say(f"Fetching {name} from {constants.ENDPOINT}")
+    try:
+        # by the name of the revision, not by its commit: the cache then finds it again by that name, offline too
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED))
+    except Exception as error:
+        raise (_refusal(name, revision, error) or _broken_off(name, error)) from error
+
+
+def _cached_folder(name: str, revision: str | None, wanted: list[str], failure: Exception) -> Path:
+    """What the hub's cache holds of a model, if that is complete; ``failure`` is why the hub was not asked."""
+    try:
+        commit = _whole_commit(name, revision)
+        return Path(
+            snapshot_download(
+                name, revision=commit, allow_patterns=wanted, ignore_patterns=_IGNORED, local_files_only=True
+            )
+        )
+    except Exception as error:
+        reason = f"the hub ({constants.ENDPOINT}) cannot be reached"
+        if isinstance(failure, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE forbids to ask the hub"
+        elif (status := _status(failure)) is not None:
+            reason = f"the hub ({constants.ENDPOINT}) answers with an error ({status})"
+        missing = re.search(r"are missing \((.*?)\)\.", str(error))
+        if missing:  # the listing was kept by the download that left off
+            raise ModelError(
+                f"The hub's cache holds {name} only in part: {missing[1]} missing; and {reason} to fetch the rest. Let "
+                f"it finish where there is network: `hf download {name}`."
+            ) from error
+        at = f" at revision {revision}" if revision else ""
+        hint = f" The built-in model needs no network: {', '.join(BUILT_IN)}." if "smol" in name.lower() else ""
+        raise ModelError(
+            f"There is no folder {name}, and {reason} to look for a model of that name{at}, nor is it in the hub's "
+            f"cache. Download it where there is network (`hf download {name} --local-dir DIR`) and give that "
+            f"folder.{hint}"
+        ) from error
+
+
+def _whole_commit(name: str, revision: str | None) -> str | None:
+    """``revision``; the whole of a commit when it is the beginning of one that the cache holds."""
+    if revision is None or not re.fullmatch("[0-9a-f]{4,39}", revision):
+        return revision
+    kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    commits = [path.name for path in (kept / "snapshots").glob(f"{revision}*")]
+    return commits[0] if len(commits) == 1 and not (kept / "refs" / revision).exists() else revision
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> ModelError | None:
+    """What to say when the hub has answered that it will not serve this; None when it may another time."""
+    site, causes = constants.ENDPOINT, list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return ModelError(f"{name} is gated: accept its licence on {site}/{name}, then `hf auth login`.")
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return ModelError(f"{name} has no revision {revision!r} on {site}.")
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return ModelError(
+            f"There is no folder {name} here and no model {name} on {site} (or it is private: `hf auth login`). "
+            f"Built-in models: {', '.join(BUILT_IN)}."
+        )
+    return None
+
+
+def _broken_off(name: str, error: Exception) -> ModelError:
+    """What to say when a download has begun and failed."""
+    site, cache, status = constants.ENDPOINT, constants.HF_HUB_CACHE, _status(error)
+    numbers = {cause.errno for cause in _causes(error) if isinstance(cause, OSError)}
+    words = " ".join(str(cause) for cause in _causes(error))
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "No space left" in words:
+        return ModelError(
+            f"The disk is full: {name} does not fit into the hub's cache, {cache}. Make room, or name another folder "
+            "with the environment variable HF_HOME."
+        )
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return ModelError(
+            f"The hub's cache, {cache}, cannot be written. Mend its permissions, or name another folder with the "
+            "environment variable HF_HOME."
+        )
+    if status == 401:
+        return ModelError(f"{site} does not hand out the files of {name} (401). Say who you are: `hf auth login`.")
+    if status == 403:
+        return ModelError(
+            f"{site} does not hand out the files of {name} (403). Accept its licence on {site}/{name} if it has one; "
+            "`hf auth whoami` says whether you are logged in with an account that may read it."
+        )
+    if status == 429:
+        return ModelError(
+            f"{site} has had too many requests from here (429) to hand out {name}. Wait some minutes and try again; "
+            "`hf auth login` raises the limit."
+        )
+    if status is not None:
+        return ModelError(f"{site} fails to hand out {name} ({status}): {first_line(error)}. Try again later.")
+    return ModelError(
+        f"The download of {name} from {site} broke off ({first_line(error)}). Try again: it goes on with what is there."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, from the last to the first."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: Exception) -> int | None:
+    """The number of the hub's answer, where there was one."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            return int(cause.response.status_code)
+    return None

@@ -1,0 +1,51 @@
+"""How other libraries are called here: silently, and with what they raise put into one message of ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from transformers.utils import logging as transformers_logging
+
+from secateur.errors import ModelError, SecateurError, out_of_memory
+
+
+def first_line(error: BaseException) -> str:
+    """The start of a library's message, for quoting within ours; with what follows a heading that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    start = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return (start or type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def explained(message: str, name: str) -> Iterator[None]:
+    """Raise ModelError, beginning with ``message``, for whatever a library raises while it opens the model ``name``.
+
+    Too little memory is said as that, whatever the library calls it.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except SecateurError:
+        raise
+    except Exception as error:  # they raise RuntimeError, ValueError, OSError, KeyError, bare Exception ...
+        if out_of_memory(error):
+            raise ModelError(
+                f"There is too little memory to open {name} ({first_line(error)}). Free some, use a larger machine, or "
+                "hold the weights in half the bytes with --set model.dtype=bfloat16."
+            ) from error
+        raise ModelError(f"{message}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and warnings off the screen; what matters comes as an error or through progress."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

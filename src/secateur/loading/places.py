@@ -1,0 +1,156 @@
+"""Whether what the weight files hold and what the architecture has are the same tensors; before they are read.
+
+transformers leaves out what finds no place, and draws random numbers for what is not there, for some families without
+a word. Here the names in the files are compared with those of the model without weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from secateur.errors import ModelError
+from secateur.loading.weights import FLOATS, Stored, same_numbers
+
+_COMPUTED = re.compile(
+    r"(^|[._])(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|causal_mask|masked_bias|"
+    r"relative_position_index|num_batches_tracked)$"
+)
+"""Buffers that older versions of transformers saved, and that newer ones compute."""
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+"""A causal mask by the name of a bias, as GPT-2 and GPT-NeoX saved it; it has four axes."""
+_PREDICT_MORE = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+"""What configs call the number of layers for multi-token prediction, which no causal language model here holds."""
+
+
+@dataclass
+class Fit:
+    """Which tensors of the files go where in the model."""
+
+    plain: dict[str, list[str]] = field(default_factory=dict)
+    """Tensor of the model → tensors of the files that are read into it as they are."""
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    """The same for tensors that are put together or taken apart while they are read."""
+    unplaced: list[str] = field(default_factory=list)
+    """Tensors of the files that find no place, but for buffers that the model computes itself."""
+
+
+def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
+    """Where transformers will put each stored tensor of ``model``, which may be without weights."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [change for change in transforms if isinstance(change, WeightRenaming)]
+    converters = [change for change in transforms if isinstance(change, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    computed = {name for name, _ in model.named_buffers()} - state.keys()
+    found = Fit()
+    for key, tensor in stored.items():
+        place, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if place not in state and key in state:
+            place, pattern = rename_source_key(key, [], [], prefix, state)
+        if place in state:
+            (found.plain if pattern is None else found.merged).setdefault(place, []).append(key)
+        elif place not in computed and not _is_computed(key, tensor):
+            found.unplaced.append(key)
+    return found
+
+
+def _is_computed(key: str, tensor: Stored) -> bool:
+    return bool(_COMPUTED.search(key) or (_MASK.search(key) and len(tensor.shape) == 4))
+
+
+def contradicted_ties(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fit) -> list[tuple[str, str]]:
+    """Pairs of stored tensors that the config says are one and that hold different numbers."""
+    pairs = []
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        keys = [found.plain[name][0] for name in (one, other) if name in found.plain]
+        if len(keys) == 2 and not same_numbers(stored[keys[0]], keys[0], stored[keys[1]], keys[1]):
+            pairs.append((keys[0], keys[1]))
+    return pairs
+
+
+def check_types(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fit) -> None:
+    """Raise ModelError for a weight that is stored as anything but floating numbers of 16 bits or more."""
+    state = model.state_dict()
+    for place, keys in (found.plain | found.merged).items():
+        for key in keys:
+            if state[place].is_floating_point() and not stored[key].is_float:
+                raise ModelError(
+                    f"{stored[key].file} holds the weight {key} as {stored[key].dtype}; weights are read as "
+                    f"{', '.join(FLOATS)}. If the model is quantised, give the original; otherwise save it again."
+                )
+
+
+def check_places(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fit, name: str) -> None:
+    """Raise ModelError when two tensors claim one place, or a parameter has none or one of another shape."""
+    for place, keys in found.plain.items():
+        if len(keys) > 1 or place in found.merged:
+            both = [*keys, *found.merged.get(place, [])][:2]
+            raise ModelError(
+                f"{name} holds two tensors for {place}: {both[0]} and {both[1]}; which is meant cannot be known. Save "
+                "the model again."
+            )
+    state = model.state_dict()
+    wrong = [
+        f"{place}: {list(stored[keys[0]].shape)} instead of {list(state[place].shape)}"
+        for place, keys in found.plain.items()
+        if stored[keys[0]].shape != tuple(state[place].shape)
+    ]
+    # What is put together of several tensors is reported when it is read: only then are its parts known.
+    if not found.merged:
+        wrong += sorted(_without_tensor(model, found))
+    refuse_misfits(wrong, name)
+
+
+def refuse_misfits(wrong: list[str], name: str) -> None:
+    """Raise ModelError when ``wrong`` names parameters for which the files hold nothing that fits."""
+    if wrong:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{name} has no fitting weights for {len(wrong)} parameters of its config.json; the first is {wrong[0]}."
+        )
+
+
+def _without_tensor(model: PreTrainedModel, found: Fit) -> set[str]:
+    """Parameters that the files hold nothing for, under none of their names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    ties = getattr(model, "all_tied_weights_keys", {})
+    given = set(found.plain) | {ties[name] for name in found.plain if name in ties}
+    given |= {one for one, other in ties.items() if other in given}
+    return {alike[0] for alike in names.values() if not given & set(alike)}
+
+
+def leave_out(unplaced: list[str], config: PreTrainedConfig, name: str, drop: bool) -> str:
+    """What to say about tensors without a place; raises ModelError unless they are to be dropped."""
+    shown = ", ".join(unplaced[:6]) + (" ..." if len(unplaced) > 6 else "")
+    if drop:
+        return f"Leaving out {len(unplaced)} tensors of {name} that have no place in its architecture: {shown}"
+    raise ModelError(
+        f"{name} holds {len(unplaced)} tensors that have no place in the architecture of its config.json "
+        f"({config.model_type}): {shown}. What is saved would lack them. If that is meant (layers for "
+        "multi-token prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, mend config.json."
+    )
+
+
+def promise_nothing_absent(model: PreTrainedModel) -> None:
+    """Let the config of ``model`` promise no layers for multi-token prediction when the model has none."""
+    if any(re.search(r"(^|[._])(mtp|nextn)", name) for name in model.state_dict()):
+        return
+    config = model.config
+    parts = {id(part): part for part in (config, config.get_text_config())}
+    for part in parts.values():
+        for key in _PREDICT_MORE:
+            if getattr(part, key, None):
+                setattr(part, key, 0)
+
+
+def check_layers(config: PreTrainedConfig, tensors: int, name: str) -> None:
+    """Raise ModelError for more layers than there are ``tensors``: building them could take hours."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise ModelError(f"config.json of {name} speaks of {layers:,} layers; its files hold {tensors} tensors.")
