@@ -16,7 +16,15 @@ from secateur.digest import digest
 from secateur.errors import InputError
 from secateur.evaluation import as_written, compare_speed, machine
 from secateur.evaluation.tasks import check_tasks, evaluate_tasks
-from secateur.export import Verification, check_output, needs_trust, verify_saved, write_analysis, written_dtype
+from secateur.export import (
+    Verification,
+    check_output,
+    holds_only_our_code,
+    needs_trust,
+    verify_saved,
+    write_analysis,
+    written_dtype,
+)
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.loading import load
@@ -160,7 +168,7 @@ def verify(recipe: Recipe) -> Verification:
     """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
 
     Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
-    that is no folder, or for one with an adapter, or with code of its own that the recipe does not trust.
+    that is no folder, or for one with an adapter, or that names code which secateur did not write and the recipe does not trust.
     """
     folder = Path(recipe.model.name).expanduser()
     if not folder.is_dir():
@@ -171,9 +179,10 @@ def verify(recipe: Recipe) -> Verification:
             "save_pretrained writes it), and verify that folder."
         )
     model, _ = load(**recipe.model.model_dump())
-    if needs_trust(folder) and not recipe.model.trust_remote_code:
+    trusted = recipe.model.trust_remote_code
+    if needs_trust(folder) and not (trusted or holds_only_our_code(folder)):
         raise InputError(
             f"{folder} brings modelling code, which the fresh process would run. Add --trust-remote-code if you trust "
             "it."
         )
-    return verify_saved(model, folder)
+    return verify_saved(model, folder, trusted)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import Recipe, identity, revise
+from secateur.config import Recipe, identity, load_recipe, revise
 from secateur.data import read_texts
-from secateur.errors import InputError
-from secateur.export import FORMS, Form, check_describes_itself, check_output
+from secateur.errors import InputError, PlanError
+from secateur.export import FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
 from secateur.loading import load
 from secateur.methods import METHODS
 from secateur.planning import restrict
 from secateur.progress import say
+from secateur.reading import path_of
 from secateur.stages import (
     Result,
     contents,
@@ -28,6 +32,7 @@ from secateur.stages import (
     refuse_unsavable,
     refuse_what_cannot_work,
     rehearse,
+    rehearse_output,
     save,
     time_both,
 )
@@ -49,8 +54,8 @@ def prune(
     *,
     ratio: float | None = None,
     method: str | None = None,
-    recipe: Recipe | None = None,
-    output: Path | None = None,
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     dry_run: bool = False,
 ) -> Result:
@@ -62,7 +67,8 @@ def prune(
             or, unless the recipe insists, recovered.
         ratio: fraction of all parameters to remove, between 0 and 1; default 0.2.
         method: a name from ``secateur methods``; default ``lorashear``.
-        recipe: every other setting. ``ratio`` and ``method`` win over what it says.
+        recipe: every other setting: a ``Recipe``, the path of its file, or a mapping of its keys. ``ratio`` and
+            ``method`` win over what it says.
         output: folder to save to; until it is finished, the stages are kept beside it.
         resume: go on after the last finished stage of an interrupted run for ``output``, with the same recipe, weights
             and text.
@@ -71,7 +77,8 @@ def prune(
     Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
     """
     refuse_what_cannot_work(model)
-    recipe = _complete(recipe, ratio, method, model, tokenizer)
+    recipe = _complete(None if recipe is None else recipe_of(recipe), ratio, method, model, tokenizer)
+    check_finite(model, written_dtype(model, recipe.export))
     if tokenizer is not None and "vocab" in recipe.budget.kinds:
         raise InputError(
             "Cutting the vocabulary numbers the tokens anew, which a tokenizer cannot follow. Leave vocab out of "
@@ -80,7 +87,7 @@ def prune(
         )
     check_describes_itself(model)
     if output is not None:
-        output = check_output(output)
+        output = check_output(path_of(output, "The output"))
         Workspace.place(output, identity(recipe), resume, contents(model))
     graph = trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
@@ -89,6 +96,8 @@ def prune(
     count = len(restrict(graph, recipe.budget).prunable)
     say(f"Found {count} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
     result = Result(model, tokenizer, plan, graph, recipe)
+    if output is not None:
+        rehearse_output(result, output)
     if dry_run:
         return result
     work = Workspace.open(output, identity(recipe), resume, contents(model, texts))
@@ -123,20 +132,24 @@ def prune(
     return result
 
 
-def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
+def apply_plan(
+    plan: PruningPlan | str | os.PathLike[str] | Mapping[str, Any], model: PreTrainedModel
+) -> PreTrainedModel:
     """Cut ``model`` as ``plan`` says, in place, and return it; its config describes the small model afterwards.
+
+    The plan may be the path of a plan.json, or what stands in one.
 
     A plan says what goes, not what was learned: weights that a progressive method or recovery trained are in the folder
     that they were saved to. Raises PlanError when the plan was made for another model, before anything changes.
     """
-    return _apply(plan, model, Recipe()).model
+    return _apply(plan_of(plan), model, Recipe()).model
 
 
 def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     """What ``secateur apply`` does: cut the model that the recipe names as ``plan`` says, and save it, verified."""
     check_output(output)
     model, tokenizer = load(**recipe.model.model_dump())
-    result = _apply(plan, model, recipe, tokenizer)
+    result = _apply(plan, model, recipe, tokenizer, output)
     refuse_unsavable(result)
     save(result, output)
     return result
@@ -155,9 +168,14 @@ def convert(recipe: Recipe, form: Form, output: Path) -> str:
 
 
 def _apply(
-    plan: PruningPlan, model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None
+    plan: PruningPlan,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: Path | None = None,
 ) -> Result:
     refuse_what_cannot_work(model)
+    check_finite(model, written_dtype(model, recipe.export))
     check_describes_itself(model)
     graph = trace(model)
     plan.check(graph)
@@ -166,8 +184,37 @@ def _apply(
         graph = trace(model, requested)
         plan.check(graph)
     result = Result(model, tokenizer, plan, graph, recipe)
+    if output is not None:
+        rehearse_output(result, output)
     cut(result)
     return result
+
+
+def recipe_of(given: Any) -> Recipe:
+    """A ``Recipe`` from one, from the path of its file, or from a mapping of its keys; InputError for anything else."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_recipe(path_of(given, "The recipe"))
+    if isinstance(given, Mapping):
+        return load_recipe(flags=given)
+    raise InputError(f"A {type(given).__name__} is no recipe. Give a Recipe, the path of a YAML file, or a dict.")
+
+
+def plan_of(given: Any) -> PruningPlan:
+    """A ``PruningPlan`` from one, from the path of its file, or from its content; PlanError for anything else."""
+    if isinstance(given, PruningPlan):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return PruningPlan.load(path_of(given, "The plan", PlanError))
+    if isinstance(given, Mapping):
+        try:
+            return PruningPlan.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the top level"
+            raise PlanError(f"This is not a pruning plan: {where}: {first['msg']}.") from error
+    raise PlanError(f"A {type(given).__name__} is no plan. Give a PruningPlan, the path of a plan.json, or its dict.")
 
 
 def _complete(

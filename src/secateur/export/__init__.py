@@ -5,18 +5,19 @@ from secateur.export.analysis import write_analysis
 from secateur.export.artefacts import write_artefacts
 from secateur.export.card import licence_of
 from secateur.export.convert import FORMS, Form
+from secateur.export.finite import check_finite
 from secateur.export.huggingface import (
     ARTEFACTS,
-    ExportSettings,
     StandardForm,
     check_output,
+    rehearse_saving,
     save,
     standard_form,
     verify_saved,
-    written_dtype,
 )
 from secateur.export.story import Comparison, Story, compare_states
-from secateur.export.verify import Verification, needs_trust, verify_folder
+from secateur.export.verify import Verification, holds_only_our_code, needs_trust, verify_folder
+from secateur.export.weights import ExportSettings, written_bytes, written_dtype
 
 __all__ = [
     "ARTEFACTS",
@@ -31,15 +32,19 @@ __all__ = [
     "adopt_config",
     "check_describable",
     "check_describes_itself",
+    "check_finite",
     "check_output",
     "compare_states",
+    "holds_only_our_code",
     "licence_of",
     "needs_trust",
+    "rehearse_saving",
     "save",
     "standard_form",
     "verify_folder",
     "verify_saved",
     "write_analysis",
     "write_artefacts",
+    "written_bytes",
     "written_dtype",
 ]

@@ -13,14 +13,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import InputError, VerificationError
-from secateur.export.huggingface import ExportSettings, check_output, sample_ids, save, written_dtype
+from secateur.export.finite import agreement, check_finite, sample_ids
+from secateur.export.huggingface import check_output, check_room, open_permissions, save
+from secateur.export.weights import ExportSettings, source_of, written_bytes, written_dtype
 from secateur.graph import trace
 from secateur.progress import say
 from secateur.whole import whole
 
 Form = Literal["uniform", "gguf", "onnx"]
-_TOLERANCE = 1e-4
-"""Largest difference of logits that zeros may make in fp32, as a fraction of the largest."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest difference of logits that zeros may make in the type in memory, as a fraction of the largest."""
 
 
 class FormInfo(NamedTuple):
@@ -37,13 +39,17 @@ def _to_uniform(
 ) -> str:
     from secateur.export.uniform import uniform_model
 
+    check_finite(model, written_dtype(model, settings))
     even = uniform_model(model)
     ids = sample_ids(model.config).to(model.device)
     with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        difference = float((even(input_ids=ids, use_cache=False).logits.float() - expected).abs().max())
-    if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())) and model.dtype == torch.float32:
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = even(input_ids=ids, use_cache=False).logits
+    difference, _, good = agreement(found, expected, _TOLERANCE[model.dtype])
+    if not good:
         raise VerificationError(f"Filled up with zeros, the model computes something else: by {difference:.3g}.")
+    if source_of(model) is not None:
+        even.source_folder = model.source_folder
     even.stored_dtype = written_dtype(model, settings)  # type: ignore[assignment]
     found = save(even, tokenizer, folder, graph=trace(even), kept={}, settings=settings)
     return (
@@ -59,6 +65,8 @@ def _to_gguf(
         raise InputError("gguf is not installed. GGUF files are written with: pip install 'secateur[formats]'")
     from secateur.export.gguf import write_gguf
 
+    check_finite(model, written_dtype(model, settings))
+    check_room(file, written_bytes(model, settings))
     with _scratch(file) as scratch:
         name = Path(model.config._name_or_path or model.config.model_type).name
         return write_gguf(model, tokenizer, scratch, written_dtype(model, settings), name)
@@ -69,6 +77,8 @@ def _to_onnx(
 ) -> str:
     from secateur.export.onnx import write_onnx
 
+    check_finite(model)
+    check_room(folder, sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize)
     with _scratch(folder) as scratch:
         scratch.mkdir(parents=True)
         said = write_onnx(model, scratch)
@@ -96,6 +106,7 @@ def _scratch(target: Path) -> Iterator[Path]:
     try:
         with whole(target) as scratch:
             yield scratch
+            open_permissions(scratch)
     except OSError as error:
         raise InputError(
             f"{target} cannot be written: {error.strerror or error}. Make room, or name another place."

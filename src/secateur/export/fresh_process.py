@@ -45,6 +45,8 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits.float()
         facts = generate(model, ids[:1], ("dynamic", "static"))
+    if logits.shape != reference["logits"].shape:
+        raise ValueError(f"logits have shape {list(logits.shape)} instead of {list(reference['logits'].shape)}")
     return {
         "class_name": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -56,7 +58,7 @@ def _open(job: dict[str, Any]) -> dict[str, Any]:
         "logits_difference": float((logits - reference["logits"]).abs().max()),
         "same_top_token": float((logits.argmax(-1) == reference["logits"].argmax(-1)).float().mean()),
         **facts,
-        **_tokenize(job["folder"], model, "generated" in facts),
+        **_tokenize(job, model, "generated" in facts),
     }
 
 
@@ -91,13 +93,14 @@ def generate(model: Any, ids: Any, caches: tuple[str, ...], steps: int = 6) -> d
     return facts
 
 
-def _tokenize(folder: str, model: Any, generates: bool) -> dict[str, Any]:
+def _tokenize(job: dict[str, Any], model: Any, generates: bool) -> dict[str, Any]:
     """Open the tokenizer, when the folder has one, and send a sentence through it; let the model write some text."""
     from transformers import AutoTokenizer
 
-    if not (Path(folder) / "tokenizer_config.json").is_file():
+    folder = Path(job["folder"])
+    if not any(list(folder.glob(name)) for name in ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")):
         return {"tokenizer": None}
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=job["trust"], local_files_only=True)
     ids = tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
     facts = {"tokenizer": type(tokenizer).__name__, "tokens_in_a_sentence": len(ids)}
     start = tokenizer("The quick brown fox", return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import ModelError, VerificationError
 from secateur.export import llama_process
+from secateur.export.finite import agreement, sample_ids
 from secateur.export.gguf_tokenizer import write_tokenizer
-from secateur.export.huggingface import sample_ids
 
 _ROTATED_IN_PAIRS = ("llama", "mistral")
 """Families whose query and key rows llama.cpp wants in another order, since it turns neighbours instead of halves."""
@@ -221,9 +221,8 @@ def _check(
             last = " ".join(done.stderr.strip().splitlines()[-3:])
             raise VerificationError(f"llama.cpp does not open the file it was written for ({arch}): {last}")
         answer = load_file(Path(scratch) / "answer.safetensors")
-    scale = max(1.0, float(expected.abs().max()))
-    difference = float((answer["logits"] - expected).abs().max())
-    if not difference <= _TOLERANCE[dtype] * scale:
+    difference, scale, good = agreement(answer["logits"], expected, _TOLERANCE[dtype])
+    if not good:
         raise VerificationError(
             f"llama.cpp opens the file and computes something else: logits differ by {difference:.3g} of {scale:.1f}."
         )

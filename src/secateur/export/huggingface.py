@@ -6,47 +6,41 @@ import copy
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import InputError, ModelError, VerificationError
+from secateur.export.finite import all_finite, check_finite, sample_ids
 from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
 from secateur.export.listed import NOT_BUILT, changed_scales, listed_config
 from secateur.export.uneven import added_biases, uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
+from secateur.export.weights import ExportSettings, written_bytes, written_dtype, written_weights
+from secateur.export.words import words_of, write_words
 from secateur.loading import quiet_transformers
 from secateur.progress import say
+from secateur.surgery import slice_model
 from secateur.surgery.blocks import without_layers
 from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_class
 from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
-from secateur.types import DependencyGraph, Settings
+from secateur.types import DependencyGraph
 from secateur.whole import whole
 
 ARTEFACTS = "secateur"
 """Subfolder with what secateur knows about the model."""
-
-
-class ExportSettings(Settings):
-    """How the model is written."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
-    checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
-    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
-    """Largest weight file: a number with KB, MB, GB or TB (``5GB``, ``500MB``)."""
 
 
 _EVEN = "All layers have the same sizes: a plain config, opened without further ado."
@@ -250,11 +244,14 @@ def save(
         What was verified, as also written to ``secateur/verification.json`` in the folder.
 
     Raises:
-        InputError: the folder is not empty or cannot be written; or there is a tokenizer and tokens were cut.
-        ModelError: the model cannot be described by a config.
+        InputError: the folder is not empty or cannot be written; or there is a tokenizer and tokens were cut; or the
+            tokenizer or the generation settings cannot be saved.
+        ModelError: the model cannot be described by a config, or its weights or logits are not finite.
         VerificationError: the folder does not open, or computes something else.
     """
-    target = check_output(folder)
+    target, settings = check_output(folder), settings or ExportSettings()
+    check_finite(model, written_dtype(model, settings))
+    check_room(target, written_bytes(model, settings))
     try:
         with whole(target) as scratch:
             scratch.mkdir(parents=True)
@@ -269,6 +266,7 @@ def save(
                 (scratch / ARTEFACTS / "tokens.json").write_text(json.dumps(tokens.tolist()) + "\n")
             if complete is not None:
                 complete(scratch, verification)
+            open_permissions(scratch)
     except OSError as error:
         raise InputError(
             f"{target} cannot be written: {error.strerror or error}. Make room, or another folder."
@@ -294,37 +292,118 @@ def write(
         )
     try:
         form = standard_form(model, graph, kept)
-        weights = _weights(model, written_dtype(model, settings))
+        words = words_of(model, tokenizer, form.model_class, form.config, written_dtype(model, settings))
+        written, computed = written_weights(model, settings)
         standard = empty_model(form, like=model)
-        standard.load_state_dict(weights, strict=True, assign=True)
+        standard.tie_weights()
+        _refuse_broken_ties(standard, model)
+        standard.load_state_dict(_as_tied_by(standard, written), strict=True, assign=True)
         standard.tie_weights()
         if model.can_generate():
-            standard.generation_config = copy.deepcopy(model.generation_config)
+            standard.generation_config = GenerationConfig()  # what was said of it is among the words
         with quiet_transformers():
             standard.save_pretrained(folder, max_shard_size=settings.max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
     except StrictDataclassError as error:
         reason = str(error.__cause__ or error)
         raise ModelError(f"The config of {model.config.model_type} models refuses what is left: {reason}") from error
-    _open_permissions(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    write_words(folder, words)
     ids = sample_ids(model.config)
-    return Reference(folder, ids, *_answers(model, weights, ids), form.note)
+    return Reference(folder, ids, *_answers(model, computed, ids), form.note, form.model_class.is_remote_code())
 
 
-def verify_saved(model: PreTrainedModel, folder: Path) -> Verification:
+def rehearse_saving(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    graph: DependencyGraph,
+    kept: Mapping[str, Sequence[int]],
+    settings: ExportSettings,
+    beside: int = 0,
+) -> None:
+    """Do all of ``write`` but the weights, and read it back, for ``model`` without what ``kept`` leaves out.
+
+    Args:
+        model: not sliced yet; only shapes are looked at.
+        folder: where the result will be, once it and ``beside`` more bytes were written on its disk.
+
+    Raises what ``write`` would, and InputError for a disk that is too small.
+    """
+    outline = on_meta(type(model), model.config)
+    slice_model(outline, graph, kept)
+    if kept_tokens(graph, kept) is not None:
+        tokenizer = None
+    try:
+        form = standard_form(outline, graph, kept)
+        words = words_of(model, tokenizer, form.model_class, form.config, written_dtype(model, settings))
+        with tempfile.TemporaryDirectory(prefix="secateur-rehearsal-") as scratch, quiet_transformers():
+            write_words(Path(scratch), words)
+            config = type(form.config).from_pretrained(scratch, local_files_only=True)
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error)
+        raise ModelError(f"The config of {model.config.model_type} models refuses what is left: {reason}") from error
+    read = on_meta(form.model_class, config)
+    read.tie_weights()
+    _check_built(config.model_type, shapes_of(outline), shapes_of(read))
+    _refuse_broken_ties(read, model)
+    share = sum(weight.numel() for weight in outline.parameters()) / sum(w.numel() for w in model.parameters())
+    check_room(folder, round(share * written_bytes(model, settings)) + beside)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise InputError when so many bytes do not go onto the disk of ``folder``, which need not exist."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if not needed <= free:
+        raise InputError(
+            f"{folder} needs about {needed / 1e9:.2f} GB, what is kept beside it until it is finished included, and "
+            f"{free / 1e9:.2f} GB are free there. Make room, or name a folder on another disk."
+        )
+
+
+def _refuse_broken_ties(standard: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Raise ModelError when ``model`` has two tensors where ``standard``, which was built from its config, has one."""
+    own = model.state_dict(keep_vars=True)
+    for names in _tied(standard):
+        first, *others = [name for name in names if name in own] or names[:1]
+        for other in others:
+            if own[first] is not own[other] and not torch.equal(own[first], own[other]):
+                raise ModelError(
+                    f"The config ties {other} to {first}, and the two differ in this model, so that one of them would "
+                    "be lost. Set model.config.tie_word_embeddings = False."
+                )
+
+
+def _as_tied_by(standard: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``weights``, with a copy for each name of a tensor that ``standard`` has several tensors for."""
+    tied = {name for names in _tied(standard) for name in names}
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in weights.items():
+        apart[name] = tensor.clone() if id(tensor) in seen and name not in tied else tensor
+        seen.add(id(tensor))
+    return apart
+
+
+def _tied(model: PreTrainedModel) -> list[list[str]]:
+    """Names of the state dict that stand for one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def verify_saved(model: PreTrainedModel, folder: Path, trusted: bool = False) -> Verification:
     """Open ``folder`` in a fresh process and compare it with ``model``, as it was loaded from there.
 
-    Code from the folder is executed if its config names some. Raises VerificationError unless they agree.
+    Code from the folder is executed only if it is what secateur writes, or ``trusted``. Raises ModelError when the
+    model's weights or logits are not finite, and VerificationError unless they agree.
     """
-    weights, ids = _weights(model, written_dtype(model, ExportSettings())), sample_ids(model.config)
-    return verify_folder(Reference(folder, ids, *_answers(model, weights, ids)))
-
-
-def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
-    """Token ids ``[2, length]`` for the proof: any will do, spread over the vocabulary, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator)
+    check_finite(model)
+    _, computed = written_weights(model, ExportSettings())
+    ids = sample_ids(model.config)
+    return verify_folder(Reference(folder, ids, *_answers(model, computed, ids), trusted=trusted))
 
 
 @torch.no_grad()
@@ -342,6 +421,11 @@ def _answers(
         raise VerificationError(f"The model in memory does not compute, so it was not saved: {error}") from error
     finally:
         model.train(training)
+    if not all_finite(logits):
+        raise VerificationError(
+            "In the type that is written the logits are not finite (NaN or infinite), so nothing could be compared. "
+            "Write another type: --set export.dtype=float32."
+        )
     return logits.float().cpu(), cached.get("dynamic_cache_difference"), cached.get("static_cache_difference")
 
 
@@ -350,32 +434,12 @@ def _has_eager_experts(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
 
 
-def written_dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
-    """The type that the weights of ``model`` are written in."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    return getattr(model, "stored_dtype", None) or model.dtype
-
-
-def _weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict in ``dtype``; tied tensors stay one, and what a family keeps in float32 stays in float32."""
-    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    cast: dict[int, torch.Tensor] = {}
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        keep = not tensor.is_floating_point() or any(part in patterns for part in name.split("."))
-        if id(tensor) not in cast:
-            cast[id(tensor)] = tensor.detach() if keep else tensor.detach().to(dtype)
-        weights[name] = cast[id(tensor)]
-    return weights
-
-
-def _open_permissions(folder: Path) -> None:
-    """Weight files are made private; give them what any new file would get."""
+def open_permissions(path: Path) -> None:
+    """Weight files are made private; give ``path`` and all below it what any new file would get."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    for each in (path, *path.rglob("*")):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

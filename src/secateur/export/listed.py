@@ -19,7 +19,7 @@ from secateur.errors import ModelError
 from secateur.export.layers import without_layer_sizes
 from secateur.surgery.attributes import PATTERNS
 from secateur.surgery.configs import settings_of
-from secateur.surgery.rebuild import MODELING_FILE
+from secateur.surgery.rebuild import code_of
 from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph
 
@@ -53,8 +53,7 @@ def listed_config(
         found = _listed(model, family, config, built_with)
         if found is not None:
             config.pruned_layers = found
-            module = MODELING_FILE.removesuffix(".py")
-            config.auto_map = {"AutoModelForCausalLM": f"{module}.Pruned{family.__name__}"}
+            config.auto_map = code_of(family)
             return config
     raise ModelError(
         f"The cut {config.model_type} model cannot be described by a config: {family.__name__} builds no model that "

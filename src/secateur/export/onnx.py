@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError, ModelError, VerificationError
-from secateur.export.huggingface import sample_ids
+from secateur.export.finite import agreement, sample_ids
 from secateur.loading import quiet_transformers
 
 _TOLERANCE = 1e-3
@@ -76,10 +76,14 @@ def _check(model: PreTrainedModel, file: Path) -> str:
     found = torch.from_numpy(session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
     with torch.inference_mode():
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if found.shape != expected.shape:
+        raise VerificationError(
+            f"ONNX Runtime opens the graph and computes something else: logits of shape {list(found.shape)} instead of "
+            f"{list(expected.shape)}."
+        )
     seen = mask.bool()
-    scale = max(1.0, float(expected.abs().max()))
-    difference = float((found - expected)[seen].abs().max())
-    if not difference <= _TOLERANCE * scale:
+    difference, scale, good = agreement(found[seen], expected[seen], _TOLERANCE)
+    if not good:
         raise VerificationError(
             f"ONNX Runtime opens the graph and computes something else: logits differ by {difference:.3g} of "
             f"{scale:.1f}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,15 +13,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from secateur.errors import VerificationError
 from secateur.export import fresh_process
+from secateur.export.finite import all_finite, is_small
 from secateur.export.runtimes import Verdict, runtimes_of
+from secateur.reading import read_json
+from secateur.surgery.rebuild import MODELING_FILE, code_of, modeling_source
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference of logits by dtype, as a fraction of the largest logit (kernels may differ in rounding)."""
+_FACTS = ("missing_keys", "unexpected_keys", "dtype", "parameters", "logits_scale", "logits_difference")
+"""What a verdict needs."""
 
 
 class Verification(BaseModel):
@@ -78,12 +86,15 @@ class Reference(NamedTuple):
     static_difference: float | None = 0.0
     """The same for a static cache, which some families have got wrong (GPT-Neo in transformers 5.23)."""
     note: str = ""
+    trusted: bool = False
+    """Whether code in the folder may be run that secateur did not write: it runs in this process already, or its user
+    said so."""
 
 
 def verify_folder(reference: Reference) -> Verification:
     """Open a folder in a fresh process without secateur and compare it with the model in memory.
 
-    Code from the folder is executed only when its config names some. Raises VerificationError.
+    Code from the folder is executed only when it is what secateur writes, or trusted. Raises VerificationError.
     """
     return judge(reference, open_folders([reference])[0])
 
@@ -96,13 +107,41 @@ def open_folders(references: Sequence[Reference]) -> list[dict[str, Any]]:
             file = Path(scratch) / f"{number}.safetensors"
             save_file({"ids": reference.ids.contiguous(), "logits": reference.logits.float().contiguous()}, file)
             folder = reference.folder.absolute()
+            if needs_trust(folder) and not (reference.trusted or holds_only_our_code(folder)):
+                raise VerificationError(
+                    f"{folder} names code that secateur did not write (auto_map), so it was not opened. If you trust "
+                    "it, say so with --trust-remote-code."
+                )
             jobs.append({"folder": str(folder), "reference": str(file), "trust": needs_trust(folder)})
-        return _run(jobs, Path(scratch))
+        answers = _run(jobs, Path(scratch))
+    if len(answers) != len(references):
+        raise VerificationError(f"The fresh process answers for {len(answers)} of {len(references)} folders.")
+    return answers
 
 
 def needs_trust(folder: Path) -> bool:
-    """Whether the folder names code of its own."""
-    return "auto_map" in json.loads((folder / "config.json").read_text())
+    """Whether the folder names code, its own or another's, that who trusts it runs."""
+    return any("auto_map" in content for content in _named_in(folder))
+
+
+def holds_only_our_code(folder: Path) -> bool:
+    """Whether all code that the folder names is the modelling file that secateur writes, byte for byte."""
+    config, *others = _named_in(folder)
+    name = str((config.get("auto_map") or {}).get("AutoModelForCausalLM"))
+    family = getattr(transformers, name.removeprefix(f"{Path(MODELING_FILE).stem}.Pruned"), None)
+    if any("auto_map" in other for other in others) or not isinstance(family, type):
+        return False
+    if not issubclass(family, PreTrainedModel) or config["auto_map"] != code_of(family):
+        return False
+    code = list(folder.rglob("*.py"))
+    return code == [folder / MODELING_FILE] and code[0].read_bytes() == modeling_source(family).encode()
+
+
+def _named_in(folder: Path) -> list[dict[str, Any]]:
+    """config.json, and what else names code: tokenizer and processors."""
+    files = [folder / "config.json", *sorted(path for path in folder.glob("*_config.json") if path.is_file())]
+    contents = [read_json(file) for file in files]
+    return [content if isinstance(content, dict) else {} for content in contents]
 
 
 def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
@@ -123,24 +162,26 @@ def judge(reference: Reference, answer: dict[str, Any]) -> Verification:
     name, answer = reference.folder.name, dict(answer)
     if "error" in answer:
         raise VerificationError(f"{name} does not open in a fresh process: {answer['error']}")
+    lost = [fact for fact in _FACTS if answer.get(fact) is None]
+    if lost or not all_finite(reference.logits):
+        what = f"the fresh process does not say its {', '.join(lost)}" if lost else "its own logits are not finite"
+        raise VerificationError(f"{name} cannot be verified: {what}.")
     wrong = answer.pop("missing_keys") + answer.pop("unexpected_keys")
     if wrong:
         raise VerificationError(f"{name} opens, but not all weights find their place: {', '.join(wrong[:3])}.")
-    if "dynamic_cache_error" in answer and reference.cache_difference is not None:
-        raise VerificationError(f"{name} opens, but cannot generate: {answer['dynamic_cache_error']}")
     allowed = _TOLERANCE.get(answer["dtype"], 1e-4) * max(answer["logits_scale"], 1.0)
-    differences = {
-        "logits_difference": 0.0,
-        "dynamic_cache_difference": reference.cache_difference,
-        "static_cache_difference": reference.static_difference,
-    }
-    in_order = [what for what, before in differences.items() if before is not None and before <= allowed]
-    for what in in_order:  # what was not right in memory cannot be asked of the folder
-        if not answer.get(what, 0.0) <= allowed:  # also true for NaN
-            raise VerificationError(
-                f"{name} opens, but computes something else: {what.replace('_', ' ')} is {answer[what]:.3g}, allowed "
-                f"is {allowed:.3g} in {answer['dtype']}. Nothing was written under that name."
-            )
+    _check_difference(name, answer, "logits_difference", allowed)
+    if reference.cache_difference is not None and not math.isfinite(reference.cache_difference):
+        raise VerificationError(f"{name} cannot be verified: what the model in memory generates is not finite.")
+    before = {"dynamic": reference.cache_difference, "static": reference.static_difference}
+    for cache, difference in before.items():
+        if is_small(difference, allowed):  # what was not right in memory cannot be asked of the folder
+            if f"{cache}_cache_error" in answer:
+                raise VerificationError(f"{name} opens, but cannot generate: {answer[f'{cache}_cache_error']}")
+            _check_difference(name, answer, f"{cache}_cache_difference", allowed)
+        elif not math.isfinite(answer.get(f"{cache}_cache_difference", 0.0)):
+            answer[f"{cache}_cache_error"] = "What it generates is not finite, in memory neither."
+            del answer[f"{cache}_cache_difference"]
     versions = {library: answer.pop(library) for library in ("transformers", "torch")}
     return Verification(
         **answer,
@@ -149,3 +190,14 @@ def judge(reference: Reference, answer: dict[str, Any]) -> Verification:
         versions=versions,
         runtimes=runtimes_of(json.loads((reference.folder / "config.json").read_text())),
     )
+
+
+def _check_difference(name: str, answer: dict[str, Any], what: str, allowed: float) -> None:
+    """Raise VerificationError unless the difference is there, is a number, and is no larger than ``allowed``."""
+    found = answer.get(what)
+    if not is_small(found, allowed):
+        shown = "missing" if found is None else f"{found:.3g}"
+        raise VerificationError(
+            f"{name} opens, but computes something else: {what.replace('_', ' ')} is {shown}, allowed is {allowed:.3g} "
+            f"in {answer['dtype']}. Nothing was written under that name."
+        )

@@ -69,6 +69,11 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return pruned_class(cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
 
 
+def code_of(family: type[PreTrainedModel]) -> dict[str, str]:
+    """What a config says about where the class of this family's uneven models lies (``auto_map``)."""
+    return {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.Pruned{family.__name__}"}
+
+
 def modeling_source(family: type[PreTrainedModel]) -> str:
     """The text of ``modeling_pruned.py``: :class:`PrunedLayers` and the family's class, imported from transformers."""
     source = re.sub(r"  # type: ignore.*", "", inspect.getsource(PrunedLayers))

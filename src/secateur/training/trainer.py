@@ -155,7 +155,7 @@ def train(
         return []
     micro = min(settings.micro_batch_size, settings.batch_size)
     device = next(model.parameters()).device
-    with _folder(checkpoints) as folder, progress.Bar(description, steps) as bar:
+    with _folder(checkpoints) as folder, _config_kept(model), progress.Bar(description, steps) as bar:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -230,3 +230,15 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
         return
     checkpoints.mkdir(parents=True, exist_ok=True)
     yield checkpoints
+
+
+@contextmanager
+def _config_kept(model: PeftModel) -> Iterator[None]:
+    """The Trainer sets keys of the model's config (it switches caches off) and leaves them so; what was there returns."""
+    config = vars(model.config)
+    before = dict(config)
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)

@@ -1,0 +1,111 @@
+"""Whether a model computes with numbers at all: what is not finite is refused by the name of the place it begins in.
+
+A comparison with NaN is false whatever is asked, and an infinite scale allows every difference. So all that decides
+"good" here asks for what must hold, of numbers that are finite and of which there are some.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.errors import ModelError
+
+
+class Agreement(NamedTuple):
+    """How far what was found is from what was expected."""
+
+    difference: float
+    """Largest; NaN when there is nothing to compare, or the shapes differ."""
+    scale: float
+    """Largest of what was expected, in size."""
+    good: bool
+    """Whether both are finite, and the difference at most the tolerance times the scale, or times 1 below that."""
+
+
+def agreement(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Agreement:
+    """Compare two tensors of one shape; ``good`` is false for empty tensors, other shapes, NaN and infinity."""
+    if found.shape != expected.shape or not found.numel():
+        return Agreement(math.nan, math.nan, False)
+    difference = float((found.float() - expected.float()).abs().max())
+    scale = float(expected.float().abs().max())
+    return Agreement(difference, scale, is_small(difference, tolerance * max(scale, 1.0)))
+
+
+def is_small(value: Any, allowed: float) -> bool:
+    """Whether ``value`` is a finite number of at most ``allowed``, which must be finite too; None is not."""
+    return value is not None and math.isfinite(value) and math.isfinite(allowed) and value <= allowed
+
+
+def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
+    """Token ids ``[2, length]`` for the proof: any will do, spread over the vocabulary, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator)
+
+
+def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Raise ModelError when weights or logits of ``model`` are not finite, or weights would not be in ``dtype``.
+
+    All weights are looked at, and a few tokens go through the model.
+    """
+    for name, weight in model.named_parameters():
+        _check_weight(name, weight.detach(), dtype or weight.dtype)
+    ids = sample_ids(model.config).to(model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            if not all_finite(logits):
+                raise ModelError(
+                    f"The logits of this {model.config.model_type} model are not finite (NaN or infinite); it begins "
+                    f"in {first_not_finite(model, ids)}. Nothing that is made of it could be checked: mend the model, "
+                    "or open it in another type (--set model.dtype=float32)."
+                )
+    except RuntimeError as error:
+        raise ModelError(f"This {model.config.model_type} model does not compute: {error}") from error
+    finally:
+        model.train(training)
+
+
+def _check_weight(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
+        return
+    least, most = torch.aminmax(weight)
+    largest = torch.maximum(least.abs(), most.abs())
+    if not bool(torch.isfinite(largest)):
+        raise ModelError(f"The weight {name} is not finite: it holds NaN or infinity. Fetch or save the model again.")
+    if not bool(torch.isfinite(largest.to(dtype))):
+        short = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"The weight {name} holds {float(largest):.3g}, which is infinite in {short} (the largest there is "
+            f"{torch.finfo(dtype).max:.3g}). Write bfloat16 or float32: --set export.dtype=float32."
+        )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """False for an empty tensor, too."""
+    return tensor.numel() > 0 and bool(torch.isfinite(tensor).all())
+
+
+@torch.no_grad()
+def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:
+    """Path of the module whose output is the first to hold NaN or infinity; the innermost of those that end with it."""
+    found: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: torch.nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, torch.Tensor) and first.is_floating_point() and not bool(torch.isfinite(first).all()):
+            found.append(names[module])
+
+    hooks = [module.register_forward_hook(look) for module in names]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next(filter(None, found), "the logits")
