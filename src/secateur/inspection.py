@@ -168,7 +168,8 @@ def verify(recipe: Recipe) -> Verification:
     """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
 
     Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
-    that is no folder, or for one with an adapter, or that names code which secateur did not write and the recipe does not trust.
+    that is no folder, or for one with an adapter, or that names code which secateur did not write and the recipe does
+    not trust.
     """
     folder = Path(recipe.model.name).expanduser()
     if not folder.is_dir():

@@ -107,7 +107,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Opened]:
     for key, damage in (("needs-secateur", _import_secateur), ("damaged", _flip_channels)):
         shutil.copytree(root / "llama-gqa-uneven", root / key)
         damage(root / key)
-        references[key] = references["llama-gqa-uneven"]._replace(folder=root / key)
+        references[key] = references["llama-gqa-uneven"]._replace(folder=root / key, trusted=True)
         parameters[key] = parameters["llama-gqa-uneven"]
     answers = open_folders(list(references.values()))
     return {

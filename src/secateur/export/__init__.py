@@ -1,11 +1,11 @@
 """What a run leaves behind: a standard folder, proved to open, with its model card and report."""
 
 from secateur.export.adopt import Architecture, adopt_config, check_describable, check_describes_itself
+from secateur.export.agreement import check_finite
 from secateur.export.analysis import write_analysis
 from secateur.export.artefacts import write_artefacts
 from secateur.export.card import licence_of
 from secateur.export.convert import FORMS, Form
-from secateur.export.finite import check_finite
 from secateur.export.huggingface import (
     ARTEFACTS,
     StandardForm,

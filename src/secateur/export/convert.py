@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import InputError, VerificationError
-from secateur.export.finite import agreement, check_finite, sample_ids
+from secateur.export.agreement import agreement, check_finite, sample_ids
 from secateur.export.huggingface import check_output, check_room, open_permissions, save
 from secateur.export.weights import ExportSettings, source_of, written_bytes, written_dtype
 from secateur.graph import trace

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import ModelError, VerificationError
 from secateur.export import llama_process
-from secateur.export.finite import agreement, sample_ids
+from secateur.export.agreement import agreement, sample_ids
 from secateur.export.gguf_tokenizer import write_tokenizer
 
 _ROTATED_IN_PAIRS = ("llama", "mistral")

@@ -21,7 +21,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from secateur.errors import InputError, ModelError, VerificationError
-from secateur.export.finite import all_finite, check_finite, sample_ids
+from secateur.export.agreement import check_finite, sample_ids
 from secateur.export.fresh_process import generate
 from secateur.export.layers import LayerSizes
 from secateur.export.listed import NOT_BUILT, changed_scales, listed_config
@@ -29,6 +29,7 @@ from secateur.export.uneven import added_biases, uneven_config
 from secateur.export.verify import Reference, Verification, verify_folder
 from secateur.export.weights import ExportSettings, written_bytes, written_dtype, written_weights
 from secateur.export.words import words_of, write_words
+from secateur.finite import all_finite
 from secateur.loading import quiet_transformers
 from secateur.progress import say
 from secateur.surgery import slice_model

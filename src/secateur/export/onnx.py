@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError, ModelError, VerificationError
-from secateur.export.finite import agreement, sample_ids
+from secateur.export.agreement import agreement, sample_ids
 from secateur.loading import quiet_transformers
 
 _TOLERANCE = 1e-3

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import VerificationError
 from secateur.export import fresh_process
-from secateur.export.finite import all_finite, is_small
+from secateur.export.agreement import is_small
 from secateur.export.runtimes import Verdict, runtimes_of
+from secateur.finite import all_finite
 from secateur.reading import read_json
 from secateur.surgery.rebuild import MODELING_FILE, code_of, modeling_source
 
@@ -163,8 +164,8 @@ def judge(reference: Reference, answer: dict[str, Any]) -> Verification:
     if "error" in answer:
         raise VerificationError(f"{name} does not open in a fresh process: {answer['error']}")
     lost = [fact for fact in _FACTS if answer.get(fact) is None]
-    if lost or not all_finite(reference.logits):
-        what = f"the fresh process does not say its {', '.join(lost)}" if lost else "its own logits are not finite"
+    if lost or not reference.logits.numel() or not all_finite(reference.logits):
+        what = f"the fresh process does not say its {', '.join(lost)}" if lost else "the model's logits are not finite"
         raise VerificationError(f"{name} cannot be verified: {what}.")
     wrong = answer.pop("missing_keys") + answer.pop("unexpected_keys")
     if wrong:

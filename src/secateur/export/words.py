@@ -222,7 +222,9 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path | None, scratch:
     """The files of the folder that ``tokenizer`` was opened from, while it is as it was; or what it writes itself."""
     written = _written(tokenizer, scratch / "given")
     named = Path(tokenizer.name_or_path or "")
-    for folder in [named] * named.is_absolute() + [source] * (source is not None):
+    for folder in (named if named.is_absolute() else None, source):
+        if folder is None:
+            continue
         if _is_that_of(tokenizer, written, folder, scratch):
             return _without_code(carried(folder, _TOKENIZER))
     return written if type(tokenizer)._auto_class is not None else _without_code(written)

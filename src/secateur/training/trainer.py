@@ -234,7 +234,7 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _config_kept(model: PeftModel) -> Iterator[None]:
-    """The Trainer sets keys of the model's config (it switches caches off) and leaves them so; what was there returns."""
+    """The Trainer sets keys of the model's config (it switches caches off) and leaves them; what was there returns."""
     config = vars(model.config)
     before = dict(config)
     try:

@@ -1,4 +1,4 @@
-"""Whether a model computes with numbers at all: what is not finite is refused by the name of the place it begins in.
+"""Comparisons that decide "good", and the refusal of models that do not compute numbers.
 
 A comparison with NaN is false whatever is asked, and an infinite scale allows every difference. So all that decides
 "good" here asks for what must hold, of numbers that are finite and of which there are some.
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
+from secateur.finite import first_not_finite
 
 
 class Agreement(NamedTuple):
@@ -53,22 +54,20 @@ def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> No
     """
     for name, weight in model.named_parameters():
         _check_weight(name, weight.detach(), dtype or weight.dtype)
-    ids = sample_ids(model.config).to(model.device)
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits
-            if not all_finite(logits):
-                raise ModelError(
-                    f"The logits of this {model.config.model_type} model are not finite (NaN or infinite); it begins "
-                    f"in {first_not_finite(model, ids)}. Nothing that is made of it could be checked: mend the model, "
-                    "or open it in another type (--set model.dtype=float32)."
-                )
+        where = first_not_finite(model, sample_ids(model.config).to(model.device))
     except RuntimeError as error:
         raise ModelError(f"This {model.config.model_type} model does not compute: {error}") from error
     finally:
         model.train(training)
+    if where is not None:
+        raise ModelError(
+            f"The logits of this {model.config.model_type} model are not finite (NaN or infinite); it begins in "
+            f"{where}. Nothing that is made of it could be checked: mend the model, or open it in another type "
+            "(--set model.dtype=float32)."
+        )
 
 
 def _check_weight(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
@@ -84,28 +83,3 @@ def _check_weight(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
             f"The weight {name} holds {float(largest):.3g}, which is infinite in {short} (the largest there is "
             f"{torch.finfo(dtype).max:.3g}). Write bfloat16 or float32: --set export.dtype=float32."
         )
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """False for an empty tensor, too."""
-    return tensor.numel() > 0 and bool(torch.isfinite(tensor).all())
-
-
-@torch.no_grad()
-def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str:
-    """Path of the module whose output is the first to hold NaN or infinity; the innermost of those that end with it."""
-    found: list[str] = []
-    names = {module: name for name, module in model.named_modules()}
-
-    def look(module: torch.nn.Module, _: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, torch.Tensor) and first.is_floating_point() and not bool(torch.isfinite(first).all()):
-            found.append(names[module])
-
-    hooks = [module.register_forward_hook(look) for module in names]
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return next(filter(None, found), "the logits")
