@@ -6,43 +6,56 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from secateur.digest import digest
 from secateur.errors import PlanError
 from secateur.progress import say
-from secateur.types import Kind
+from secateur.reading import path_of, read_json, shortened
+from secateur.types import DependencyGraph, Kind
+
+_ADVICE = "Give the analysis.json that `secateur analyze` wrote."
 
 Deviation = Literal["kl", "perplexity"]
 """How the deviation of a pruned model is counted: KL from the dense model's predictions, or change of perplexity."""
 
 
+_ROUNDING = 1e-3
+"""How far below 0 rounding may take the KL of a cut that changes nothing."""
+
+
 class Trial(BaseModel):
     """One node group cut by one ratio, all others whole."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     group: str
     kind: Kind
-    layer: int | None
-    ratio: float
+    layer: int | None = Field(ge=0)
+    ratio: float = Field(gt=0, lt=1)
     """Asked."""
-    units: int
+    units: int = Field(ge=2)
     """Of the group."""
-    removed: int
+    removed: int = Field(ge=1)
     """Units that went; the nearest to ``ratio`` that the group can lose, at least one, and one stays. Several ratios
     may come to the same number, which is measured once."""
-    loss: float
+    loss: float = Field(ge=0)
     """Mean next-token loss, nats."""
-    kl: float
+    kl: float = Field(ge=-_ROUNDING)
     """Mean over the predicted tokens of KL(dense || cut), nats."""
+
+    @model_validator(mode="after")
+    def _one_unit_stays(self) -> Trial:
+        if self.removed >= self.units:
+            raise ValueError(f"removed is {self.removed} and units is {self.units}: at least one unit stays")
+        return self
 
 
 class Analysis(BaseModel):
     """Alg. 3 of LoRAShear (arXiv 2310.18356), measured: every prunable group alone, at each ratio."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
     base_model: str = ""
@@ -56,14 +69,41 @@ class Analysis(BaseModel):
     criterion: str
     """What chose the units within a group."""
     text: list[str]
-    tokens: int
+    tokens: int = Field(ge=1)
     """Tokens read, in windows of ``window``."""
-    window: int
+    window: int = Field(ge=1)
     seed: int = 0
-    dense_loss: float
+    dense_loss: float = Field(ge=0)
     """Mean next-token loss of the whole model, nats."""
     trials: list[Trial] = Field(min_length=1)
     versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _every_trial_once(self) -> Analysis:
+        seen: dict[tuple[str, float], Trial] = {}
+        for number, trial in enumerate(self.trials):
+            other = seen.setdefault((trial.group, trial.ratio), trial)
+            if other is not trial:
+                raise ValueError(f"trials.{number} is of {trial.group} at {trial.ratio:g}, as is one before it")
+        return self
+
+    def check(self, graph: DependencyGraph, file: Path) -> None:
+        """Raise PlanError unless the analysis, read from ``file``, is of a model with this graph."""
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"The analysis {file} is of another model ({self.base_model or 'unnamed'}, fingerprint "
+                f"{self.fingerprint}); this {graph.model_type} model has fingerprint {graph.fingerprint}. "
+                "Analyse this one with `secateur analyze`."
+            )
+        groups = {group.name: (group.kind, group.layer, group.size) for group in graph}
+        for number, trial in enumerate(self.trials):
+            said = (trial.kind, trial.layer, trial.units)
+            if said != groups.get(trial.group):
+                raise PlanError(
+                    f"{file} is not an analysis of this {graph.model_type} model: trials.{number} is of "
+                    f"{trial.group} ({trial.kind}, layer {trial.layer}, {trial.units} units), which it does not have. "
+                    f"{_ADVICE}"
+                )
 
     def deviations(self, by: Deviation) -> dict[str, float]:
         """Group name → deviation, summed over the ratios (Alg. 3, line 4), most sensitive first.
@@ -94,17 +134,15 @@ class Analysis(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Analysis:
-        """Read an analysis; raises PlanError when the file is missing or not one."""
-        advice = "Give the analysis.json that `secateur analyze` wrote."
+        """Read an analysis; raises PlanError when the file is missing or not one, with the place in it."""
+        file = path_of(path, "The analysis", PlanError)
         try:
-            return cls.model_validate_json(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise PlanError(f"Cannot read the analysis {path}: {reason}. {advice}") from error
+            return cls.model_validate(read_json(file, error=PlanError, advice=_ADVICE), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PlanError(f"{path} is not an analysis: {where}: {first['msg']}. {advice}") from error
+            reason = shortened(first["msg"].removeprefix("Value error, "), 300)
+            raise PlanError(f"{file} is not an analysis: {where}: {reason}. {_ADVICE}") from error
 
 
 def check_weights(model: nn.Module, file: Path) -> None:

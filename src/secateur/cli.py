@@ -1,28 +1,28 @@
 """The command line: every command is a thin call into the library.
 
 Heavy imports live inside the commands, so that ``--help`` answers at once. Errors that are the user's to mend become
-one message on standard error and exit code 1, in one place (``_Commands``).
+one message on standard error and exit code 1, in one place (``endings``).
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from secateur.errors import InputError, SecateurError, VerificationError
+from secateur.endings import Commands, debugging, resumable
+from secateur.errors import InputError, VerificationError
+from secateur.lock import held
 from secateur.whole import write_whole
 
 if TYPE_CHECKING:
@@ -31,57 +31,8 @@ if TYPE_CHECKING:
     from secateur.config import Recipe
 
 
-class _Commands(TyperGroup):
-    """The one place where an exception becomes a message and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SecateurError as error:
-            if _debugging():
-                raise
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as interrupt:
-            typer.echo("Interrupted.", err=True)
-            raise typer.Exit(130) from interrupt
-        except Exception as error:
-            # what the parser raises (usage errors, --help) brings its own exit code; who closes a pipe has seen enough
-            if _debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
-                raise
-            reason = " ".join(str(error).split())
-            if (advice := _advice(error)) is not None:
-                typer.echo(f"Error: {reason}\n{advice}", err=True)
-                raise typer.Exit(1) from error
-            typer.echo(
-                f"Error: unexpected {type(error).__name__}: {reason}\n"
-                "This looks like a bug. Run again as `secateur --debug ...` and report the traceback that it shows.",
-                err=True,
-            )
-            raise typer.Exit(1) from error
-
-
-def _advice(error: Exception) -> str | None:
-    """What to do about a failure of the machine rather than of the program; None for the latter."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "Not enough memory: lower batch sizes or windows, or --set training.gradient_checkpointing=true."
-    if _is_full(error):
-        return "The disk is full. Make room; what can be resumed goes on with --resume after the last finished stage."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "This place cannot be written or read. Mend its permissions, or name another one."
-    return None
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError):
-        return error.errno in numbers
-    return any(f"(os error {number})" in str(error) for number in numbers) or "inline_container.cc" in str(error)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     name="secateur",
     help="Cut whole structures out of large language models, guided by LoRA, and grow the lost knowledge back.",
     no_args_is_help=True,
@@ -144,7 +95,7 @@ def main(
 ) -> None:
     if debug:
         os.environ["SECATEUR_DEBUG"] = "1"
-    if not _debugging():
+    if not debugging():
         _quieten()
 
 
@@ -180,11 +131,11 @@ def prune(
     settings = _settings(recipe, overrides, flags)
     progress.show()
     progress.say(_header(settings))
-    if resume and _finished(output, settings):
+    if resume and (finished := pipeline.finished(settings, output)) is not None:
         progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
-        _report(json.loads((output / "secateur" / "metrics.json").read_text()), output)
+        _report(finished, output)
         return
-    with _resumable(f"What is finished is kept; the same command with --resume goes on to {output}."):
+    with resumable(f"What is finished is kept; the same command with --resume goes on to {output}."):
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
     if not dry_run:
         _report(result.metrics, output)
@@ -265,7 +216,7 @@ def analyze(
     }
     settings = _settings(recipe, overrides, flags)
     progress.show()
-    with _resumable("What is measured is kept; the same command with --resume goes on." if output else ""):
+    with resumable("What is measured is kept; the same command with --resume goes on." if output else ""):
         found = inspection.analyze(
             *load(**settings.model.model_dump()),
             ratios=fractions,
@@ -303,6 +254,7 @@ def evaluate(
     """Measure a model: perplexity on text (built-in when none is named), tasks, parameters, bytes and speed."""
     from secateur import inspection, progress, tables
     from secateur.export import compare_states
+    from secateur.inputs import refuse_inputs
 
     flags = {
         **_model_flags(model, device, trust_remote_code),
@@ -312,16 +264,18 @@ def evaluate(
     }
     settings = _settings(recipe, overrides, flags)
     names = [] if tasks is None else _names(tasks, "--tasks")
-    if as_json is not None:
-        _check_writable(as_json)
-    progress.show()
     asked = settings.evaluation
-    metrics = inspection.evaluate(
-        settings, names, max_tokens=asked.tokens if "tokens" in asked.model_fields_set else None
-    )
-    _console().print(tables.results(compare_states(metrics, ["model"])))
-    if as_json is not None:
-        _write_whole(as_json, json.dumps(metrics, indent=1) + "\n")
+    progress.show()
+    with nullcontext() if as_json is None else held(as_json):
+        if as_json is not None:
+            _check_writable(as_json)
+            refuse_inputs(as_json, settings, names, [recipe])
+        metrics = inspection.evaluate(
+            settings, names, max_tokens=asked.tokens if "tokens" in asked.model_fields_set else None
+        )
+        _console().print(tables.results(compare_states(metrics, ["model"])))
+        if as_json is not None:
+            _write_whole(as_json, json.dumps(metrics, indent=1) + "\n")
 
 
 @app.command()
@@ -420,7 +374,7 @@ def compare(
     shared, own = split_overrides(overrides or [])
     settings = _settings(recipe, shared, _model_flags(model, device, trust_remote_code))
     progress.show()
-    with _resumable("The rows that are finished are kept; the same command with --resume adds the others."):
+    with resumable("The rows that are finished are kept; the same command with --resume adds the others."):
         comparison = run(
             settings,
             _names(methods, "--methods"),
@@ -473,16 +427,6 @@ def _settings(recipe: Path | None, overrides: Sequence[str] | None, flags: Mappi
     return load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
 
 
-@contextmanager
-def _resumable(kept: str) -> Iterator[None]:
-    """Say what an interruption leaves, and end with the exit code that shells give it."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        typer.echo(f"Interrupted. {kept}".strip(), err=True)
-        raise typer.Exit(130) from interrupt
-
-
 def _names(text: str, option: str) -> list[str]:
     """What stands between the commas; raises InputError when that is nothing."""
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -507,6 +451,8 @@ def parse_ratio(text: str, option: str = "--ratio", of: str = "of all parameters
 
 def _check_writable(file: Path) -> None:
     """Raise InputError when ``--json`` could not be written in the end; nothing is written yet."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise InputError(f"--json {file} is no ordinary file, which would be replaced. Name another one.")
     folder = file.absolute().parent
     if not folder.is_dir():
         raise InputError(f"--json {file}: there is no folder {file.parent}. Name a file in one that exists.")
@@ -528,14 +474,6 @@ def _header(recipe: Recipe) -> str:
     return f"secateur: {recipe.budget.ratio:.0%} of all parameters off {recipe.model.name} by {recipe.method.name}"
 
 
-def _finished(output: Path, recipe: Recipe) -> bool:
-    """Whether ``output`` is what a run of this recipe ended with."""
-    from secateur.config import load_recipe
-
-    written = output / "secateur" / "recipe.yaml"
-    return written.is_file() and (output / "config.json").is_file() and load_recipe(written) == recipe
-
-
 def _report(metrics: Mapping[str, Any], output: Path) -> None:
     from secateur import tables
     from secateur.export import compare_states
@@ -552,10 +490,6 @@ def _console() -> Console:
 
     # what a model writes and how folders are called is text, whatever brackets and colons are in it
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _debugging() -> bool:
-    return os.environ.get("SECATEUR_DEBUG", "") not in ("", "0")
 
 
 def _quieten() -> None:

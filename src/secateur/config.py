@@ -13,8 +13,9 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
@@ -27,6 +28,7 @@ from secateur.export import ExportSettings
 from secateur.loading import ModelSettings
 from secateur.methods import METHODS
 from secateur.planning import Budget
+from secateur.reading import DEEPEST, brief, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Settings
@@ -145,8 +147,10 @@ def load_recipe(
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"--set {text!r} is not of the form section.key=value, such as --set recovery.steps=0.")
-        _put(tree, key.strip(), parse_value(value, f"--set {text!r}"))
+            raise InputError(
+                f"--set {brief(text)} is not of the form section.key=value, such as --set recovery.steps=0."
+            )
+        _put(tree, key.strip(), parse_value(value, f"--set {brief(text)}"))
     return validate(Recipe, tree)
 
 
@@ -197,16 +201,36 @@ def validate(settings: type[SettingsT], tree: Mapping[str, Any], prefix: str = "
         raise InputError("\n".join(_explain(error, settings, prefix))) from error
 
 
+RecipeLike: TypeAlias = "Recipe | str | PathLike[str] | Mapping[str, Any] | None"
+"""What callers in Python may give as a recipe (``recipe_of``)."""
+
+
+def recipe_of(given: RecipeLike) -> Recipe:
+    """What callers in Python give as a recipe: one, the path of its file, a mapping of its keys, or None for defaults.
+
+    Raises InputError for anything else, and for a recipe that is not allowed.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | PathLike):
+        return load_recipe(Path(given))
+    if given is None or isinstance(given, Mapping):
+        return validate(Recipe, dict(given or {}))
+    raise InputError(
+        f"A {type(given).__name__} is no recipe. Give what secateur.config.load_recipe returns, the path of a YAML "
+        "file, or a mapping of sections to keys."
+    )
+
+
 # Reading: files and --set
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"Cannot read the recipe {path}: {reason}. Give a YAML file.") from error
-    tree = parse_value(text, f"The recipe {path}")
+    file = path_of(path, "The recipe")
+    if not file.is_file():
+        reason = "it is no ordinary file" if file.exists() else "No such file"
+        raise InputError(f"Cannot read the recipe {path}: {reason}. Give a YAML file.")
+    tree = parse_value(read_text(file, advice="Give a YAML file as the recipe."), f"The recipe {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -215,8 +239,35 @@ def _read(path: Path) -> dict[str, Any]:
     return {section: value for section, value in tree.items() if value is not None}
 
 
+_MOST_VALUES = 100_000
+"""Values in a recipe, with anchors followed. The largest real ones have some hundreds."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would quietly take the last."""
+    """Refuses what YAML would take: a key that stands twice in a mapping, of which the last would quietly win, and
+    what grows without an end, by nesting or by anchors that stand for others many times."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._values: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and id(node) not in self._values:
+            inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+            pairs = [one for item in inner for one in (item if isinstance(item, tuple) else (item,))]
+            count = 1 + sum(self._values.get(id(one), _MOST_VALUES) for one in pairs)  # not yet there: it holds itself
+            if count > _MOST_VALUES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"anchors and all, it holds more than {_MOST_VALUES:,} values", node.start_mark
+                )
+            self._values[id(node)] = count
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -230,9 +281,10 @@ def parse_value(text: str, where: str) -> Any:
     """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where} is not YAML: {reason}") from error
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
+        # besides its own errors: dates that do not exist, numbers that are none or of too many digits
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise InputError(f"{where} is not YAML that can be read: {reason}") from error
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -241,15 +293,14 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         tree["method"] = {"name": tree["method"]}
     if key == "method" and isinstance(value, str):
         key = "method.name"
-    if key == "method.name":
-        chosen = tree.setdefault("method", {})
-        if chosen.get("name", DEFAULT_METHOD) != value:
-            chosen.clear()
+    chosen = tree.setdefault("method", {}) if key == "method.name" else None
+    if isinstance(chosen, dict) and chosen.get("name", DEFAULT_METHOD) != value:
+        chosen.clear()
     *path, last = key.split(".")
     for part in path:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise InputError(f"{key} cannot be set: {part} is {tree!r}, which has no keys below it.")
+            raise InputError(f"{key} cannot be set: {part} is {brief(tree)}, which has no keys below it.")
     tree[last] = value
 
 
@@ -265,11 +316,11 @@ def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> 
         if unknown:
             faults[_unknown(key, parent)] = []
             continue
-        reason = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+        reason = shortened(str(fault["msg"]).removeprefix("Value error, ").rstrip("."), 400)
         if fault["type"] == "model_type":
             reason = f"It has keys of its own: {', '.join(_keys_of(key, parent))}"
         # what breaks a rule between the keys of a section is the whole section, which would say little
-        given = key if isinstance(fault["input"], Mapping) else f"{key} = {fault['input']!r} is not allowed"
+        given = key if isinstance(fault["input"], Mapping) else f"{key} = {brief(fault['input'])} is not allowed"
         faults.setdefault(given, []).append(reason[:1].lower() + reason[1:])
     return [f"{given}: {', or '.join(dict.fromkeys(why))}." if why else given for given, why in faults.items()]
 
@@ -297,6 +348,7 @@ def _unknown(key: str, parent: type[BaseModel]) -> str:
     allowed = _keys_of(section, parent)
     # the right key in the wrong section, such as --set ratio=0.3, is nearer than a similar word
     elsewhere = [item.name for item in describe() if item.name.rpartition(".")[2] == last]
+    key, last = shortened(key), shortened(last)
     near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, allowed, 1)]
     guess = " or ".join(elsewhere[:2] or near)
     where = f"Keys of {section}" if section else "The sections"
@@ -311,11 +363,12 @@ def _keys_of(section: str, settings: type[BaseModel]) -> list[str]:
 
 def _settings_of(name: Any) -> type[Settings]:
     """The settings class of the method ``name``; raises InputError with the nearest known one."""
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name].Settings
-    near = difflib.get_close_matches(str(name), METHODS, 1)
+    shown = shortened(name if isinstance(name, str) else brief(name))
+    near = difflib.get_close_matches(shown, METHODS, 1)
     guess = f" (did you mean {near[0]}?)" if near else ""
-    raise InputError(f"Unknown method {name}{guess}. Known methods: {', '.join(METHODS)}.")
+    raise InputError(f"Unknown method {shown}{guess}. Known methods: {', '.join(METHODS)}.")
 
 
 # Writing: YAML with a line of meaning above each key

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.adapters import is_adapter_folder
 from secateur.analysis import Analysis, Trial
-from secateur.config import Recipe, dump, revise
+from secateur.config import RecipeLike, dump, recipe_of, revise
 from secateur.data import check_sources, check_window, load_whole, read_texts
 from secateur.digest import digest
 from secateur.errors import InputError
@@ -27,21 +27,26 @@ from secateur.export import (
 )
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.knowledge import cuts, measure_cuts
+from secateur.inputs import refuse_inputs
 from secateur.loading import load
+from secateur.lock import alone
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
+from secateur.reading import path_of
 from secateur.stages import contents, losses, refuse_what_cannot_work, size
 from secateur.surgery import trace
+from secateur.whole import place_of
 from secateur.workspace import Workspace
 
 
-def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
+def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
     """What ``secateur evaluate`` does: scores on ``tasks`` (see ``evaluation.tasks``), perplexity by source,
     parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
 
     Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
     """
+    recipe = recipe_of(recipe)
     check_sources(recipe.evaluation)
     check_tasks(tasks)
     model, tokenizer = load(**recipe.model.model_dump())
@@ -64,13 +69,14 @@ def evaluate(recipe: Recipe, tasks: Sequence[str] = (), *, max_tokens: int | Non
     }
 
 
+@alone("output")
 def analyze(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     ratios: Sequence[float] = (0.25, 0.5),
     criterion: str = "taylor",
-    recipe: Recipe | None = None,
+    recipe: RecipeLike = None,
     output: Path | None = None,
     resume: bool = False,
 ) -> Analysis:
@@ -90,15 +96,17 @@ def analyze(
         resume: go on with what an interrupted call measured for ``output``, of the same settings, weights and text; of
             a finished one of the same settings and weights, what it found is given back.
     """
-    recipe = revise(recipe or Recipe(), {"model.name": model.config._name_or_path or ""})
+    recipe = revise(recipe_of(recipe), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
     refuse_what_cannot_work(model)
     settings = recipe.calibration
     ratios = sorted(set(ratios))
     started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {ratios}\n"
     if output is not None:
+        refuse_inputs(output, recipe)
         if resume and (found := _finished(output, started_as, model)) is not None:
             say(f"This analysis is finished; its folder is {output}. Nothing is done again.")
+            Workspace.tidy(output, started_as)
             return found
         output = check_output(output)
         Workspace.place(output, started_as, resume, contents(model))
@@ -109,7 +117,6 @@ def analyze(
     dtype = autocast_dtype(recipe.evaluation.precision, model.device)
     with autocast(recipe.evaluation.precision, model.device):
         chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
-    done = [Trial.model_validate(trial) for trial in work.read_json("trials.json")] if work.has("trials.json") else []
     dense_loss, trials = measure_cuts(
         model,
         graph,
@@ -117,7 +124,7 @@ def analyze(
         chosen,
         batch_size=recipe.evaluation.batch_size,
         autocast=dtype,
-        done=done,
+        done=[Trial.model_validate(trial) for trial in work.read_json("trials.json") or ()],
         keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
     )
     assert blocks is not None
@@ -144,7 +151,7 @@ def analyze(
 
 def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis | None:
     """What an analysis of the same settings left in ``output``, if there is one; InputError for other weights."""
-    file = output.expanduser() / "analysis.json"
+    file = place_of(output) / "analysis.json"
     found = Analysis.load(file) if file.is_file() else None
     if found is None or found.recipe != started_as:
         return None
@@ -164,14 +171,15 @@ def _one_shot_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def verify(recipe: Recipe) -> Verification:
+def verify(recipe: RecipeLike) -> Verification:
     """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
 
     Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
     that is no folder, or for one with an adapter, or that names code which secateur did not write and the recipe does
     not trust.
     """
-    folder = Path(recipe.model.name).expanduser()
+    recipe = recipe_of(recipe)
+    folder = path_of(recipe.model.name, "The folder")
     if not folder.is_dir():
         raise InputError(f"{recipe.model.name} is not a folder. Give one that a model was saved to.")
     if is_adapter_folder(folder):

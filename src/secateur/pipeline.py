@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.config import Recipe, identity, load_recipe, revise
 from secateur.data import read_texts
 from secateur.errors import InputError, PlanError
-from secateur.export import FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
+from secateur.export import ARTEFACTS, FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
+from secateur.inputs import refuse_inputs
 from secateur.loading import load
+from secateur.lock import alone
 from secateur.methods import METHODS
 from secateur.planning import restrict
 from secateur.progress import say
-from secateur.reading import path_of
+from secateur.reading import path_of, read_json
 from secateur.stages import (
     Result,
     contents,
@@ -38,16 +40,41 @@ from secateur.stages import (
 )
 from secateur.surgery import trace
 from secateur.types import PruningPlan
+from secateur.whole import place_of
 from secateur.workspace import Workspace
 
 
+@alone("output")
 def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = False) -> Result:
     """What ``secateur prune`` does: open the model that the recipe names, and prune it into the folder ``output``."""
     check_output(output)
+    refuse_inputs(output, recipe)
     model, tokenizer = load(**recipe.model.model_dump())
     return prune(model, tokenizer, recipe=recipe, output=output, resume=resume, dry_run=dry_run)
 
 
+@alone("output")
+def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
+    """The numbers of a run of this recipe that ended in ``output``; None when there is none.
+
+    What a kill has left of its stages goes.
+    """
+    folder = place_of(output)
+    written, metrics = folder / ARTEFACTS / "recipe.yaml", folder / ARTEFACTS / "metrics.json"
+    if not (written.is_file() and metrics.is_file() and (folder / "config.json").is_file()):
+        return None
+    try:
+        same = load_recipe(written) == recipe
+    except InputError:  # of another version, or edited since
+        same = False
+    if not same:
+        return None
+    numbers: dict[str, Any] = read_json(metrics)
+    Workspace.tidy(folder, identity(recipe))
+    return numbers
+
+
+@alone("output")
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -87,7 +114,8 @@ def prune(
         )
     check_describes_itself(model)
     if output is not None:
-        output = check_output(path_of(output, "The output"))
+        output = check_output(output)
+        refuse_inputs(output, recipe)
         Workspace.place(output, identity(recipe), resume, contents(model))
     graph = trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
@@ -145,9 +173,11 @@ def apply_plan(
     return _apply(plan_of(plan), model, Recipe()).model
 
 
+@alone("output")
 def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     """What ``secateur apply`` does: cut the model that the recipe names as ``plan`` says, and save it, verified."""
     check_output(output)
+    refuse_inputs(output, recipe)
     model, tokenizer = load(**recipe.model.model_dump())
     result = _apply(plan, model, recipe, tokenizer, output)
     refuse_unsavable(result)
@@ -155,6 +185,7 @@ def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     return result
 
 
+@alone("output")
 def convert(recipe: Recipe, form: Form, output: Path) -> str:
     """What ``secateur export`` does: write the recipe's model in another form; says how it was checked.
 
@@ -163,6 +194,7 @@ def convert(recipe: Recipe, form: Form, output: Path) -> str:
     Raises ModelError for what a form cannot hold, VerificationError when what was written computes something else.
     """
     target = FORMS[form].check(output)
+    refuse_inputs(output, recipe)
     model, tokenizer = load(**recipe.model.model_dump())
     return FORMS[form].write(model, tokenizer, target, recipe.export)
 

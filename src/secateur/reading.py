@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,26 @@ from secateur.errors import InputError, SecateurError
 
 DEEPEST = 100
 """Levels of nesting that JSON and YAML may have. Real files have about ten."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
+_SHORT.maxlevel = 4
+
+
+def brief(value: Any, longest: int = 100) -> str:
+    """``repr`` of a value that somebody gave, for a message: of a large one the beginning, in a moment."""
+    try:
+        shown = _SHORT.repr(value)
+    except ValueError:  # Python refuses to write numbers of more than 4,300 digits
+        shown = "a number of too many digits"
+    return shortened(shown, longest)
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    """A text for a message: of a long one the beginning."""
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[SecateurError] = InputError) -> Path:

@@ -35,6 +35,7 @@ from secateur.export import (
 from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
+from secateur.lock import alone
 from secateur.methods import METHODS, Checked, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
@@ -165,13 +166,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     """Let the method choose the units that go, and write the plan. Methods that train change weights, never shapes."""
     recipe = result.recipe
     method = METHODS[recipe.method.name](recipe.method.settings)
-    if work.has("plan.json"):
-        result.plan = PruningPlan.model_validate(work.read_json("plan.json"))
-        result.plan.check(result.graph)
-        result.scores = Scores(work.read_tensors("scores.safetensors")) if work.has("scores.safetensors") else None
-        result.biases = work.read_tensors("biases.safetensors") if work.has("biases.safetensors") else {}
-        if method.needs == "training":
-            work.read_weights("decided.safetensors", result.model)
+    if _decided(result, work):
         return
     decision = method.run(_task(result, texts, work))
     result.plan = _plan(result.graph, recipe, decision.removed)
@@ -183,10 +178,32 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
         work.write_tensors("biases.safetensors", result.biases)
     if method.needs == "training":
         work.write_weights("decided.safetensors", result.model)
+    kept = {"scores": result.scores is not None, "biases": bool(result.biases), "weights": method.needs == "training"}
+    work.write_json("decided.json", kept)
     work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
     work.discard("method")
     say(describe(result.plan, result.graph))
+
+
+def _decided(result: Result, work: Workspace) -> bool:
+    """Take over what an earlier run decided, all of it; when there is none, or a part is damaged, nothing that follows
+    from it stays either."""
+    plan, kept = work.read_json("plan.json"), work.read_json("decided.json")
+    if plan is not None and kept is not None:
+        scores = work.read_tensors("scores.safetensors") if kept["scores"] else {}
+        biases = work.read_tensors("biases.safetensors") if kept["biases"] else {}
+        tensors_are_there = scores is not None and biases is not None
+        if tensors_are_there and (not kept["weights"] or work.read_weights("decided.safetensors", result.model)):
+            result.plan = PruningPlan.model_validate(plan)
+            result.plan.check(result.graph)
+            result.scores, result.biases = (Scores(scores) if scores else None), biases or {}
+            return True
+    for name in ("plan.json", "recovery", "recovered.safetensors"):
+        work.discard(name)
+    for state in ("method", "pruned", "repair", "recovery", "recovered", "speed"):
+        result.metrics.pop(state, None)
+    return False
 
 
 def mend(result: Result, texts: Texts) -> None:
@@ -238,8 +255,7 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
     """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
     recipe = result.recipe
     assert texts.recovery is not None
-    if work.has("recovered.safetensors"):
-        work.read_weights("recovered.safetensors", result.model)
+    if work.read_weights("recovered.safetensors", result.model):
         return
     task = RecoveryTask(
         text=texts.recovery,
@@ -273,6 +289,7 @@ def time_both(result: Result) -> None:
         result.metrics[state] |= speed
 
 
+@alone("folder")
 def save(result: Result, folder: str | Path) -> None:
     """Write the model and everything that explains it to ``folder``, proved in a fresh process.
 

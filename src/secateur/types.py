@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from secateur.errors import PlanError
+from secateur.reading import path_of, read_json, shortened
 
 Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
 
 
 class Settings(BaseModel):
-    """Base of every recipe section: frozen, typed, unknown keys refused; one value stands for a list of one."""
+    """Base of every recipe section: frozen, typed, unknown keys refused, numbers finite; one value stands for a list
+    of one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -363,7 +365,7 @@ class Scores:
 class PruningPlan(BaseModel):
     """Which units of which groups stay. Small, printable, JSON; it can be edited by hand and applied again."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
     base_model: str = ""
@@ -372,17 +374,25 @@ class PruningPlan(BaseModel):
     fingerprint: str
     """``DependencyGraph.fingerprint`` of that model."""
     method: str
-    ratio_asked: float
+    ratio_asked: float = Field(ge=0, lt=1)
     """Fraction of all parameters to remove; 0 for a plan that removes nothing."""
-    ratio_reached: float
-    parameters_before: int
-    parameters_after: int
+    ratio_reached: float = Field(ge=0, lt=1)
+    parameters_before: int = Field(ge=1)
+    parameters_after: int = Field(ge=1)
     seed: int = 0
     versions: dict[str, str] = {}
     sizes: dict[str, int] = {}
     """Group name → units before the cut, for every group in ``kept``."""
     kept: dict[str, list[StrictInt]] = {}
     """Group name → indices of the units that stay, ascending; a group that is not listed stays whole."""
+
+    @model_validator(mode="after")
+    def _gets_smaller(self) -> PruningPlan:
+        if self.parameters_after > self.parameters_before:
+            raise ValueError(
+                f"parameters_after ({self.parameters_after:,}) is above parameters_before ({self.parameters_before:,})"
+            )
+        return self
 
     def removed(self, name: str) -> list[int]:
         """Indices of the units of group ``name`` that go, ascending."""
@@ -411,16 +421,15 @@ class PruningPlan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
         """Read a plan; raises PlanError when the file is missing or not a plan."""
+        advice = "Give the path of a plan.json."
+        file = path_of(path, "The plan", PlanError)
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Give the path of a plan.json.") from error
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{path} is not a pruning plan: it is not text in UTF-8.") from error
+            return cls.model_validate(read_json(file, error=PlanError, advice=advice), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PlanError(f"{path} is not a pruning plan: {where}: {first['msg']}.") from error
+            reason = shortened(first["msg"].removeprefix("Value error, "), 300)
+            raise PlanError(f"{file} is not a pruning plan: {where}: {reason}. {advice}") from error
 
 
 def removed_to_kept(graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:

@@ -1,29 +1,75 @@
-"""Files and folders that are there as a whole, or not at all."""
+"""Files and folders that are there as a whole, or not at all; where they may be, and what lies beside them."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from secateur.errors import InputError
+from secateur.reading import brief, path_of
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""In bytes, on the file systems of today."""
+_ROOM = 200
+"""Bytes that the names of files within an output may take, with what is put before and after its name."""
+
+
+def place_of(output: str | os.PathLike[str], what: str = "The output") -> Path:
+    """The absolute path of a file or folder to be written, without links; nothing is made.
+
+    Raises InputError for what can be the name of none: see ``path_of``; names that are too long, also when the folders
+    above them do not exist yet; and names that are not UTF-8, which libraries that open model folders cannot pass on.
+    """
+    if not isinstance(output, str | os.PathLike):
+        raise InputError(f"{what} is {brief(output)}. Give the path of a file or folder.")
+    try:
+        path = path_of(output, what).resolve()
+    except (OSError, RuntimeError) as error:  # the working folder is gone; links that go round in a circle
+        raise InputError(f"{what} {brief(str(output))} is no path: {error}. Give another one.") from error
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise InputError(f"{what} {brief(str(path))} is no path: a name in it is too long. Give another one.")
+    if len(os.fsencode(path)) + _ROOM > _LONGEST_PATH:
+        raise InputError(f"{what} {brief(str(path))} is too long for the files in it. Give a shorter one.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} {brief(str(path))} has a name that is not UTF-8, which not all programs open. Give another one."
+        ) from error
+    return path
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name beside ``path`` for what is kept while it is written: ``.NAME.ENDING``, a long NAME shortened."""
+    name = f".{path.name}.{ending}"
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]
+        name = f".{path.name.encode()[: _LONGEST_NAME - 100].decode(errors='ignore')}~{digest}.{ending}"
+    return path.with_name(name)
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write a file or a folder to: it becomes ``path`` when all goes well, or else it goes.
 
-    A file that is there is replaced, a folder only when it is empty. What a killed process left is removed first.
+    A file that is there is replaced, a folder only when it is empty. What a killed process left is removed first, so
+    that the caller must be the only one that writes ``path`` (``lock.held``). Everything is on the disk before it has
+    its name: a power cut, too, leaves all of it or what was there before.
     """
-    scratch = path.with_name(f".{path.name}.saving")
-    _remove(scratch)
+    scratch = beside(path, "saving")
+    remove(scratch)
     try:
         yield scratch
-        if scratch.is_dir() and path.is_dir():
-            path.rmdir()
+        _store(scratch)
         os.replace(scratch, path)
+        _store_names(path.parent)
     finally:
-        _remove(scratch)
+        remove(scratch)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -32,8 +78,38 @@ def write_whole(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _store(path: Path) -> None:
+    """Have the disk hold a file, or a folder with all that is in it."""
+    if not path.is_dir():
+        store_file(path)
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            store_file(Path(folder, name))
+        _store_names(Path(folder))
+
+
+def store_file(path: Path) -> None:
+    """Have the disk hold what was written to ``path``."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _store_names(folder: Path) -> None:
+    """Have the disk hold which names are in ``folder``, where the file system can be asked for that."""
+    try:
+        store_file(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR, errno.EBADF):
+            raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,18 +10,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from secateur.errors import InputError
+from secateur.errors import InputError, out_of_memory
 from secateur.progress import say
-from secateur.whole import whole, write_whole
+from secateur.reading import parse_json, read_json, read_text
+from secateur.whole import beside, place_of, remove, whole, write_whole
 
 
 class Workspace:
     """The files of a run before it is finished, in ``.OUT.secateur`` beside ``OUT``; in memory when there is no OUT.
 
-    A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed.
+    A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed. One
+    that cannot be read all the same (a disk that failed) counts as missing, so that its stage is made again.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -35,24 +37,25 @@ class Workspace:
 
         ``contents`` may be a part of those given to ``open``: the others are not looked at.
         """
-        folder = output.absolute().parent / f".{output.name}.secateur"
-        written = folder / "recipe.yaml"
+        folder = _folder_of(output)
         if not _begun(folder):
             return folder  # there is nothing to lose
-        if written.exists() and not resume:
+        if not resume:
             raise InputError(
                 f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
                 "or delete that folder to start anew."
             )
-        before = written.read_text(encoding="utf-8") if written.exists() else recipe
+        anew = f"What that run was started with is not known: delete the folder {folder} to start anew."
+        before = read_text(folder / "recipe.yaml", advice=anew)
         if before != recipe:
             was, now = _first_difference(before, recipe)
             raise InputError(
-                f"The unfinished run in {folder} was started with another recipe ({written}): {was!r} there, {now!r} "
-                "here. Repeat its settings to resume it, or delete that folder to start anew."
+                f"The unfinished run in {folder} was started with another recipe ({folder / 'recipe.yaml'}): {was!r} "
+                f"there, {now!r} here. Repeat its settings to resume it, or delete that folder to start anew."
             )
-        noted = folder / "contents.json"
-        known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+        known = read_json(folder / "contents.json", advice=anew)
+        if not isinstance(known, dict):
+            raise InputError(f"{folder / 'contents.json'} is damaged. {anew}")
         changed = [name for name, digest in contents.items() if known.get(name) != digest]
         if changed:
             raise InputError(
@@ -79,14 +82,14 @@ class Workspace:
         folder = cls.place(output, recipe, resume, contents)
         try:
             if not _begun(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
             space = cls(folder)
             space.write_text("recipe.yaml", recipe)
             space.write_json("contents.json", dict(contents))
         except OSError as error:
             if folder.is_dir() and not _begun(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             raise InputError(f"Cannot write beside {output}: {error.strerror}. Choose another folder.") from error
         if (folder / "run.jsonl").exists():
             space.events = read_json_lines(folder / "run.jsonl")
@@ -96,10 +99,6 @@ class Workspace:
         """Path of a stage's file or folder, or None when nothing is kept on disk."""
         return None if self.folder is None else self.folder / name
 
-    def has(self, name: str) -> bool:
-        path = self.path(name)
-        return path is not None and path.exists()
-
     def write_text(self, name: str, text: str) -> None:
         if self.folder is not None:
             write_whole(self.folder / name, text)
@@ -108,22 +107,42 @@ class Workspace:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
-        assert self.folder is not None
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        """What ``write_json`` kept; None when it is not there, or damaged."""
+        path = self.path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except InputError as error:
+            self._damaged(path, error)
+            return None
 
     def metrics(self) -> dict[str, Any]:
-        """The numbers of the stages that are finished."""
-        found: dict[str, Any] = self.read_json("metrics.json") if self.has("metrics.json") else {}
-        return found
+        """The numbers of the stages that are finished; those of a damaged file are measured again."""
+        found = self.read_json("metrics.json")
+        return found if isinstance(found, dict) else {}
+
+    def _damaged(self, path: Path, error: Exception) -> None:
+        """Say that a file is taken for missing; lack of memory to read it is raised instead."""
+        if out_of_memory(error):
+            raise error
+        say(f"  {path} is damaged: what it held is made again.")
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:
             with whole(self.folder / name) as scratch:
                 save_file(tensors, scratch)
 
-    def read_tensors(self, name: str) -> dict[str, Tensor]:
-        assert self.folder is not None
-        return load_file(self.folder / name)
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What ``write_tensors`` kept; None when it is not there, or damaged."""
+        path = self.path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            self._damaged(path, error)
+            return None
 
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Keep all weights of ``model``; tied ones once."""
@@ -131,10 +150,17 @@ class Workspace:
             with whole(self.folder / name) as scratch:
                 save_model(model, str(scratch))
 
-    def read_weights(self, name: str, model: nn.Module) -> None:
-        """Load what ``write_weights`` kept into a model of the same shapes."""
-        assert self.folder is not None
-        load_model(model, str(self.folder / name))
+    def read_weights(self, name: str, model: nn.Module) -> bool:
+        """Load what ``write_weights`` kept into a model of the same shapes; False when it is not there, or damaged."""
+        path = self.path(name)
+        if path is None or not path.exists():
+            return False
+        try:
+            load_model(model, str(path))
+        except (SafetensorError, OSError) as error:
+            self._damaged(path, error)
+            return False
+        return True
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one event, with the time, to ``run.jsonl``."""
@@ -145,9 +171,9 @@ class Workspace:
                 file.write(json.dumps(entry) + "\n")
 
     def discard(self, name: str) -> None:
-        """Remove what a stage kept on its way (a folder), now that its result is kept."""
+        """Remove what a stage kept: a folder, now that its result is kept, or what another stage must make anew."""
         if self.folder is not None:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            remove(self.folder / name)
 
     @contextmanager
     def stage(self, name: str, title: str, metrics: dict[str, Any]) -> Iterator[None]:
@@ -163,7 +189,15 @@ class Workspace:
     def remove(self) -> None:
         """The run is finished and its results are in the output folder."""
         if self.folder is not None:
-            shutil.rmtree(self.folder)
+            remove(self.folder)
+
+    @staticmethod
+    def tidy(output: Path, recipe: str) -> None:
+        """Remove what a run of this recipe left that was killed when its ``output`` was finished."""
+        folder = _folder_of(output)
+        written = folder / "recipe.yaml"
+        if folder.is_dir() and (not written.exists() or read_text(written) == recipe):
+            remove(folder)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
@@ -171,11 +205,13 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
     A line that a kill cut short is taken out of the file, as the next one would be written onto its end.
     """
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="replace")
     found = []
-    for line in text.splitlines():
-        with suppress(json.JSONDecodeError):
-            found.append((line, json.loads(line)))
+    for line in text.split("\n"):  # not splitlines, which also breaks at U+2028 and others that JSON may hold
+        with suppress(InputError):
+            value = parse_json(line, "")
+            if isinstance(value, dict):
+                found.append((line, value))
     mended = "".join(f"{line}\n" for line, _ in found)
     if mended != text:
         write_whole(file, mended)
@@ -188,7 +224,13 @@ def _first_difference(before: str, now: str) -> tuple[str, str]:
     return next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
 
 
+def _folder_of(output: Path) -> Path:
+    return beside(place_of(output), "secateur")
+
+
 def _begun(folder: Path) -> bool:
     """Whether anything was kept of a run: more than what it was asked for."""
     asked = ("recipe.yaml", "contents.json", "run.jsonl")
-    return folder.is_dir() and any(path.name not in asked for path in folder.iterdir())
+    return folder.is_dir() and any(
+        path.name not in asked and not path.name.endswith(".saving") for path in folder.iterdir()
+    )

@@ -18,7 +18,7 @@ def test_without_output_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     space = Workspace.open(None, "recipe", resume=False, contents={})
     space.write_json("metrics.json", {"a": 1})
     space.log({"stage": "dense"})
-    assert not space.has("metrics.json")
+    assert space.read_json("metrics.json") is None
     assert not list(tmp_path.iterdir())
     assert space.events[0]["stage"] == "dense"
 

@@ -15,6 +15,8 @@ from secateur.compare.rows import Row
 from secateur.config import Recipe
 from secateur.errors import InputError
 from secateur.planning import versions
+from secateur.progress import say
+from secateur.reading import read_json
 from secateur.whole import write_whole
 
 
@@ -40,7 +42,11 @@ def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> Non
         return  # it failed before anything was measured
     if written.exists() and not resume:
         raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
-    before = _leaves(json.loads(written.read_text())) if written.exists() else {}
+    advice = f"What {output} compares is not known: delete that folder, or name another one."
+    known = read_json(written, advice=advice) if written.exists() else {}
+    if not isinstance(known, dict):
+        raise InputError(f"{written} is damaged. {advice}")
+    before = _leaves(known)
     now = _leaves(identity)
     if written.exists() and before != now:
         other = [
@@ -80,11 +86,17 @@ def open_folder(output: Path, identity: Mapping[str, Any]) -> Path:
 
 
 def read_rows(output: Path) -> dict[tuple[str, float], Row]:
-    """The rows that are there by method and ratio, failed ones too; InputError for a file that is none."""
+    """The rows that are there by method and ratio, failed ones too; one that was cut short is made again. InputError
+    for a file that is none."""
     found = {}
     for path in sorted((output / "rows").glob("*-*.json")):
         try:
-            row = Row.model_validate_json(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+        except InputError:
+            say(f"{path} is damaged: it counts as missing.")
+            continue
+        try:
+            row = Row.model_validate(content)
         except ValidationError as error:
             raise InputError(f"{path} is no row of a comparison. Delete that file, or name another folder.") from error
         found[row.method, row.ratio] = row

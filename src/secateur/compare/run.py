@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -11,26 +12,30 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import stages
 from secateur.compare.contents import code_of, same_file
 from secateur.compare.folder import check_folder, check_rows, identity_of, open_folder, read_rows, write_row
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
-from secateur.config import Recipe, parse_value, revise
+from secateur.config import Recipe, RecipeLike, parse_value, recipe_of, revise
 from secateur.data import Texts, check_sources, load_whole, read_texts
-from secateur.errors import InputError, SecateurError
+from secateur.digest import digest
+from secateur.errors import InputError, SecateurError, out_of_memory
 from secateur.evaluation import machine
 from secateur.evaluation.memory import PeakMemory
 from secateur.evaluation.tasks import chance_levels, check_tasks, evaluate_tasks
+from secateur.inputs import refuse_inputs
 from secateur.loading import load
+from secateur.lock import alone
 from secateur.methods import METHODS
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
+from secateur.reading import brief, read_json
 from secateur.surgery import trace
 from secateur.types import DependencyGraph, Kind
-from secateur.whole import write_whole
+from secateur.whole import place_of, write_whole
 from secateur.workspace import Workspace
 
 FLOOR = "random"
@@ -47,12 +52,13 @@ class Shared:
     """By ``budget.kinds``: what rows may cut that differ in it."""
     texts: Texts
     dense: Mapping[str, Any]
-    """Metrics of the dense model, as ``stages.measure`` leaves them."""
+    """Metrics of the dense model, as ``stages.measure`` leaves them, with ``weights`` (``_identity_of``)."""
     tasks: Sequence[str]
 
 
+@alone("output")
 def compare(
-    recipe: Recipe,
+    recipe: RecipeLike,
     methods: Sequence[str],
     ratios: Sequence[float],
     output: Path,
@@ -88,7 +94,8 @@ def compare(
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
-    recipe = revise(recipe, {"recovery.patience": 0})
+    recipe, output = revise(recipe_of(recipe), {"recovery.patience": 0}), place_of(output)
+    refuse_inputs(output, recipe, tasks)
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})
     identity = identity_of(recipes, tasks)
@@ -174,7 +181,7 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
         key, _, value = text.partition("=")
         method, _, name = key.strip().partition(".")
         if method in METHODS and name:
-            own.setdefault(method, {})[name] = parse_value(value, f"--set {text!r}")
+            own.setdefault(method, {})[name] = parse_value(value, f"--set {brief(text)}")
         else:
             shared.append(text)
     return shared, own
@@ -228,10 +235,10 @@ def _measure_dense(
     recipe: Recipe, result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path
 ) -> Leaderboard:
     """The comparison without rows; ``result.metrics`` are those of the dense model afterwards."""
-    kept = folder / "dense.json"
-    if kept.exists():
-        result.metrics = json.loads(kept.read_text())
-    else:
+    kept, weights = folder / "dense.json", _identity_of(result.model)
+    result.metrics = _kept_metrics(kept)
+    if not result.metrics:
+        result.metrics["weights"] = weights
         if tasks:  # first: it reads the data of the tasks, which may be missing
             result.metrics["chance"] = chance_levels(tasks)
         say("Measuring the dense model")
@@ -241,6 +248,11 @@ def _measure_dense(
         if tasks:
             result.metrics["tasks"] = _evaluate_tasks(result, tasks)
         write_whole(kept, json.dumps(result.metrics))
+    if result.metrics["weights"] != weights:
+        raise InputError(
+            f"The weights or the config of {recipe.model.name} have changed since the dense model was measured for "
+            f"{folder.parent}. Put back what was there, or name another folder."
+        )
     return Leaderboard(
         model=recipe.model.name,
         seed=recipe.seed,
@@ -256,6 +268,25 @@ def _measure_dense(
         machine=machine(),
         versions=versions(),
     )
+
+
+def _kept_metrics(file: Path) -> dict[str, Any]:
+    """What an earlier run measured of the dense model; nothing when there is none, or it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        found = read_json(file)
+    except InputError:
+        found = None
+    if isinstance(found, dict) and {"dense", "weights"} <= found.keys():
+        return found
+    say(f"{file} is damaged: the dense model is measured again.")
+    return {}
+
+
+def _identity_of(model: PreTrainedModel) -> str:
+    """A digest of the weights (samples of all) and the config of a model, as it was opened."""
+    return f"{digest(model)} {hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]}"
 
 
 def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
@@ -289,13 +320,19 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
     try:
         _measure(row, recipe, shared)
     except Exception as error:  # also a fault of a method, or too little memory for this one
-        row.error = str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+        kind = "not enough memory" if out_of_memory(error) else type(error).__name__
+        row.error = str(error) if isinstance(error, SecateurError) else f"{kind}: {error}"
         say(f"  {row.error}")
     return row
 
 
 def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     model, tokenizer = load(**recipe.model.model_dump())
+    if _identity_of(model) != shared.dense["weights"]:
+        raise InputError(
+            f"The weights or the config of {recipe.model.name} have changed since the dense model was measured: this "
+            "row would be of another model. Put back what was there and add --resume."
+        )
     graph = shared.graphs[recipe.budget.kinds]
     result = stages.Result(model, tokenizer, stages.rehearse(model, graph, recipe), graph, recipe)
     result.metrics = {

@@ -18,7 +18,7 @@ from secateur.export.huggingface import check_output, check_room, open_permissio
 from secateur.export.weights import ExportSettings, source_of, written_bytes, written_dtype
 from secateur.graph import trace
 from secateur.progress import say
-from secateur.whole import whole
+from secateur.whole import place_of, whole
 
 Form = Literal["uniform", "gguf", "onnx"]
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -89,7 +89,7 @@ def _to_onnx(
 
 def _check_file(file: Path) -> Path:
     """Refuse early a place that cannot become a new file."""
-    path = file.expanduser().absolute()
+    path = place_of(file)
     if path.exists():
         raise InputError(f"{file} exists already. Name a new file.")
     if not path.parent.is_dir():

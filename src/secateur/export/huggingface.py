@@ -38,7 +38,7 @@ from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_cla
 from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
 from secateur.types import DependencyGraph
-from secateur.whole import whole
+from secateur.whole import place_of, whole
 
 ARTEFACTS = "secateur"
 """Subfolder with what secateur knows about the model."""
@@ -69,10 +69,7 @@ def check_output(folder: str | Path) -> Path:
     Nothing is made. The folder may exist when it is empty; what is written first lies beside it, so its parent must be
     writable. Raises InputError.
     """
-    try:
-        path = Path(folder).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # no such user's home, or links that go round in a circle
-        raise InputError(f"{folder} is not a path: {error}. Give a new folder for the pruned model.") from error
+    path = place_of(folder)
     if path in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(path):
         raise InputError(f"{path} cannot be replaced by the finished folder. Give the name of a new folder in it.")
     if path.exists() and not path.is_dir():

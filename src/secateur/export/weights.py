@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -23,7 +23,14 @@ class ExportSettings(Settings):
     """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
     checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
     max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
-    """Largest weight file: a number with KB, MB, GB or TB (``5GB``, ``500MB``)."""
+    """Largest weight file: a number above 0 with KB, MB, GB or TB (``5GB``, ``500MB``)."""
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _holds_something(cls, value: str) -> str:
+        if not float(value.rstrip("KMGTB ")) > 0:
+            raise ValueError("a weight file holds something: give a size above 0, such as 5GB")
+        return value
 
 
 def source_of(model: PreTrainedModel) -> Path | None:

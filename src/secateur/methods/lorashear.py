@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from peft import PeftModel
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel
 
 from secateur import progress
+from secateur.errors import InputError, out_of_memory
 from secateur.graph import trace
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
@@ -24,11 +26,12 @@ from secateur.importance.base import Checked
 from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
 from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms, still_heard
 from secateur.planning import allocate, by_period, restrict
+from secateur.reading import read_json
 from secateur.surgery import zero_units
 from secateur.surgery.mask import require_maskable
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.types import Scores, Settings, removed_to_kept
-from secateur.whole import write_whole
+from secateur.whole import remove, whole, write_whole
 
 Removed = dict[str, list[int]]
 
@@ -244,8 +247,10 @@ class _Book:
         self.folder.mkdir(parents=True, exist_ok=True)
         number = begun.number
         if weights_changed:
-            save_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
-        save_file(dict(begun.scores.values), self.folder / f"scores-{number}.safetensors")
+            with whole(self.folder / f"weights-{number}.safetensors") as scratch:
+                save_model(self.task.model, str(scratch))
+        with whole(self.folder / f"scores-{number}.safetensors") as scratch:
+            save_file(dict(begun.scores.values), scratch)
         facts = {"number": number, "removed": begun.removed, "chosen": begun.chosen, "of_loss": begun.scores.of_loss}
         note = json.dumps({**facts, "weights_changed": weights_changed, "log": self.log})
         write_whole(self.folder / "period.json", note)
@@ -254,13 +259,22 @@ class _Book:
         shutil.rmtree(self.folder / f"training-{number - 1}", ignore_errors=True)
 
     def restore(self) -> _Period | None:
-        """The period that had begun, with the task's model as it was then; None when there is none."""
+        """The period that had begun, with the task's model as it was then; None when there is none, or when what was
+        kept of it is damaged: then nothing of the earlier run stays, and the method begins anew."""
         if self.folder is None or not (self.folder / "period.json").exists():
             return None
-        note = json.loads((self.folder / "period.json").read_text())
+        try:
+            note = read_json(self.folder / "period.json")
+            number = note["number"]
+            scores = Scores(load_file(self.folder / f"scores-{number}.safetensors"), note["of_loss"])
+            if note["weights_changed"]:
+                load_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
+        except (InputError, SafetensorError, OSError, KeyError, TypeError) as error:
+            if out_of_memory(error):
+                raise
+            progress.say(f"  What an earlier run kept in {self.folder} is damaged: the method begins anew.")
+            remove(self.folder)
+            return None
         self.log = note["log"]
-        if note["weights_changed"]:
-            load_model(self.task.model, str(self.folder / f"weights-{note['number']}.safetensors"))
-        progress.say(f"  resuming in period {note['number']}")
-        scores = Scores(load_file(self.folder / f"scores-{note['number']}.safetensors"), note["of_loss"])
-        return _Period(note["number"], note["removed"], note["chosen"], scores)
+        progress.say(f"  resuming in period {number}")
+        return _Period(number, note["removed"], note["chosen"], scores)

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from secateur.analysis import Analysis, Deviation, percent
 from secateur.errors import PlanError
 from secateur.planning.shapes import RunsOn, needs_equal_widths, refusal
+from secateur.reading import brief
 from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 
 
@@ -66,7 +67,7 @@ class Budget(Settings):
             ratio = math.nan
         if isinstance(value, bool) or not 0 < ratio < 1:
             raise ValueError(
-                f"a ratio lies strictly between 0 and 1 (0.2 removes a fifth of all parameters); got {value!r}"
+                f"a ratio lies strictly between 0 and 1 (0.2 removes a fifth of all parameters); got {brief(value)}"
             )
         return ratio
 
@@ -196,12 +197,7 @@ def _sensitive(graph: DependencyGraph, budget: Budget) -> dict[str, str]:
     if budget.protect_from is None:
         return {}
     analysis = Analysis.load(budget.protect_from)
-    if analysis.fingerprint != graph.fingerprint:
-        raise PlanError(
-            f"The analysis {budget.protect_from} is of another model ({analysis.base_model or 'unnamed'}, fingerprint "
-            f"{analysis.fingerprint}); this {graph.model_type} model has fingerprint {graph.fingerprint}. "
-            "Analyse this one with `secateur analyze`."
-        )
+    analysis.check(graph, budget.protect_from)
     share, by = budget.protect_share, budget.protect_by
     deviations = analysis.deviations(by)
     most = {

@@ -1,21 +1,26 @@
 """What a callback remembers is saved with each checkpoint of the Trainer, and found again by ``--resume``.
 
 A checkpoint is the Trainer's own folder (adapters, optimiser, schedule, random states, position in the data) with one
-more file, ``callbacks.safetensors``, which is written last: only a folder that has it is complete.
+more file, ``callbacks.safetensors``, which is written last and holds the digests of the others: only a folder that has
+it, and in which they agree, is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from secateur.whole import whole
+from secateur.errors import out_of_memory
+from secateur.progress import say
+from secateur.whole import remove, store_file, whole
 
 _STATE = "callbacks.safetensors"
 
@@ -46,8 +51,10 @@ class SaveStates(TrainerCallback):
             for name, tensor in callback.state_tensors().items()
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in _others(folder):
+            store_file(path)
         with whole(folder / _STATE) as scratch:
-            save_file(tensors, scratch, metadata={"step": str(state.global_step)})
+            save_file(tensors, scratch, metadata={"step": str(state.global_step), **_digests(folder)})
 
     def restore(self, checkpoint: Path) -> None:
         """Give every callback the state that it had at this checkpoint."""
@@ -59,10 +66,42 @@ class SaveStates(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest complete checkpoint in ``folder``, or None."""
+    """The latest complete checkpoint in ``folder``, or None. Those that a kill or a power cut left behind go."""
     found = {
         int(match[1]): path
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / _STATE).exists()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    return found[max(found)] if found else None
+    for step in sorted(found, reverse=True):
+        if _is_complete(found[step]):
+            return found[step]
+        say(f"  {found[step]} is incomplete: training goes on from before it.")
+        remove(found[step])
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    if not (checkpoint / _STATE).is_file():
+        return False
+    try:
+        with safe_open(checkpoint / _STATE, framework="pt") as file:
+            noted = dict(file.metadata() or {})
+    except SafetensorError as error:
+        if out_of_memory(error):
+            raise
+        return False
+    noted.pop("step", None)
+    return noted == _digests(checkpoint)
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file of the Trainer, by name."""
+    found = {}
+    for path in _others(checkpoint):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _others(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.iterdir() if path.is_file() and _STATE not in path.name)

@@ -1,0 +1,171 @@
+"""How a command ends: the one place where exceptions and signals become a message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from secateur.errors import SecateurError, out_of_memory
+
+_ONE_SIGNAL_SECONDS = 10.0
+"""A terminal that closes and a scheduler send several: those after the first must not interrupt the tidying."""
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP has come: as Ctrl-C, from a scheduler or a terminal that was closed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Commands(TyperGroup):
+    """The one place where an exception becomes a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        _open_streams()
+        try:
+            with _signals_raise():
+                os.getcwd()
+                return super().invoke(ctx)
+        except SecateurError as error:
+            if debugging():
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(_exit_code(interrupt)) from interrupt
+        except Exception as error:
+            # what the parser raises (usage errors, --help) brings its own exit code; who closes a pipe has seen enough
+            if debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
+                raise
+            typer.echo(f"Error: {_message(error)}", err=True)
+            raise typer.Exit(1) from error
+
+
+@contextmanager
+def resumable(kept: str) -> Iterator[None]:
+    """Say what an interruption leaves, and end with the exit code that shells give it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"Interrupted. {kept}".strip(), err=True)
+        raise typer.Exit(_exit_code(interrupt)) from interrupt
+
+
+def debugging() -> bool:
+    """Whether ``--debug`` or the environment asks for tracebacks."""
+    return os.environ.get("SECATEUR_DEBUG", "") not in ("", "0")
+
+
+def _exit_code(interrupt: KeyboardInterrupt) -> int:
+    return 128 + (interrupt.number if isinstance(interrupt, Ended) else signal.SIGINT)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise ``Ended`` where the program is, so that everything is let go as by Ctrl-C.
+
+    What torch computes in C++ ends first. A signal that whoever started this wants ignored (nohup) stays ignored.
+    """
+    last = -_ONE_SIGNAL_SECONDS
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= _ONE_SIGNAL_SECONDS:
+            raise Ended(number)
+
+    old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                old[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _open_streams() -> None:
+    """Give a process that was started without standard streams some that lead nowhere, before a file gets their
+    numbers; and let a terminal that cannot show a character show its code."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  # for as long as it runs
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # what a caller has put there may be anything that can be written
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _message(error: Exception) -> str:
+    """One message for what no part of the program has foreseen: the machine's failures, or else a bug."""
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 1000 else f"{reason[:1000]}…"
+    advice = _advice(error)
+    if advice is not None:
+        return f"{reason}\n{advice}" if reason else advice
+    return (
+        f"unexpected {type(error).__name__}: {reason}\n"
+        "This looks like a bug. Run again as `secateur --debug ...` and report the traceback that it shows."
+    )
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about a failure of the machine or of what was given, rather than of the program; None for that."""
+    if out_of_memory(error):
+        return "Not enough memory: lower batch sizes or windows, or --set training.gradient_checkpointing=true."
+    if is_full(error):
+        return "The disk is full. Make room; what can be resumed goes on with --resume after the last finished stage."
+    if isinstance(error, RecursionError) and _was_reading(error):
+        return "Something that was given is nested too deep to be read: a model's JSON file, text or a recipe."
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return "No folder for temporary files can be written. Set TMPDIR to one that can, with room in it."
+    if isinstance(error, FileNotFoundError) and _working_folder_is_gone():
+        return "The folder that this was started in is gone. Change to one that exists."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "This place cannot be written or read. Mend its permissions, or name another one."
+    return None
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers) or "inline_container.cc" in str(error)
+
+
+def _was_reading(error: RecursionError) -> bool:
+    """Whether the deepest frames are those of a reader, or of a library that walks what was read."""
+    trace, names = error.__traceback__, []
+    while trace is not None:
+        names.append(trace.tb_frame.f_globals.get("__name__", "").partition(".")[0])
+        trace = trace.tb_next
+    return bool({"json", "yaml", "copy", "jinja2", "pydantic"} & set(names[-50:]))
+
+
+def _working_folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
