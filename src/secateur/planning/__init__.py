@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from secateur.planning.allocate import allocate, countable
+from secateur.planning.allocate import allocate, solve
 from secateur.planning.budget import Budget, restrict
 from secateur.planning.plan import decoder_ratio, describe, make_plan, versions
+from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
 
 __all__ = [
     "Budget",
+    "Counts",
+    "Problem",
     "allocate",
     "by_period",
     "countable",
@@ -17,5 +20,6 @@ __all__ = [
     "describe",
     "make_plan",
     "restrict",
+    "solve",
     "versions",
 ]

@@ -34,6 +34,10 @@ class Budget(Settings):
     ranking: Literal["global", "layer"] = "global"
     """``global``: units compete over the whole model, so that widths differ between layers; ``layer``: the same number
     of units goes in every group of a kind (and size), so that widths stay equal."""
+    shares: dict[str, float] = Field(default_factory=dict)
+    """Ratios of their own for some groups, by kind, name or pattern of names, such as ``{attention: 0.1}`` or
+    ``{layers.0.*: 0.05}``: so much goes of the parameters of these groups, and the others make up for the difference
+    to ``ratio``. A group that several name belongs to the first; 0 keeps it whole."""
     normalise: Literal["auto", "mean", "parameters", "none"] = "auto"
     """What makes scores of different groups comparable. ``mean``: each relative to the mean of its group;
     ``parameters``: divided by the parameters that go with the unit; ``none``: as they are; ``auto``: ``parameters``
@@ -88,6 +92,13 @@ class Budget(Settings):
     def _whole_layers(cls, value: int | float) -> int | float:
         if value >= 1 and value != int(value):
             raise ValueError(f"a whole number of layers, or a share of them below 1; got {value}")
+        return value
+
+    @field_validator("shares")
+    @classmethod
+    def _fractions(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(0 <= ratio < 1 for ratio in value.values()):
+            raise ValueError(f"ratios of shares are at least 0 and below 1; got {value}")
         return value
 
     @field_validator("round_to")

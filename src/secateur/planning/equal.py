@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 
 from secateur.errors import PlanError
+from secateur.planning.problem import Problem
+from secateur.planning.shapes import needs_equal_widths
 from secateur.planning.stacks import Count, Stack
 
+_TOLERANCE = 0.02
+"""How far the ratio reached may be from the one asked where a runtime's legal shapes force big steps."""
 _COMBINATIONS = 256
 """How many combinations of widths of the smaller classes are tried at most."""
 _EXACT = 0.005
@@ -32,12 +36,48 @@ class WidthClass:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Widths:
     """One combination of widths."""
 
     kept: Mapping[str, int]
     parameters: int
     loss: float
+
+
+def equal_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]:
+    """Units that each group keeps when all groups of a kind and size keep the same number; ``ratio`` as in
+    ``allocate``."""
+    stacks = list(problem.stacks.values())
+    target = problem.target()
+    floors = problem.floors(target)
+    allowed = {name: [count for count in problem.legal[name] if count >= floors[name]] for name in problem.stacks}
+    final, looked_at = choose_equal(problem.count, width_classes(stacks, allowed), target)
+    if needs_equal_widths(problem.budget.runs_on):
+        _check_near(problem, final, looked_at)
+    if ratio is None or ratio >= problem.ratio:
+        return dict(final.kept)
+    on_the_way = {
+        name: range(final.kept[name], stack.left + 1, stack.group.runs) for name, stack in problem.stacks.items()
+    }
+    chosen, _ = choose_equal(problem.count, width_classes(stacks, on_the_way), problem.target(ratio))
+    return dict(chosen.kept)
+
+
+def _check_near(problem: Problem, chosen: Widths, looked_at: Sequence[Widths]) -> None:
+    """PlanError when the legal shape that was chosen is too far from the ratio asked."""
+    ratios = sorted({1 - widths.parameters / problem.count.total for widths in looked_at})
+    asked, reached = problem.ratio, 1 - chosen.parameters / problem.count.total
+    if abs(asked - reached) <= _TOLERANCE:
+        return
+    nearest = [
+        max((r for r in ratios if 0 < r < asked), default=None),
+        min((r for r in ratios if r > asked), default=None),
+    ]
+    raise PlanError(
+        f"No shape that opens in {problem.budget.runs_on} is near a ratio of {asked:g}. "
+        f"The nearest: {' and '.join(f'{r:.4f}' for r in nearest if r is not None)}. "
+        "Ask for that, or set budget.runs_on to transformers."
+    )
 
 
 def width_classes(stacks: Sequence[Stack], allowed: Mapping[str, Sequence[int]]) -> list[WidthClass]:
@@ -61,7 +101,7 @@ def width_classes(stacks: Sequence[Stack], allowed: Mapping[str, Sequence[int]])
     return classes
 
 
-def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Candidate, list[Candidate]]:
+def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Widths, list[Widths]]:
     """The combination of widths that comes nearest to ``target`` parameters, and all that were looked at.
 
     Among those that are near enough (no further off than one step of the finest class, and half a percent of all
@@ -77,7 +117,7 @@ def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> 
     return best, candidates
 
 
-def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Candidate]:
+def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Widths]:
     """Every combination of the other classes, each with the two widths of the finest class around the target."""
     finest = max(range(len(classes)), key=lambda index: len(classes[index].counts))
     others = [item for index, item in enumerate(classes) if index != finest]
@@ -90,7 +130,7 @@ def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> l
         loss = sum(item.loss(width) for item, width in zip(others, widths, strict=True))
         for width in _around(count, kept, classes[finest], target):
             whole = {**kept, **classes[finest].kept(width)}
-            found.append(Candidate(whole, count(whole), loss + classes[finest].loss(width)))
+            found.append(Widths(whole, count(whole), loss + classes[finest].loss(width)))
     return found
 
 

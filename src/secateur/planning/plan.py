@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
-from secateur.planning.allocate import countable
 from secateur.planning.budget import Budget
+from secateur.planning.problem import countable
 from secateur.types import DependencyGraph, PruningPlan, removed_to_kept
 
 _VERSIONS = ("secateur", "torch", "transformers", "peft")

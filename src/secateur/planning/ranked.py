@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 
+from secateur.planning.problem import Problem
 from secateur.planning.stacks import Count, Stack
+
+
+def ranked_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]:
+    """Units that each group keeps when all compete in one ranking; ``ratio`` as in ``allocate``."""
+    target = problem.target(ratio)
+    floors = problem.floors(target)
+    stops = []
+    for name, stack in problem.stacks.items():
+        legal = problem.legal[name]
+        between = legal[bisect_left(legal, floors[name]) : bisect_left(legal, stack.left)]
+        stops.append(torch.tensor([stack.left, *reversed(between)]))
+    return choose_ranked(problem.count, list(problem.stacks.values()), stops, target)
 
 
 def choose_ranked(
