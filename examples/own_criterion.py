@@ -1,4 +1,4 @@
-"""Your own criterion, against the others: a method is a class with a name and a ``run``.
+"""Your own criterion, against the others: a method is a subclass of ``Method`` with a name and a ``run``.
 
 Scores a channel or head by the largest weight that consumes it, and compares that with magnitude and Taylor under the
 same budget, text and training. Run as: python examples/own_criterion.py [MODEL [FOLDER]]
@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import secateur
 from secateur.compare import compare
-from secateur.methods import METHODS, Decision, PruningTask
-from secateur.methods.base import NoSettings
+from secateur.methods import METHODS, Decision, Method, PruningTask
 from secateur.planning import allocate, restrict
-from secateur.types import Scores, Settings
+from secateur.types import Scores
 
 
-class LargestWeight:
+class LargestWeight(Method):
     """A unit is as good as the largest weight among the columns that consume it."""
 
     name = "largest-weight"
-    paper = ""
     summary = "one shot: the largest weight that consumes a unit"
     needs = "nothing"  # or "text": task.calibration; or "training": task.training_blocks as well
-    Settings: ClassVar[type[Settings]] = NoSettings
-
-    def __init__(self, settings: NoSettings | None = None) -> None:
-        self.settings = settings or NoSettings()
 
     def run(self, task: PruningTask) -> Decision:
         weights = dict(task.model.named_parameters())

@@ -26,7 +26,7 @@ from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
 from secateur.loading import ModelSettings
-from secateur.methods import METHODS
+from secateur.methods import METHODS, Method
 from secateur.planning import Budget
 from secateur.reading import DEEPEST, brief, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
@@ -88,12 +88,25 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _baseline_is_one_shot(self) -> Recipe:
-        one_shot = [name for name, method in METHODS.items() if method.needs != "training"]
+        """A baseline is measured on the dense model that the run goes on with: it must leave it as it is."""
+        one_shot = [
+            name for name, method in METHODS.items() if method.needs != "training" and not method.changes_weights
+        ]
         if self.evaluation.baseline not in (None, *one_shot):
             raise ValueError(
-                f"evaluation.baseline is {self.evaluation.baseline!r}; it must be a one-shot method "
-                f"({', '.join(one_shot)}) or null"
+                f"evaluation.baseline is {self.evaluation.baseline!r}; it must be a one-shot method that changes no "
+                f"weights ({', '.join(one_shot)}) or null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_of_the_method(self) -> Recipe:
+        """The kinds that the method is bound to, unless the budget names some; ``revise`` finds them unset again."""
+        kinds = METHODS[self.method.name].kinds
+        if kinds and "kinds" not in self.budget.model_fields_set:
+            budget = self.budget.model_copy(update={"kinds": kinds})
+            budget.model_fields_set.discard("kinds")
+            self.__dict__["budget"] = budget
         return self
 
     @property
@@ -156,7 +169,7 @@ def load_recipe(
 
 def revise(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
     """The same recipe with the dotted keys in ``flags`` set to other values; raises InputError as ``load_recipe``."""
-    tree = recipe.model_dump(mode="json")
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
     for key, value in flags.items():
         _put(tree, key, value)
     return validate(Recipe, tree)
@@ -364,6 +377,10 @@ def _keys_of(section: str, settings: type[BaseModel]) -> list[str]:
 def _settings_of(name: Any) -> type[Settings]:
     """The settings class of the method ``name``; raises InputError with the nearest known one."""
     if isinstance(name, str) and name in METHODS:
+        if not issubclass(METHODS[name], Method):
+            raise InputError(
+                f"METHODS[{name!r}] is no method: its class must be a subclass of secateur.methods.Method."
+            )
         return METHODS[name].Settings
     shown = shortened(name if isinstance(name, str) else brief(name))
     near = difflib.get_close_matches(shown, METHODS, 1)

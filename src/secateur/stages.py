@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,12 +36,12 @@ from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.lock import alone
-from secateur.methods import METHODS, Checked, PruningTask
+from secateur.methods import METHODS, Decision, Method, PruningTask
 from secateur.planning import allocate, describe, make_plan, restrict
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
-from secateur.surgery import add_biases, masked, slice_model
+from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
 from secateur.workspace import Workspace
@@ -66,8 +66,8 @@ class Result:
     dense: Architecture | None = None
     """Class and config from before the cut; the model itself has those of the small one now."""
     scores: Scores | None = None
-    biases: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What the method adds to the biases of linears when the units are cut."""
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)
+    """New values that the method has for parameters (``Decision.updates``); written, and let go, by ``cut``."""
     teacher: PreTrainedModel | None = None
     """The dense model while recovery still needs it (``recovery.teacher``)."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -92,13 +92,16 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     method = METHODS[recipe.method.name](recipe.method.settings)
     if method.needs == "training" or recipe.recovery.steps > 0:
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
+    if method.compensates and recipe.recovery.repair:
+        raise InputError(
+            f"Both {method.name} and recovery.repair make up for what goes, and together they would do it twice. Set "
+            "recovery.repair=false, or switch it off in the method (flap: method.compensate=false)."
+        )
     task = _task(Result(model, None, plan, graph, recipe), Texts(), Workspace(None))
-    if isinstance(method, Checked):
-        method.check(task)
-    baseline = METHODS[recipe.baseline]() if recipe.baseline else None
-    if isinstance(baseline, Checked):
+    method.check(task)
+    if recipe.baseline:
         try:
-            baseline.check(replace(task, repair=False))
+            METHODS[recipe.baseline]().check(task)
         except SecateurError as error:
             raise InputError(
                 f"The baseline {recipe.baseline} cannot be measured (evaluation.baseline): {error}"
@@ -149,36 +152,37 @@ def look_ahead(result: Result, texts: Texts) -> None:
 
 
 def measure_baseline(result: Result, texts: Texts) -> None:
-    """What one shot without any training would have cost at the same ratio: masks on the dense model, then off."""
+    """What one shot without any training would have cost at the same ratio: masked and updated, then as before."""
     name = result.recipe.baseline
     if "baseline" in result.metrics:
         return
     assert name is not None
     assert texts.evaluation is not None
-    decision = METHODS[name]().run(replace(_task(result, texts, Workspace(None)), repair=False))
-    with masked(result.model, result.graph, removed_to_kept(result.graph, decision.removed)):
+    decision = _run(METHODS[name](), _task(result, texts, Workspace(None)))
+    kept = removed_to_kept(result.graph, decision.removed)
+    with updated(result.model, decision.updates), masked(result.model, result.graph, kept):
         measured = losses(result.model, result.recipe, texts.evaluation)
     perplexity = {source: loss.perplexity for source, loss in measured.items()}
     result.metrics["baseline"] = {"name": f"{name} without LoRA", "perplexity": perplexity}
 
 
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
-    """Let the method choose the units that go, and write the plan. Methods that train change weights, never shapes."""
+    """Let the method choose the units that go, and write the plan. What it changed, or wants to, is kept with it."""
     recipe = result.recipe
     method = METHODS[recipe.method.name](recipe.method.settings)
     if _decided(result, work):
         return
-    decision = method.run(_task(result, texts, work))
+    decision = _run(method, _task(result, texts, work))
     result.plan = _plan(result.graph, recipe, decision.removed)
-    result.scores, result.biases = decision.scores, decision.biases
+    result.scores, result.updates = decision.scores, decision.updates
     result.metrics["method"] = decision.metrics
     if result.scores is not None:
         work.write_tensors("scores.safetensors", dict(result.scores.values))
-    if result.biases:
-        work.write_tensors("biases.safetensors", result.biases)
-    if method.needs == "training":
+    if result.updates:
+        work.write_tensors("updates.safetensors", _on_cpu(result.updates))
+    if method.changes_weights:
         work.write_weights("decided.safetensors", result.model)
-    kept = {"scores": result.scores is not None, "biases": bool(result.biases), "weights": method.needs == "training"}
+    kept = {"scores": result.scores is not None, "updates": bool(result.updates), "weights": method.changes_weights}
     work.write_json("decided.json", kept)
     work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
@@ -192,12 +196,12 @@ def _decided(result: Result, work: Workspace) -> bool:
     plan, kept = work.read_json("plan.json"), work.read_json("decided.json")
     if plan is not None and kept is not None:
         scores = work.read_tensors("scores.safetensors") if kept["scores"] else {}
-        biases = work.read_tensors("biases.safetensors") if kept["biases"] else {}
-        tensors_are_there = scores is not None and biases is not None
+        updates = work.read_tensors("updates.safetensors") if kept["updates"] else {}
+        tensors_are_there = scores is not None and updates is not None
         if tensors_are_there and (not kept["weights"] or work.read_weights("decided.safetensors", result.model)):
             result.plan = PruningPlan.model_validate(plan)
             result.plan.check(result.graph)
-            result.scores, result.biases = (Scores(scores) if scores else None), biases or {}
+            result.scores, result.updates = (Scores(scores) if scores else None), updates or {}
             return True
     for name in ("plan.json", "recovery", "recovered.safetensors"):
         work.discard(name)
@@ -206,14 +210,18 @@ def _decided(result: Result, work: Workspace) -> bool:
     return False
 
 
+def _run(method: Method, task: PruningTask) -> Decision:
+    """What the method decides; ModelError when it answers with updates that it did not declare, or that do not fit."""
+    decision = method.run(task)
+    if decision.updates and not method.compensates:
+        raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
+    check_updates(task.model, task.graph, removed_to_kept(task.graph, decision.removed), decision.updates)
+    return decision
+
+
 def mend(result: Result, texts: Texts) -> None:
     """Refit what consumes the units that stay, before the others are cut out."""
     recipe = result.recipe
-    if result.biases:
-        raise InputError(
-            f"Both {recipe.method.name} and repair make up for what goes, and together they would do it twice. "
-            "Set recovery.repair=false, or switch it off in the method."
-        )
     dtype = autocast_dtype(recipe.evaluation.precision, result.model.device)
     refits = repair(
         result.model,
@@ -234,8 +242,9 @@ def cut(result: Result) -> None:
     """
     before = parameter_count(result.model)
     result.dense = Architecture(type(result.model), result.model.config)
+    apply_updates(result.model, result.updates)
+    result.updates = {}
     slice_model(result.model, result.graph, result.plan.kept)
-    add_biases(result.model, result.biases)
     after = parameter_count(result.model)
     counts = {"parameters_before": before, "parameters_after": after, "ratio_reached": 1 - after / before}
     result.plan = result.plan.model_copy(update=counts)
@@ -425,6 +434,10 @@ def losses(model: PreTrainedModel, recipe: Recipe, blocks: TokenBlocks) -> dict[
     return losses_by_source(model, blocks, batch_size=settings.batch_size, autocast=dtype)
 
 
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _plan(graph: DependencyGraph, recipe: Recipe, removed: dict[str, list[int]]) -> PruningPlan:
     return make_plan(
         graph,
@@ -449,7 +462,6 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
         lora=recipe.lora,
         training=recipe.training,
         seed=recipe.seed,
-        repair=recipe.recovery.repair,
         work=work.path("method"),
         log=work.log,
     )

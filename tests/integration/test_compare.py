@@ -26,7 +26,7 @@ from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
 from secateur.methods import METHODS
-from secateur.methods.base import NoSettings
+from secateur.methods.loraprune import LoRAPrune
 from secateur.planning import make_plan
 from secateur.recovery import finetune
 from secateur.testing.tiny import build
@@ -308,13 +308,10 @@ def test_rows_of_a_changed_method_of_ones_own_are_made_anew(
     recipe, out, path = recipe_of(model, "recovery.steps=0"), tmp_path / "out", tmp_path / "own_method.py"
     source = """
 from secateur.importance import CRITERIA
-from secateur.methods.base import NoSettings, one_shot
+from secateur.methods.base import Method, one_shot
 
-class Own:
-    name, paper, summary, needs, Settings = "own", "", "", "text", NoSettings
-
-    def __init__(self, settings=None):
-        self.settings = settings or NoSettings()
+class Own(Method):
+    name, summary, needs = "own", "", "text"
 
     def run(self, task):
         return one_shot(task, CRITERIA["{criterion}"])
@@ -339,8 +336,8 @@ class Own:
 
 
 def test_a_method_that_trains_says_for_how_long(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Silent:
-        name, paper, summary, needs, Settings = "silent", "", "", "training", NoSettings
+    class Silent(LoRAPrune):
+        training_steps = 0
 
     monkeypatch.setitem(METHODS, "silent", Silent)
     with pytest.raises(InputError, match="training_steps"):

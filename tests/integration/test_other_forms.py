@@ -20,7 +20,7 @@ from secateur.export import FORMS, adopt_config
 from secateur.export.uniform import uniform_model
 from secateur.graph import trace
 from secateur.loading import load
-from secateur.surgery import add_biases, slice_model
+from secateur.surgery import apply_updates, slice_model
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -67,7 +67,7 @@ def test_biases_that_a_method_has_brought_are_kept(tmp_path: Path) -> None:
     slice_model(model, graph, kept)
     torch.manual_seed(0)
     width = model.config.hidden_size
-    add_biases(model, {f"model.layers.{layer}.mlp.down_proj": torch.randn(width) for layer in (0, 1)})
+    apply_updates(model, {f"model.layers.{layer}.mlp.down_proj.bias": torch.randn(width) for layer in (0, 1)})
     adopt_config(model, graph, kept)
     even = uniform_model(model)
     assert even.config.mlp_bias

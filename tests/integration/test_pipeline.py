@@ -13,7 +13,11 @@ import torch
 import secateur
 from secateur import inspection, pipeline
 from secateur.config import Recipe, load_recipe, revise
-from secateur.errors import InputError, PlanError
+from secateur.errors import InputError, ModelError, PlanError
+from secateur.importance import CRITERIA
+from secateur.methods import METHODS, Decision, Method, PruningTask
+from secateur.methods.base import one_shot
+from secateur.methods.flap import FLAP
 from secateur.methods.lhspg import LHSPGCallback
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -28,6 +32,9 @@ SETTINGS = (
     "evaluation.speed=false",
     "training.precision=fp32",
 )
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 class _KilledError(BaseException):
@@ -71,6 +78,78 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert left == {"letters.txt", "whole", "out"}
     seen = json.loads((tmp_path / "out" / "secateur" / "metrics.json").read_text())
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
+
+
+class _Scales(Method):
+    """Reads text only, and leaves other weights: a quarter less of every down projection."""
+
+    name, summary, needs, changes_weights = "scales", "scales what it keeps", "text", True
+
+    def run(self, task: PruningTask) -> Decision:
+        with torch.no_grad():
+            for path, weight in task.model.named_parameters():
+                if path.endswith("down_proj.weight"):
+                    weight.mul_(0.75)
+        return one_shot(task, CRITERIA["magnitude"])
+
+
+@pytest.mark.parametrize("method", [_Scales, FLAP])
+def test_what_a_one_shot_method_changed_survives_a_kill_after_it_decided(
+    method: type[Method], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    monkeypatch.setitem(METHODS, method.name, method)
+    recipe = revise(recipe, {"method": method.name, "recovery.steps": 0})
+    whole = _run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "cut", killed)
+        with pytest.raises(_KilledError):
+            _run(recipe, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "run", killed)  # what it decided is kept
+        resumed = _run(recipe, tmp_path / "out", resume=True)
+    assert resumed.plan == whole.plan
+    plain = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"method": "magnitude"}))
+    weights, others = whole.model.state_dict(), plain.model.state_dict()
+    assert all(torch.equal(resumed.model.state_dict()[name], value) for name, value in weights.items())
+    assert weights.keys() > others.keys() or not torch.equal(weights[DOWN], others[DOWN])
+
+
+def test_a_method_that_changes_weights_is_no_baseline_and_flap_as_one_leaves_no_bias(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "scales", _Scales)
+    with pytest.raises(InputError, match=r"changes no weights \(random, magnitude"):
+        revise(recipe, {"evaluation.baseline": "scales"})
+    recipe = revise(recipe, {"recovery.steps": 0})
+    weights, measured = [], []
+    for baseline in ("flap", None):
+        result = pipeline.prune(
+            TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"evaluation.baseline": baseline})
+        )
+        weights.append(result.model.state_dict())
+        measured.append(result.metrics.get("baseline", {}).get("perplexity"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    alone = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"method": "flap"}))
+    assert measured[0] == pytest.approx(alone.metrics["pruned"]["perplexity"], rel=1e-4)
+
+
+def test_updates_that_a_method_did_not_declare_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(_Scales):
+        changes_weights = False
+
+        def run(self, task: PruningTask) -> Decision:
+            return Decision({}, updates={DOWN: torch.zeros_like(task.model.get_parameter(DOWN))})
+
+    monkeypatch.setitem(METHODS, "scales", Silent)
+    with pytest.raises(ModelError, match="compensates"):
+        pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"method": "scales"}))
+    monkeypatch.setitem(METHODS, "scales", object)
+    with pytest.raises(InputError, match=r"subclass of secateur\.methods\.Method"):
+        revise(recipe, {"method": "scales"})
 
 
 def test_a_run_is_not_resumed_with_weights_or_text_that_are_others_by_then(

@@ -190,22 +190,21 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
 def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Recipe:
     given = recipe.method.settings.model_dump(mode="json") if recipe.method.name == name else {}
     own: dict[str, Any] = {"method": {"name": name, **given, **settings}, "evaluation.baseline": None}
-    kinds = getattr(METHODS[name], "kinds", None)
-    if kinds is not None:
-        own["budget.kinds"] = list(kinds)
+    if METHODS[name].kinds:
+        own["budget.kinds"] = list(METHODS[name].kinds)
     return revise(recipe, own)
 
 
 def pruning_steps(recipe: Recipe) -> int:
     """Optimiser steps that the recipe's method trains for while it prunes; InputError when it does not say."""
     name = recipe.method.name
-    steps = getattr(recipe.method.settings, "training_steps", None)
-    if steps is None and METHODS[name].needs == "training":
+    method = METHODS[name](recipe.method.settings)
+    if method.training_steps == 0 and method.needs == "training":
         raise InputError(
-            f"{name} trains, and its Settings have no training_steps (optimiser steps before the cut), so that it "
-            "would get more training than the others. Add that property, as LoRAPruneSettings has it."
+            f"{name} trains, and says no training_steps (optimiser steps before the cut), so that it would get more "
+            "training than the others. Add that property, as LoRAPrune has it."
         )
-    return int(steps or 0)
+    return method.training_steps
 
 
 def _rehearse(

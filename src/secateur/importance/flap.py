@@ -113,9 +113,10 @@ class Fluctuation:
 def compensation(
     model: nn.Module, graph: DependencyGraph, moments: Mapping[str, Moments], removed: Mapping[str, Iterable[int]]
 ) -> dict[str, torch.Tensor]:
-    """What removed channels contribute on average: path of the linear that consumes them → ``W (mean ⊙ removed)``.
+    """Biases that make up for removed channels (section 3.4): path of the bias → its new values, ``[outputs]``.
 
-    To be added to the bias of that linear once the channels are gone (section 3.4).
+    What the removed channels contribute on average, ``W (mean ⊙ removed)``, is added to the bias of the linear that
+    consumes them. A linear without a bias starts from zero.
     """
     biases: dict[str, torch.Tensor] = {}
     for name, units in removed.items():
@@ -124,8 +125,12 @@ def compensation(
             rows = member.rows(sorted(units)).flatten().to(weight.device)
             mean = moments[member.parameter].mean.to(weight.device)[rows]
             lost = weight.index_select(member.axis, rows).movedim(member.axis, 1) @ mean
-            path = member.parameter.rpartition(".")[0]
+            path = f"{member.parameter.rpartition('.')[0]}.bias"
             biases[path] = biases[path] + lost.cpu() if path in biases else lost.cpu()
+    there = dict(model.named_parameters())
+    for path in biases.keys() & there.keys():
+        old = there[path].detach()
+        biases[path] = (old + biases[path].to(old.device, old.dtype)).cpu()
     return biases
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.methods.base import Checked, Decision, Method, PruningTask
+from secateur.methods.base import Decision, Method, PruningTask
 from secateur.methods.fisher import Fisher
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner
@@ -28,4 +28,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Every method by name."""
 
-__all__ = ["METHODS", "Checked", "Decision", "Method", "PruningTask"]
+__all__ = ["METHODS", "Decision", "Method", "PruningTask"]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import TokenBlocks
+from secateur.errors import InputError
 from secateur.graph import trace
 from secateur.importance import Criterion
 from secateur.planning import Budget, allocate, restrict
 from secateur.precision import autocast
 from secateur.training import LoraSettings, TrainingSettings
-from secateur.types import DependencyGraph, Scores, Settings
+from secateur.types import DependencyGraph, Kind, Scores, Settings
 
 MethodNeeds = Literal["nothing", "text", "training"]
 
@@ -28,7 +30,7 @@ def _ignore(entry: Mapping[str, Any]) -> None:
 
 @dataclass
 class PruningTask:
-    """Everything that a method may look at. The model is changed by methods that train, never in shape."""
+    """Everything that a method may look at. With ``changes_weights`` it may change the model, never its shapes."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -41,8 +43,6 @@ class PruningTask:
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     seed: int = 0
-    repair: bool = False
-    """Whether what consumes the units that stay is refitted after the cut (``recovery.repair``)."""
     work: Path | None = None
     """Folder for the checkpoints that a long method resumes from; None to keep none."""
     log: Callable[[Mapping[str, Any]], None] = _ignore
@@ -57,46 +57,67 @@ class Decision:
     """Group name → units that go, ascending."""
     scores: Scores | None = None
     """The last scores, for the record."""
-    biases: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Path of a linear → ``[outputs]``, to be added to its bias when the units are cut (``surgery.add_biases``)."""
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Path of a parameter → its new values, written when the units are cut (``surgery.apply_updates``).
+
+    Each tensor has the shape that the parameter has before the cut. The path may also be that of a bias that a linear
+    does not have yet.
+    """
     metrics: dict[str, Any] = field(default_factory=dict)
     """Whatever else is worth keeping, JSON-able."""
 
 
-class Method(Protocol):
-    """One way of choosing what goes. Its class is built with its own settings, or without for the defaults."""
+class NoSettings(Settings):
+    """This method has no settings of its own."""
+
+
+class Method(ABC):
+    """One way of choosing what goes. A subclass names itself, declares what differs from the defaults, and has ``run``.
+
+    It is built with its own settings, or without for their defaults.
+    """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
-    """Link to where it comes from; empty for folklore."""
     summary: ClassVar[str]
     """One line."""
-    needs: ClassVar[MethodNeeds]
-    """``nothing``: weights only; ``text``: calibration text; ``training``: training text as well."""
-    Settings: ClassVar[type[Settings]]
-    """Its own keys. Of a method that trains, the property ``training_steps`` says how many optimiser steps it makes."""
+    paper: ClassVar[str] = ""
+    """Link to where it comes from; empty for folklore."""
+    needs: ClassVar[MethodNeeds] = "nothing"
+    """What ``run`` reads. ``nothing``: weights; ``text``: calibration text; ``training``: training text as well."""
+    changes_weights: ClassVar[bool] = False
+    """Whether ``run`` leaves other weights in the model than it found. If so, they are kept for ``--resume``."""
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    """The kinds of groups that it cuts, if it is bound to some; they become the default of ``budget.kinds``."""
+    Settings: ClassVar[type[Settings]] = NoSettings
+    """Its own keys."""
 
-    def __init__(self, settings: Any = None) -> None: ...
+    def __init__(self, settings: Any = None) -> None:
+        self.settings: Any = settings or self.Settings()
 
-    def run(self, task: PruningTask) -> Decision:
-        """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
-        ...
+    @property
+    def training_steps(self) -> int:
+        """Optimiser steps that ``run`` makes; a method that trains has at least one."""
+        return 0
 
-
-@runtime_checkable
-class Checked(Protocol):
-    """A method that cannot do everything that a budget may ask for, and says so before anything slow begins."""
+    @property
+    def compensates(self) -> bool:
+        """Whether the decision has ``updates``, so that ``recovery.repair`` would make up for the cut a second time."""
+        return False
 
     def check(self, task: PruningTask) -> None:
         """Raise the SecateurError that ``run`` would end with: impossible kinds, groups, settings, adapters.
 
         Takes a moment, changes nothing, and reads no text: the task has none yet.
         """
-        ...
+        if self.kinds and set(task.budget.kinds) != set(self.kinds):
+            raise InputError(
+                f"{self.name} cuts groups of kind {', '.join(self.kinds)}, and the budget allows "
+                f"{', '.join(task.budget.kinds)}. Set budget.kinds=[{','.join(self.kinds)}], or leave it out."
+            )
 
-
-class NoSettings(Settings):
-    """This method has no settings of its own."""
+    @abstractmethod
+    def run(self, task: PruningTask) -> Decision:
+        """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
 
 
 def one_shot(task: PruningTask, criterion: Criterion) -> Decision:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.errors import InputError
 from secateur.importance.flap import Fluctuation, compensation, consumers
-from secateur.methods.base import Decision, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.planning import allocate, restrict
 from secateur.planning.shapes import needs_equal_widths
 from secateur.precision import autocast
@@ -25,7 +25,7 @@ class FLAPSettings(Settings):
     """Windows in one forward pass; changes memory, not the result."""
 
 
-class FLAP:
+class FLAP(Method):
     """Channels whose input hardly fluctuates go, and a bias stands for their mean."""
 
     name: ClassVar[str] = "flap"
@@ -33,9 +33,12 @@ class FLAP:
     summary: ClassVar[str] = "one shot: how much a channel fluctuates around its mean, which a bias replaces"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = FLAPSettings
+    settings: FLAPSettings
 
-    def __init__(self, settings: FLAPSettings | None = None) -> None:
-        self.settings = settings or FLAPSettings()
+    @property
+    def compensates(self) -> bool:
+        """See ``Method.compensates``."""
+        return self.settings.compensate
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
@@ -49,16 +52,12 @@ class FLAP:
         if budget.normalise == "auto":  # z-scores are on one scale already (FLAP's "AL-AM")
             budget = budget.model_copy(update={"normalise": "none"})
         removed = allocate(task.graph, scores, budget)
-        biases = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
-        return Decision(removed, scores, biases=biases)
+        updates = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
+        return Decision(removed, scores, updates)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check``: linears consume what goes, and may be given a bias that nothing else makes up for."""
-        if self.settings.compensate and task.repair:
-            raise InputError(
-                "Both FLAP's biases and recovery.repair make up for what goes, and together they would do it twice. "
-                "Set recovery.repair=false or method.compensate=false."
-            )
+        """See ``Method.check``: linears consume what goes, and may be given a bias."""
+        super().check(task)
         if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
             raise InputError(
                 f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from secateur.importance.llm_pruner import Aggregate, Form
 from secateur.importance.llm_pruner import LLMPruner as Criterion
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, score
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, score
 from secateur.planning import allocate, by_period
 from secateur.surgery import masked
 from secateur.types import Scores, Settings, removed_to_kept
@@ -28,7 +28,7 @@ class LLMPrunerSettings(Settings):
     """Windows in one backward pass (``second`` and ``mixed`` take one); changes memory, not the result."""
 
 
-class LLMPruner:
+class LLMPruner(Method):
     """Weights times gradients, in the four forms of the paper."""
 
     name: ClassVar[str] = "llm-pruner"
@@ -36,9 +36,7 @@ class LLMPruner:
     summary: ClassVar[str] = "one shot: weights times gradients, first and second order, by vector or by element"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = LLMPrunerSettings
-
-    def __init__(self, settings: LLMPrunerSettings | None = None) -> None:
-        self.settings = settings or LLMPrunerSettings()
+    settings: LLMPrunerSettings
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

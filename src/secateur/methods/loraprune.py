@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
 from secateur.importance.adapters import AdapterGradients, Form, Options, Sides
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic, restrict
 from secateur.surgery.mask import require_maskable
@@ -46,11 +46,6 @@ class LoRAPruneSettings(Settings):
     base: BaseWeights = "as-is"
     """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
 
-    @property
-    def training_steps(self) -> int:
-        """Optimiser steps before the cut."""
-        return self.steps
-
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         if self.warm_up + self.cool_down >= 1:
@@ -58,17 +53,21 @@ class LoRAPruneSettings(Settings):
         return self
 
 
-class LoRAPrune:
+class LoRAPrune(Method):
     """Train LoRA; every few steps mask the units with the lowest averaged scores, along a cubic schedule."""
 
     name: ClassVar[str] = "loraprune"
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.18403"
     summary: ClassVar[str] = "progressive: masks grow while LoRA trains, scored by the gradients of A and B alone"
     needs: ClassVar[MethodNeeds] = "training"
+    changes_weights: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = LoRAPruneSettings
+    settings: LoRAPruneSettings
 
-    def __init__(self, settings: LoRAPruneSettings | None = None) -> None:
-        self.settings = settings or LoRAPruneSettings()
+    @property
+    def training_steps(self) -> int:
+        """See ``Method.training_steps``."""
+        return self.settings.steps
 
     def run(self, task: PruningTask) -> Decision:
         """Changes the weights of ``task.model`` in place (the adapters are merged), not their shapes."""
@@ -103,10 +102,11 @@ class LoRAPrune:
         return Decision(removed=pruning.removed, scores=pruning.scores, metrics=metrics)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check``: every group can be masked, and has a matrix with an adapter.
+        """See ``Method.check``: every group can be masked, and has a matrix with an adapter.
 
         Tried on a twin that shares the weights.
         """
+        super().check(task)
         require_maskable(restrict(task.graph, task.budget).prunable)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)

@@ -23,7 +23,7 @@ from secateur.graph import trace
 from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.importance.base import Checked
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, adapted_graph, score
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph, score
 from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms, still_heard
 from secateur.planning import allocate, by_period, restrict
 from secateur.reading import read_json
@@ -54,11 +54,6 @@ class LoRAShearSettings(Settings):
     saliency: dict[str, float] = Field(default={"fisher": 1.0}, min_length=1)
     """Criteria that rank the units anew in every period, with their weights."""
 
-    @property
-    def training_steps(self) -> int:
-        """Optimiser steps before the cut."""
-        return self.warmup_steps + self.periods * self.period_steps
-
     @field_validator("saliency")
     @classmethod
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
@@ -85,17 +80,21 @@ class LoRAShearSettings(Settings):
         return self
 
 
-class LoRAShear:
+class LoRAShear(Method):
     """Train LoRA in periods; in each, score, choose the next units, and shrink them to zero while the rest learns."""
 
     name: ClassVar[str] = "lorashear"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.18356"
     summary: ClassVar[str] = "progressive: LoRA learns what redundant units did while LHSPG drives them to zero"
     needs: ClassVar[MethodNeeds] = "training"
+    changes_weights: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = LoRAShearSettings
+    settings: LoRAShearSettings
 
-    def __init__(self, settings: LoRAShearSettings | None = None) -> None:
-        self.settings = settings or LoRAShearSettings()
+    @property
+    def training_steps(self) -> int:
+        """See ``Method.training_steps``."""
+        return self.settings.warmup_steps + self.settings.periods * self.settings.period_steps
 
     def run(self, task: PruningTask) -> Decision:
         """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
@@ -118,8 +117,9 @@ class LoRAShear:
         return Decision(removed=removed, scores=begun.scores, metrics={"training": book.log})
 
     def check(self, task: PruningTask) -> None:
-        """See ``Checked.check`` of methods: zeroing must be removing, norms must be able to follow, and a saliency that
-        reads adapters must find them in every group; tried on a twin."""
+        """See ``Method.check``: zeroing must be removing, norms must be able to follow, and a saliency that reads
+        adapters must find them in every group; tried on a twin."""
+        super().check(task)
         graph = restrict(task.graph, task.budget)
         require_maskable(graph.prunable)
         heard = still_heard(task.model, graph)

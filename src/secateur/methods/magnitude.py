@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from secateur import importance
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, one_shot
+from secateur.methods.base import Decision, Method, PruningTask, one_shot
 from secateur.types import Settings
 
 
@@ -17,17 +17,14 @@ class MagnitudeSettings(Settings):
     weight of the unit (the "L2" of the LLM-Pruner paper)."""
 
 
-class Magnitude:
+class Magnitude(Method):
     """L2 norms of the weights of a unit."""
 
     name: ClassVar[str] = "magnitude"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
     summary: ClassVar[str] = "one shot: L2 norm of the weights that consume a unit; needs no text"
-    needs: ClassVar[MethodNeeds] = "nothing"
     Settings: ClassVar[type[Settings]] = MagnitudeSettings
-
-    def __init__(self, settings: MagnitudeSettings | None = None) -> None:
-        self.settings = settings or MagnitudeSettings()
+    settings: MagnitudeSettings
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from secateur import importance
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, one_shot
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, one_shot
 from secateur.types import Settings
 
 
@@ -20,7 +20,7 @@ class TaylorSettings(Settings):
     """Windows in one backward pass; changes memory, not the result."""
 
 
-class Taylor:
+class Taylor(Method):
     """Weights times gradients of the language-modelling loss."""
 
     name: ClassVar[str] = "taylor"
@@ -28,9 +28,7 @@ class Taylor:
     summary: ClassVar[str] = "one shot: weights times gradients of the loss (LLM-Pruner, first order)"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = TaylorSettings
-
-    def __init__(self, settings: TaylorSettings | None = None) -> None:
-        self.settings = settings or TaylorSettings()
+    settings: TaylorSettings
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

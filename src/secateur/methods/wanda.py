@@ -13,7 +13,7 @@ from pydantic import Field
 
 from secateur import importance
 from secateur.importance.stack import LayerStack
-from secateur.methods.base import Decision, MethodNeeds, PruningTask, one_shot
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, one_shot
 from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import track
@@ -31,7 +31,7 @@ class WandaSettings(Settings):
     """Windows in one forward pass; changes memory, not the result."""
 
 
-class Wanda:
+class Wanda(Method):
     """Wanda-sp, on the activations of the dense model or layer by layer."""
 
     name: ClassVar[str] = "wanda"
@@ -39,9 +39,7 @@ class Wanda:
     summary: ClassVar[str] = "one shot: weights times the size of the activations that they meet (Wanda-sp)"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = WandaSettings
-
-    def __init__(self, settings: WandaSettings | None = None) -> None:
-        self.settings = settings or WandaSettings()
+    settings: WandaSettings
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

@@ -1,16 +1,17 @@
 """The only room that changes shapes; masking, which computes the same without changing any."""
 
-from secateur.surgery.bias import add_biases
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, unproduced, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
 from secateur.surgery.slice import sharing_copy, slice_model
+from secateur.surgery.updates import apply_updates, check_updates, updated
 from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
 
 __all__ = [
     "Check",
     "InputMasks",
-    "add_biases",
+    "apply_updates",
+    "check_updates",
     "masked",
     "norms_over",
     "protect_failing",
@@ -20,6 +21,7 @@ __all__ = [
     "slice_model",
     "trace",
     "unproduced",
+    "updated",
     "verify_cuts",
     "zero_units",
 ]

@@ -15,7 +15,7 @@ from secateur.graph import trace
 from secateur.methods import base
 from secateur.methods.base import Decision, Method, PruningTask
 from secateur.planning import Budget, make_plan
-from secateur.surgery import masked, slice_model
+from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.testing.graphs import allowed_miss
 from secateur.testing.tiny import VOCAB, build
 from secateur.training import LoraSettings, TrainingSettings
@@ -63,6 +63,9 @@ class MethodContract:
         assert self.method.needs in ("nothing", "text", "training")
         assert self.method.paper == "" or self.method.paper.startswith("https://")
         assert isinstance(self.method.Settings(), Settings)
+        assert isinstance(self.method.changes_weights, bool)
+        trains = self.method.needs == "training"
+        assert (self.method(self.settings).training_steps > 0) == trains
 
     @pytest.mark.parametrize("ratio", RATIOS)
     def test_it_ends_within_one_unit_of_the_target(self, ratio: float) -> None:
@@ -115,23 +118,39 @@ class MethodContract:
         if scores is not None:
             assert {group.name for group in task.graph.prunable} <= set(scores)
 
-    def test_shapes_stay_and_a_method_that_does_not_train_changes_no_weight(self) -> None:
+    def test_shapes_stay_and_weights_change_only_if_the_method_says_so(self) -> None:
         task = self.task()
         before = copy.deepcopy(task.model.state_dict())
         self.decide(task)
         after = task.model.state_dict()
         assert {name: value.shape for name, value in after.items()} == {n: v.shape for n, v in before.items()}
-        if self.method.needs != "training":
+        if not self.method.changes_weights:
             assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+    def test_updates_are_declared_and_fit_and_come_off_again_bit_by_bit(self) -> None:
+        task = self.task()
+        decision = self.decide(task)
+        assert self.method(self.settings).compensates == bool(decision.updates)
+        kept = removed_to_kept(task.graph, decision.removed)
+        check_updates(task.model, task.graph, kept, decision.updates)
+        before = copy.deepcopy(task.model.state_dict())
+        with updated(task.model, decision.updates):
+            for path, value in decision.updates.items():
+                assert torch.equal(task.model.get_parameter(path), value.to(task.model.dtype))
+        after = task.model.state_dict()
+        assert set(after) == set(before)
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
 
     def test_slice_equals_mask_afterwards(self) -> None:
         task = self.task(0.5)
-        kept = removed_to_kept(task.graph, self.decide(task).removed)
+        decision = self.decide(task)
+        kept = removed_to_kept(task.graph, decision.removed)
         task.model.eval()
         ids = noise(2, 3).ids
         with torch.no_grad():
-            with masked(task.model, task.graph, kept):
+            with updated(task.model, decision.updates), masked(task.model, task.graph, kept):
                 expected = task.model(ids).logits
+            apply_updates(task.model, decision.updates)
             slice_model(task.model, task.graph, kept)
             torch.testing.assert_close(task.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 

@@ -18,8 +18,7 @@ from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner, LLMPrunerSettings
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.wanda import Wanda, WandaSettings
-from secateur.surgery import masked, slice_model
-from secateur.surgery.bias import add_biases
+from secateur.surgery import apply_updates, check_updates, masked, slice_model
 from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
 from secateur.types import DependencyGraph, removed_to_kept
@@ -166,19 +165,41 @@ def test_the_bias_makes_up_for_the_mean_of_what_goes(family: str) -> None:
     torch.testing.assert_close(moments[member.parameter].mean, mean, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         dense = model.get_submodule(path)(mean)
-        biases = compensation(model, graph, moments, removed)
+        apply_updates(model, compensation(model, graph, moments, removed))
         slice_model(model, graph, removed_to_kept(graph, removed))
-        add_biases(model, biases)
         small = model.get_submodule(path)(mean[1::2])
     torch.testing.assert_close(small, dense, rtol=1e-4, atol=1e-5)
 
 
-def test_biases_are_wanted_only_where_they_fit() -> None:
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.layers.0.mlp.down_proj.bias", torch.zeros(3), r"\(3,\) .*has shape \(48,\)"),
+        ("model.layers.0.mlp.down_proj.weight", torch.zeros(3), r"\(3,\) .*has shape \(48, "),
+        ("model.layers.0.mlp.bias", torch.zeros(3), "neither a parameter nor"),
+        ("model.norm.bias", torch.zeros(48), "neither a parameter nor"),
+        ("model.layers.0.mlp.down_proj.bias", torch.full((48,), torch.nan), "not finite"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused_before_anything_changes(path: str, value: Any, message: str) -> None:
     model = build("llama-gqa")
-    with pytest.raises(ModelError, match="no linear"):
-        add_biases(model, {"model.layers.0.mlp.down_proj": torch.zeros(3)})
-    assert model.model.layers[0].mlp.down_proj.bias is None
-    add_biases(model, {"model.layers.0.mlp.down_proj": torch.ones(48)})
+    good = {"model.layers.0.mlp.up_proj.weight": torch.zeros_like(model.model.layers[0].mlp.up_proj.weight)}
+    with pytest.raises(ModelError, match=message):
+        apply_updates(model, {**good, path: value})
+    assert all(torch.equal(new, build("llama-gqa").state_dict()[name]) for name, new in model.state_dict().items())
+
+
+def test_a_new_bias_is_refused_where_its_outputs_are_cut() -> None:
+    model = build("llama-gqa")
+    graph = trace(model)
+    kept = {"layers.0.mlp": list(range(8))}
+    with pytest.raises(ModelError, match="loses outputs"):
+        check_updates(model, graph, kept, {"model.layers.0.mlp.up_proj.bias": torch.zeros(graph["layers.0.mlp"].size)})
+
+
+def test_a_new_bias_is_given_to_the_same_linear_of_every_layer() -> None:
+    model = build("llama-gqa")
+    apply_updates(model, {"model.layers.0.mlp.down_proj.bias": torch.ones(48)})
     assert (model.model.layers[1].mlp.down_proj.bias == 0).all()
     assert model.model.layers[1].mlp.up_proj.bias is None
 
