@@ -133,7 +133,8 @@ def leave_out(unplaced: list[str], config: PreTrainedConfig, name: str, drop: bo
     raise ModelError(
         f"{name} holds {len(unplaced)} tensors that have no place in the architecture of its config.json "
         f"({config.model_type}): {shown}. What is saved would lack them. If that is meant (layers for "
-        "multi-token prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, mend config.json."
+        "multi-token prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, "
+        "mend config.json."
     )
 
 
