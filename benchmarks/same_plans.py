@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,18 @@ def main() -> None:
     check.add_argument("file", type=Path)
     check.add_argument("--only", default="", help="plans whose name begins so")
     asked = parser.parse_args()
+    known = json.loads(asked.file.read_text()) if asked.action == "check" else {}
+    to = asked.to.absolute() if asked.action == "record" else None
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        text = Path("text.txt")  # which blocks are read depends on the name of a text
         text.write_text(_text(), encoding="utf-8")
         if asked.action == "record":
             models = [*TINY, *([BUILT_IN] if asked.built_in else [])]
             found = {name: _decided(name, text) for model in models for name in _names(model)}
-            write_whole(asked.to, json.dumps(found, indent=0) + "\n")
+            write_whole(to, json.dumps(found, indent=0) + "\n")
         else:
-            sys.exit(_check(json.loads(asked.file.read_text()), asked.only, text))
+            sys.exit(_check(known, asked.only, text))
 
 
 def _check(known: dict[str, dict[str, str]], only: str, text: Path) -> int:
