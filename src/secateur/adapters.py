@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -148,7 +148,7 @@ def _tie_again(model: PreTrainedModel, ties: Mapping[str, str], said: Sequence[t
 
 def _probe(model: PreTrainedModel, settings: Mapping[str, Any]) -> torch.Tensor:
     """A few tokens, with those that the adapter trained alone; shape ``[1, tokens]``."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     trained = settings.get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     ids = [token for tokens in lists for token in list(tokens)[:4]] + list(range(3, 19))
@@ -162,6 +162,6 @@ def _check_the_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     scale = float(expected.float().abs().max())
     if not difference <= tolerance * scale:  # also when one of them is not a number
         raise ValueError(
-            f"merged into the weights it computes something else than beside them: logits differ by {difference:.3g} of "
-            f"{scale:.3g}. Merge it where it was trained (merge_and_unload, save_pretrained)."
+            f"merged into the weights it computes something else than beside them (logits differ by {difference:.3g} "
+            f"of {scale:.3g}). Merge it where it was trained (merge_and_unload, save_pretrained)."
         )

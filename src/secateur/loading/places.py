@@ -132,9 +132,9 @@ def leave_out(unplaced: list[str], config: PreTrainedConfig, name: str, drop: bo
         return f"Leaving out {len(unplaced)} tensors of {name} that have no place in its architecture: {shown}"
     raise ModelError(
         f"{name} holds {len(unplaced)} tensors that have no place in the architecture of its config.json "
-        f"({config.model_type}): {shown}. What is saved would lack them. If that is meant (layers for "
-        "multi-token prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, "
-        "mend config.json."
+        f"({config.model_type}): {shown}. What is saved would lack them. If that is meant (layers for multi-token "
+        "prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, mend "
+        "config.json."
     )
 
 
@@ -151,7 +151,7 @@ def promise_nothing_absent(model: PreTrainedModel) -> None:
 
 
 def check_layers(config: PreTrainedConfig, tensors: int, name: str) -> None:
-    """Raise ModelError for more layers than there are ``tensors``: building them could take hours."""
+    """Raise ModelError for more layers than the ``tensors`` in the files: building them could take hours."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
         raise ModelError(f"config.json of {name} speaks of {layers:,} layers; its files hold {tensors} tensors.")
