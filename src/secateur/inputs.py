@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
 from secateur.adapters import ADAPTER_CONFIG, is_adapter_folder
@@ -51,7 +52,8 @@ def _inputs(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
         for name in names:
             with suppress(SecateurError):  # what is wrong with a name is said where it is opened
                 yield what, path_of(name)
-    yield "model", Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=recipe.model.name, repo_type="model"))
+    with suppress(HFValidationError):  # not a hub id
+        yield "model", Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=recipe.model.name, repo_type="model"))
     with suppress(SecateurError, KeyError, TypeError):
         folder = path_of(recipe.model.name)
         if is_adapter_folder(folder):

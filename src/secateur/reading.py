@@ -58,7 +58,7 @@ def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[Se
     except FileNotFoundError:
         pass
     except (RuntimeError, ValueError) as reason:  # no such user's home; a NUL character
-        raise error(f"{what} {shown} is no path: {reason}. Give another one.") from reason
+        raise error(f"{what} {shown} is no path: {str(reason).rstrip('.')}. Give another one.") from reason
     except OSError as reason:
         if isinstance(reason, NotADirectoryError | PermissionError):
             return path

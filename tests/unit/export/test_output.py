@@ -43,7 +43,7 @@ def test_the_path_is_absolute_and_without_links(tmp_path: Path, monkeypatch: pyt
         assert check_output(given) == tmp_path / "there" / "out"
 
 
-@pytest.mark.parametrize("folder", [".", "..", "/", "/proc", "~nobody-of-this-name/out"])
+@pytest.mark.parametrize("folder", [".", "..", "/", "/proc"])
 def test_a_place_that_has_nothing_beside_it_is_refused(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
