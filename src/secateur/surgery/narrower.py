@@ -100,7 +100,7 @@ def _stands_for(name: str, sizes: Mapping[str, int]) -> str:
 
 
 def in_step(size: int, before: int, after: int) -> int:
-    """``size``, made smaller by as much as ``before`` became ``after``; what was less stays less, several stay several.
+    """``size`` as much smaller as ``after`` is than ``before``: what was less stays less, and several stay several.
 
     >>> in_step(5000, 6144, 416), in_step(6144, 6144, 416), in_step(1, 8, 2), in_step(7, 8, 2)
     (338, 416, 1, 2)

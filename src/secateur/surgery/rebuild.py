@@ -39,6 +39,17 @@ def is_listed(config: PreTrainedConfig) -> bool:
     return "tensors" in (getattr(config, "pruned_layers", None) or {})
 
 
+def before_listing(config: PreTrainedConfig) -> PreTrainedConfig:
+    """``config``, changed in place when it lists tensors: that of the family's model of which these are a part."""
+    if is_listed(config):
+        for name, value in config.pruned_layers["built_with"].items():
+            part, _, size = name.rpartition(".")
+            setattr(getattr(config, part) if part else config, size, value)
+        for name in ("pruned_layers", "auto_map"):
+            vars(config).pop(name, None)
+    return config
+
+
 def family_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class that transformers defines for this model, also when it has uneven layers already."""
     if not is_uneven(model.config):

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.surgery.narrower import narrower
+from secateur.surgery.rebuild import before_listing, family_of, is_listed
 from secateur.types import DependencyGraph, NodeGroup
 
 VOCABULARY = 512
@@ -22,6 +23,8 @@ WIDE_UP_TO = 300_000_000
 """A stand-in that cannot be made narrower may have so many parameters."""
 NARROW_FROM = 20_000_000
 """A stand-in with more parameters than this is made narrower, so that checking costs seconds and megabytes."""
+_REFUSALS = (AttributeError, NotImplementedError, StrictDataclassError, TypeError, ValueError)
+"""What configs raise that cannot have other sizes."""
 
 
 def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreTrainedModel | PeftModel:
@@ -37,32 +40,50 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
         raise ModelError(f"A {type(base).__name__} is not built from a config of transformers.")
     try:
         config = _fewer_layers(copy.deepcopy(base.config), layers_needed(graph))
-    except (AttributeError, NotImplementedError, StrictDataclassError, TypeError, ValueError) as error:
+        if is_listed(config):
+            _list_what_is_there(base, config)
+    except _REFUSALS as error:
         raise ModelError(f"The config of a {type(base).__name__} cannot have fewer layers: {error}") from error
-    wide = _on_meta(base, config)
+    wide = _on_meta(type(base), config)
     if sum(parameter.numel() for parameter in wide.parameters()) > NARROW_FROM:
         try:
-            return _built(model, base, narrower(copy.deepcopy(config)), graph, sizes=False)
-        except (ModelError, StrictDataclassError, ValueError):
+            family = family_of(base) if is_listed(config) else type(base)
+            return _built(model, family, narrower(before_listing(copy.deepcopy(config))), graph, sizes=False)
+        except (ModelError, *_REFUSALS) as error:
             if sum(parameter.numel() for parameter in wide.parameters()) > WIDE_UP_TO:
-                raise
-    return _built(model, base, config, graph, sizes=True)
+                raise ModelError(f"No small model stands for this {graph.model_type} model: {error}") from error
+    return _built(model, type(base), config, graph, sizes=True)
 
 
-def _on_meta(base: Any, config: PretrainedConfig) -> Any:
+def _on_meta(family: Any, config: PretrainedConfig) -> Any:
     try:
         with torch.device("meta"):
-            return type(base)._from_config(copy.deepcopy(config))
+            return family._from_config(copy.deepcopy(config))
     except Exception as error:
-        raise ModelError(f"Cannot build a {type(base).__name__} with few layers to check: {error}") from error
+        raise ModelError(f"Cannot build a {family.__name__} with few layers to check: {error}") from error
 
 
-def _built(model: Any, base: Any, config: PretrainedConfig, graph: DependencyGraph, sizes: bool) -> Any:
+def _list_what_is_there(base: Any, config: PretrainedConfig) -> None:
+    """Drop from a config that lists tensors those of layers that it does not count any more."""
+    there = {name for name, _ in _on_meta(family_of(base), before_listing(copy.deepcopy(config))).named_modules()}
+    listed = {
+        part: {name: value for name, value in config.pruned_layers[part].items() if _module(name) in there}
+        for part in ("tensors", "numbers")
+    }
+    config.pruned_layers = {**config.pruned_layers, **listed}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0].removesuffix(".config")
+
+
+def _built(model: Any, family: Any, config: PretrainedConfig, graph: DependencyGraph, sizes: bool) -> Any:
     """A model of ``config``, when its groups are those of ``graph`` (but for the vocabulary, and ``sizes``)."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        small: Any = type(base)._from_config(config, attn_implementation=base.config._attn_implementation).float()
+        small: Any = family._from_config(config, attn_implementation=base.config._attn_implementation).float()
     except Exception as error:
-        raise ModelError(f"Cannot build a {type(base).__name__} with few layers to check: {error}") from error
+        raise ModelError(f"Cannot build a {family.__name__} with few layers to check: {error}") from error
     if isinstance(model, PeftModel):
         small = get_peft_model(small, copy.deepcopy(model.active_peft_config))
     randomise(small)
@@ -137,7 +158,7 @@ def _fewer_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     text.num_hidden_layers = min(whole, layers)
     if sizes is not None:
         text.per_layer_config = {layer: own for layer, own in sizes.items() if int(layer) < layers}
-    if text is config:  # ids of images and sounds lie beyond a small vocabulary
+    if text is config and not is_listed(config):  # ids of images lie beyond a small vocabulary, and lists name sizes
         config.vocab_size = min(config.vocab_size, VOCABULARY)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name, None) is not None:

@@ -67,7 +67,7 @@ def verify_cuts(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: flo
         if size <= WHOLE_UP_TO and not any(parameter.is_meta for parameter in model.parameters()):
             return checks(copy.deepcopy(model).float().eval(), ratio)
         small = stand_in(model, record(model).graph)
-        note = f" on random weights and {small.config.num_hidden_layers} layers"
+        note = f" on random weights and {small.config.get_text_config().num_hidden_layers} layers"
         return [replace(check, message=check.message + note) for check in checks(small, ratio)]
 
 
