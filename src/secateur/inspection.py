@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.adapters import is_adapter_folder
 from secateur.analysis import Analysis, Trial
 from secateur.config import RecipeLike, dump, recipe_of, revise
-from secateur.data import check_sources, check_window, load_whole, read_texts
+from secateur.data import check_blocks, check_sources, check_window, load_whole, read_texts
 from secateur.digest import digest
 from secateur.errors import InputError
-from secateur.evaluation import as_written, compare_speed, machine
+from secateur.evaluation import Windows, as_written, compare_speed, machine
 from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import (
     Verification,
@@ -42,7 +43,8 @@ from secateur.workspace import Workspace
 
 def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int | None = None) -> dict[str, Any]:
     """What ``secateur evaluate`` does: scores on ``tasks`` (see ``evaluation.tasks``), perplexity by source,
-    parameters, bytes and speed of the recipe's model, under ``model``; window, tokens and machine beside it.
+    parameters, bytes and speed of the recipe's model, under ``model``; beside it window, windows (``Windows``),
+    tokens and machine.
 
     Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
     """
@@ -52,6 +54,8 @@ def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int |
     model, tokenizer = load(**recipe.model.model_dump())
     check_window(recipe.evaluation, model, "evaluation")
     blocks = load_whole(recipe.evaluation, tokenizer, recipe.seed, max_tokens)
+    assert tokenizer is not None  # there would be no blocks
+    check_blocks(blocks, model, tokenizer)
     numbers: dict[str, Any] = {}
     if tasks:  # after the text, whose lack would lose hours of tasks; before what a misspelt task should not cost
         numbers["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
@@ -64,6 +68,7 @@ def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int |
     return {
         "model": numbers,
         "window": blocks.window,
+        "windows": asdict(Windows.of(blocks, tokenizer)),
         "tokens": {source: loss.tokens for source, loss in measured.items()},
         "machine": machine(),
     }

@@ -10,8 +10,10 @@ import json
 import os
 import reprlib
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from secateur.errors import InputError, SecateurError
 
@@ -68,10 +70,18 @@ def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[Se
 
 def read_text(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> str:
     """The text of an ordinary file in UTF-8, with or without a byte order mark; raises ``error`` with ``advice``."""
+    with open_text(path, error=error, advice=advice) as file:
+        return file.read()
+
+
+@contextmanager
+def open_text(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> Iterator[TextIO]:
+    """An ordinary file in UTF-8, open for reading it in parts; what goes wrong meanwhile is raised as ``error``."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise error(f"{path} is no ordinary file. {advice}".strip())
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as reason:
         raise error(
             f"{path} cannot be read: it is not text in UTF-8 (byte {reason.start}). {advice}".strip()

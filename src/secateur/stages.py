@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,15 @@ from secateur.config import Recipe, dump
 from secateur.data import Texts, TokenBlocks
 from secateur.digest import digest
 from secateur.errors import InputError, ModelError, SecateurError
-from secateur.evaluation import TextLoss, as_written, compare_speed, losses_by_source, machine, parameter_count
+from secateur.evaluation import (
+    TextLoss,
+    Windows,
+    as_written,
+    compare_speed,
+    losses_by_source,
+    machine,
+    parameter_count,
+)
 from secateur.export import (
     Architecture,
     Story,
@@ -138,6 +146,7 @@ def measure(result: Result, texts: Texts, state: str) -> None:
         measured = losses(result.model, result.recipe, texts.evaluation)
         numbers["perplexity"] = {source: loss.perplexity for source, loss in measured.items()}
         result.metrics["window"] = texts.evaluation.window
+        result.metrics["windows"] = asdict(Windows.of(texts.evaluation, result.tokenizer))
         result.metrics["tokens"] = {source: loss.tokens for source, loss in measured.items()}
     result.metrics[state] = numbers
 

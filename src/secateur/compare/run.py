@@ -20,7 +20,7 @@ from secateur.compare.folder import check_folder, check_rows, identity_of, open_
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
 from secateur.config import Recipe, RecipeLike, parse_value, recipe_of, revise
-from secateur.data import Texts, check_sources, load_whole, read_texts
+from secateur.data import Texts, check_blocks, check_sources, load_whole, read_texts
 from secateur.digest import digest
 from secateur.errors import InputError, SecateurError, out_of_memory
 from secateur.evaluation import machine
@@ -299,6 +299,7 @@ def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: 
     elsewhere = {name for text in wanted.values() for name in text.text}
     trained_on = [name for name in evaluation.text if any(same_file(name, other) for other in elsewhere)]
     whole = load_whole(evaluation, tokenizer, recipes[0].seed, evaluation.tokens, trained_on)
+    check_blocks(whole, model, tokenizer)
     found = read_texts(model, tokenizer, wanted, recipes[0].seed)
     return Texts(**{**vars(found), "evaluation": whole})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.data.blocks import TokenBlocks, document_end, read_ids
+from secateur.data.blocks import TokenBlocks, check_blocks, check_ids, document_end, read_ids
 from secateur.data.builtin import SOURCES, Source
 from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks, load_whole
 from secateur.data.sources import OWN_TEXT
@@ -20,6 +20,8 @@ __all__ = [
     "TextSettings",
     "Texts",
     "TokenBlocks",
+    "check_blocks",
+    "check_ids",
     "check_sources",
     "check_window",
     "document_end",

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.marks import encode, marks_of
 from secateur.data.splits import Split, fingerprint, split_of
 from secateur.errors import DataError
+from secateur.reading import open_text, path_of
 
 _PIECE_CHARACTERS = 8000
+_LONGEST_PIECE = 200_000
+"""Characters of text without a blank line that are still encoded as one."""
 _PIECES_PER_BATCH = 32
+_BATCH_CHARACTERS = 256_000
+_WHOLE_UP_TO = 100_000
+"""Characters of a ``.txt`` file that are always read, however few tokens are asked for."""
+_CHARACTERS_PER_TOKEN = 16  # generous: English has about 4
+_SURPLUS = 64
+"""Tokens beyond those that are asked for: the last ones of a beginning may differ from those of the whole text."""
 # Names under which vocabularies keep the mark that stood between documents in pre-training. Instruction-tuned models
 # have another end-of-sequence token (the end of a turn), which would say something else.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -31,6 +43,8 @@ class TokenBlocks:
     """int64, ``[blocks, window]``, on the CPU."""
     sources: tuple[str, ...]
     """The source of each block."""
+    marks: tuple[int, ...] = ()
+    """What every window begins with, counted within it: the marks that the tokenizer puts before a text (BOS)."""
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.dtype != torch.int64 or len(self.sources) != self.ids.shape[0]:
@@ -38,6 +52,9 @@ class TokenBlocks:
                 f"Token blocks need int64 ids [blocks, window] and one source per block; got {self.ids.dtype} "
                 f"{tuple(self.ids.shape)} and {len(self.sources)} sources."
             )
+        begin = self.ids[:, : len(self.marks)]
+        if not bool((begin == torch.tensor(self.marks, dtype=torch.int64)).all()):
+            raise DataError(f"Not every token block begins with the marks {list(self.marks)}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -65,7 +82,7 @@ class TokenBlocks:
     def of_source(self, name: str) -> TokenBlocks:
         """Only the blocks of one source (none when it does not occur)."""
         rows = [row for row, source in enumerate(self.sources) if source == name]
-        return TokenBlocks(self.ids[rows], (name,) * len(rows))
+        return TokenBlocks(self.ids[rows], (name,) * len(rows), self.marks)
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class Piece:
     text: str
     last: bool
     """Whether the document ends here."""
+    first: bool = True
+    """Whether a text begins here: a document, or a part of one that does not follow what stands before it."""
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -107,7 +126,7 @@ def pieces_of_split(
         if length >= characters:
             break
     random.shuffle(pieces)
-    return pieces
+    return [replace(piece, first=True) for piece in pieces]
 
 
 def cut(document: str, size: int = _PIECE_CHARACTERS) -> list[Piece]:
@@ -120,19 +139,46 @@ def cut(document: str, size: int = _PIECE_CHARACTERS) -> list[Piece]:
             parts.append(document[start : paragraph.end()])
             start = paragraph.end()
     parts.append(document[start:])
-    parts = [part for part in parts if part.strip()]
-    return [Piece(part, index == len(parts) - 1) for index, part in enumerate(parts)]
+    parts = [short for part in parts for short in _shortened(part) if short.strip()]
+    return [Piece(part, index == len(parts) - 1, index == 0) for index, part in enumerate(parts)]
+
+
+def _shortened(part: str) -> Iterator[str]:
+    """``part`` itself, or where it is longer than ``_LONGEST_PIECE``, parts of it that end with a space if they can."""
+    start = 0
+    while len(part) - start > _LONGEST_PIECE:
+        space = part.rfind(" ", start, start + _LONGEST_PIECE)
+        end = space + 1 if space >= start else start + _LONGEST_PIECE
+        yield part[start:end]
+        start = end
+    yield part[start:]
 
 
 class Packer:
-    """Packs pieces of one source into windows, encoding only as many as are asked for."""
+    """Packs pieces of one source into windows, reading and encoding only as many as are asked for.
 
-    def __init__(self, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, window: int) -> None:
-        self._pieces, self._tokenizer, self._window = pieces, tokenizer, window
-        self._end = document_end(tokenizer)
-        self._next = 0
+    Every window begins with the marks that the tokenizer puts before a text, if it does, and they are counted within
+    it; from one window to the next no token of the text is lost. Where a text begins within a window, they stand there
+    as well, as in pre-training, and are tokens like others. Where it ends, there is what the tokenizer puts after a
+    text, or else the mark that stood between documents in pre-training (``document_end``).
+    """
+
+    def __init__(self, pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, window: int) -> None:
+        """Raises DataError when a window has no room for text beside the marks, or the tokenizer encodes nothing."""
+        self._waiting, self._tokenizer, self._window = iter(pieces), tokenizer, window
+        self.marks = marks_of(tokenizer)
+        if window <= len(self.marks.before):
+            raise DataError(
+                f"A window of {window} has no room for text: the tokenizer begins each with {len(self.marks.before)} "
+                f"tokens of its own. Give a larger one."
+            )
+        end = document_end(tokenizer)
+        self._end = self.marks.after or (() if end is None else (end,))
+        self._pieces: list[Piece] = []  # that have been encoded
+        self._starts: list[int] = []  # of each of them in the ids
         self._ids: list[int] = []
-        self._starts: list[int] = []  # of each encoded piece in the ids
+        self._rows: list[torch.Tensor] = []
+        self._used: list[int] = [0]  # of the ids, by the first so many windows
 
     @property
     def tokens(self) -> int:
@@ -141,35 +187,62 @@ class Packer:
 
     def available(self, blocks: int) -> int:
         """How many of ``blocks`` windows there is text for."""
-        while len(self._ids) < blocks * self._window and self._next < len(self._pieces):
-            batch = self._pieces[self._next : self._next + _PIECES_PER_BATCH]
-            self._next += len(batch)
-            for piece, ids in zip(batch, encode([piece.text for piece in batch], self._tokenizer), strict=True):
-                self._starts.append(len(self._ids))
-                self._ids += ids
-                if piece.last and self._end is not None and ids[-1:] != [self._end]:
-                    self._ids.append(self._end)
-        return min(blocks, len(self._ids) // self._window)
+        while len(self._rows) < blocks and (self._fill() or self._read()):
+            pass
+        return min(blocks, len(self._rows))
 
     def take(self, blocks: int) -> torch.Tensor:
         """The first ``blocks`` windows, int64 ``[blocks, window]``."""
-        flat = self._ids[: self.available(blocks) * self._window]
-        return torch.tensor(flat, dtype=torch.int64).reshape(-1, self._window)
+        rows = self._rows[: self.available(blocks)]
+        return torch.stack(rows) if rows else torch.empty(0, self._window, dtype=torch.int64)
+
+    def first(self, tokens: int | None, name: str) -> torch.Tensor:
+        """All windows, or those of the first ``tokens``; DataError about the file ``name`` when there is none."""
+        rows = self.take((sys.maxsize if tokens is None else tokens) // self._window)
+        if len(rows) == 0:
+            raise DataError(
+                f"{name} has {self.tokens} tokens, of which {tokens or 'all'} may be used: too few for a window of "
+                f"{self._window}."
+            )
+        return rows
 
     def pieces(self, blocks: int) -> list[Piece]:
         """The pieces, whole or in part, that the first ``blocks`` windows are made of."""
-        tokens = self.available(blocks) * self._window
-        return list(self._pieces[: bisect_left(self._starts, tokens)])
+        return list(self._pieces[: bisect_left(self._starts, self._used[self.available(blocks)])])
 
+    def _fill(self) -> bool:
+        """Make the next window; False when there are too few ids for it."""
+        start, before = self._used[-1], self.marks.before
+        # Marks that stand here already, or began at the end of the window before, are not put twice.
+        places = range(min(len(before), start + 1))
+        there = (n for n in places if tuple(self._ids[start - n : start - n + len(before)]) == before)
+        missing = next(there, len(before))
+        end = start + self._window - missing
+        if end > len(self._ids):
+            return False
+        self._rows.append(torch.tensor([*before[:missing], *self._ids[start:end]], dtype=torch.int64))
+        self._used.append(end)
+        return True
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text, with the special tokens that the tokenizer adds by itself (often a BOS, once)."""
-    if not texts:
-        return []
-    rows = tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    # A text rendered by a chat template may spell out the BOS that the tokenizer adds as well.
-    return [row[1:] if start is not None and row[:2] == [start, start] else row for row in rows]
+    def _read(self) -> bool:
+        """Encode the next pieces; False when there are none."""
+        batch: list[Piece] = []
+        characters = 0
+        for piece in self._waiting:
+            batch.append(piece)
+            characters += len(piece.text)
+            if len(batch) == _PIECES_PER_BATCH or characters >= _BATCH_CHARACTERS:
+                break
+        for piece, ids in zip(batch, encode([piece.text for piece in batch], self._tokenizer, self.marks), strict=True):
+            self._pieces.append(piece)
+            self._starts.append(len(self._ids))
+            before = self.marks.before
+            if before and piece.first and before not in (tuple(ids[: len(before)]), tuple(self._ids[-len(before) :])):
+                self._ids += before
+            self._ids += ids
+            if piece.last and self._end and tuple(ids[-len(self._end) :]) != self._end:
+                self._ids += self._end
+        return bool(batch)
 
 
 def read_ids(
@@ -177,11 +250,15 @@ def read_ids(
 ) -> torch.Tensor:
     """A whole text file as evaluation windows: encoded as one string, cut without overlap, the rest dropped.
 
-    This is how WikiText-2 is measured in the literature. No mark is put between documents.
+    This is how WikiText-2 is measured in the literature. No mark is put between documents; each window begins with the
+    marks that the tokenizer puts before a text.
 
     Args:
-        window: tokens per window.
-        max_tokens: use only the first so many tokens (whole windows of them); None for all.
+        window: tokens per window, marks included.
+        max_tokens: use only the first so many tokens (whole windows of them); None for all. Then only the beginning of
+            a long file is read and encoded: 100,000 characters or 16 a token, whichever is more, and twice as many as
+            long as they do not give the tokens that are asked for and 64 more. These 64 are not used, as the end of the
+            part that is read may be encoded in another way than in the whole text.
 
     Returns:
         int64 ``[blocks, window]``.
@@ -189,16 +266,50 @@ def read_ids(
     Raises:
         DataError: the file cannot be read or does not fill one window.
     """
-    path = Path(file).expanduser()
+    path = path_of(file, "The text", DataError)
+    size = -1 if max_tokens is None else max(_WHOLE_UP_TO, max_tokens * _CHARACTERS_PER_TOKEN)
+    text = ""
+    with open_text(path, error=DataError) as opened:
+        while True:
+            more = opened.read(size)
+            text += more
+            packer = Packer([Piece(text, last=False)], tokenizer, window)
+            packer.available(1)
+            if max_tokens is None or len(more) < size or packer.tokens >= max_tokens + _SURPLUS:
+                return packer.first(max_tokens, str(path))
+            size = len(text)
+
+
+def check_blocks(blocks: TokenBlocks, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError when a source has tokens that ``model`` has no row for, as its tokenizer has more than it.
+
+    A tokenizer that is larger than the model and whose surplus the text does not use is harmless.
+    """
+    for name in blocks.names:
+        check_ids(blocks.of_source(name).ids, model, f"{name}, read by a tokenizer of {len(tokenizer):,} tokens,")
+
+
+def check_ids(ids: torch.Tensor, model: nn.Module, what: str) -> None:
+    """Raise DataError when a token of ``ids`` has no row in the embedding or the head of ``model``.
+
+    Args:
+        what: begins the message: whose tokens they are, such as ``The text news.txt``.
+    """
+    highest = int(ids.max()) if ids.numel() else -1
+    for layer, name in ((_get(model, "input"), "embedding"), (_get(model, "output"), "output head")):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and highest >= weight.shape[0]:
+            raise DataError(
+                f"{what} has tokens up to id {highest}, and the model's {name} has {weight.shape[0]} rows (ids 0 to "
+                f"{weight.shape[0] - 1}): the tokenizer knows tokens that the model does not. Use the tokenizer that "
+                f"the model was trained with, or text without these tokens."
+            )
+
+
+def _get(model: nn.Module, which: str) -> nn.Module | None:
+    """The ``input`` or ``output`` embeddings of a model of transformers; None where it does not say."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
-    ids = encode([text], tokenizer)[0]
-    blocks = min(len(ids), max_tokens or len(ids)) // window
-    if blocks == 0:
-        raise DataError(
-            f"{path} has {len(ids)} tokens, of which {max_tokens or 'all'} may be used: too few for a window of "
-            f"{window}."
-        )
-    return torch.tensor(ids[: blocks * window], dtype=torch.int64).reshape(blocks, window)
+        found = getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None

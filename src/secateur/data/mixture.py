@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from random import Random
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import Packer, TokenBlocks, cut, pieces_of_split, read_ids
 from secateur.data.builtin import SOURCES
+from secateur.data.marks import marks_of
 from secateur.data.sources import FILES, OWN_TEXT, check_source, read_documents
 from secateur.data.splits import SHARES, Split
 from secateur.errors import DataError, InputError
@@ -25,7 +25,7 @@ _CHARACTERS_PER_TOKEN = 16  # generous: English has about 4; the surplus is what
 _FEWEST_CHARACTERS = 2_000_000
 _FEWEST_BLOCKS = 8  # below this a number says more about the choice of text than about the model
 # What configurations call the longest sequence; attribute maps translate most other names to the first.
-_CONTEXT = ("max_position_embeddings", "max_seq_len")
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 class TextSettings(Settings):
@@ -34,7 +34,7 @@ class TextSettings(Settings):
     text: list[str] = Field(default=["wikipedia", "news", "python-docs", "python-code"])
     """Source names (see `secateur data`), files (.txt, .jsonl, .parquet), or hub datasets as id:config:split."""
     window: int = Field(default=512, ge=2)
-    """Tokens per block."""
+    """Tokens per block, those counted that the tokenizer puts before a text (BOS): every block begins with them."""
     tokens: int = Field(default=16_384, ge=2)
     """Tokens in all, in whole windows; or what the text has, where that is less but at least 8 windows."""
     weights: dict[str, float] | None = None
@@ -71,7 +71,8 @@ def load_blocks(
 
     The split of a document follows from its text alone (``split_of``): blocks of different splits share no document,
     whatever the sources, settings and seeds. After every document stands the mark that stood there in pre-training
-    (``document_end``); what the tokenizer adds by itself at the start (BOS) is kept. A block has one source.
+    (``document_end``). Every block begins with what the tokenizer puts before a text (BOS), if it does, and every
+    document within it (``Packer``). A block has one source.
 
     Args:
         own_text: documents of the source ``self``, from ``write_own_text``.
@@ -106,7 +107,7 @@ def load_blocks(
     ids = torch.cat([packer.take(counts[name]) for name, packer in packers.items()])
     sources = [name for name in packers for _ in range(counts[name])]
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-    return TokenBlocks(ids[order], tuple(sources[row] for row in order))
+    return TokenBlocks(ids[order], tuple(sources[row] for row in order), marks_of(tokenizer).before)
 
 
 def load_whole(
@@ -119,8 +120,8 @@ def load_whole(
     """What a finished model is measured on: files from their beginning to their end, sources by what is held out.
 
     A ``.txt`` file is one string (``read_ids``); the records of ``.jsonl`` and ``.parquet`` follow each other with the
-    mark of a document's end between them. Built-in sources and hub datasets give their evaluation split, ``tokens`` of
-    it together.
+    mark of a document's end between them. Every window begins with what the tokenizer puts before a text. Built-in
+    sources and hub datasets give their evaluation split, ``tokens`` of it together.
 
     Args:
         max_tokens: use only the first so many tokens of each file; None for all. Sources do not heed it.
@@ -141,7 +142,7 @@ def load_whole(
         blocks = load_blocks(held_out, "evaluation", tokenizer, seed)
         ids.append(blocks.ids)
         names += blocks.sources
-    return TokenBlocks(torch.cat(ids), tuple(names))
+    return TokenBlocks(torch.cat(ids), tuple(names), marks_of(tokenizer).before)
 
 
 def check_sources(settings: TextSettings) -> None:
@@ -167,7 +168,11 @@ def check_window(settings: TextSettings, model: PreTrainedModel, section: str) -
 def context_of(model: PreTrainedModel) -> int | None:
     """How many tokens ``model`` can read at once; None where its config does not say."""
     config = model.config.get_text_config()
-    return next((size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int)), None)
+    sizes = [size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int) and size > 0]
+    # RoBERTa and its kin number positions from the one after that of padding, which stands in the same table
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [index for table in tables if isinstance(index := getattr(table, "padding_idx", None), int)]
+    return sizes[0] - max(padding, default=-1) - 1 if sizes else None
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -182,15 +187,8 @@ def _whole_file(name: str, tokenizer: PreTrainedTokenizerBase, window: int, max_
     """All windows of a file in order, int64 ``[blocks, window]``."""
     if Path(name).suffix == ".txt":
         return read_ids(name, tokenizer, window, max_tokens)
-    pieces = [piece for text in read_documents(name, tokenizer) if text.strip() for piece in cut(text)]
-    packer = Packer(pieces, tokenizer, window)
-    ids = packer.take(sys.maxsize // window if max_tokens is None else max_tokens // window)
-    if len(ids) == 0:
-        raise DataError(
-            f"{name} has {packer.tokens} tokens, of which {max_tokens or 'all'} may be used: too few for a window of "
-            f"{window}."
-        )
-    return ids
+    documents = (text for text in read_documents(name, tokenizer) if text.strip())
+    return Packer((piece for text in documents for piece in cut(text)), tokenizer, window).first(max_tokens, name)
 
 
 def _open(

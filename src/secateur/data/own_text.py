@@ -20,11 +20,14 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import document_end, encode
+from secateur.data.blocks import check_ids, document_end
+from secateur.data.marks import Marks, encode, marks_of
 from secateur.data.mixture import context_of
+from secateur.data.records import render
 from secateur.errors import DataError
 from secateur.loading import cache_folder
 from secateur.progress import Bar, say
+from secateur.reading import parse_json, read_text
 
 _WRITTEN_TOKENS = 256
 _BATCH = 32
@@ -68,14 +71,15 @@ def write_own_text(
         seed: of the sampling.
 
     Raises:
-        DataError: no tokenizer, or the tokenizer has no token to start from, or the model's context has no room for an
-            answer, or the model only writes empty text.
+        DataError: no tokenizer, or the tokenizer has no token to start from, or its chat template refuses requests, or
+            the model's context has no room for an answer, or the model only writes empty text.
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so it cannot write text. Put its files into the folder.")
     file = cache_folder() / f"own-text-{_key(model, tokenizer, tokens, seed)}.jsonl"
-    if file.is_file():
-        return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    kept = _kept(file) if file.is_file() else []
+    if kept:
+        return kept
     say(f"The model writes {tokens:,} tokens of its own text")
     documents = _write(model, tokenizer, tokens, seed)
     _keep(file, documents)
@@ -118,6 +122,7 @@ def _requests(seed: int) -> Iterator[str]:
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str]) -> list[tuple[str, int]]:
     """The model's text for each request, and how many tokens it is."""
     prompts = [_prompt(tokenizer, request) for request in requests]
+    check_ids(torch.tensor([max(prompt) for prompt in prompts]), model, "A request that the model is to answer")
     longest = max(map(len, prompts))
     room = (context_of(model) or sys.maxsize) - longest
     if room < 1:
@@ -156,31 +161,58 @@ def _end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
+    marks = marks_of(tokenizer)
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": request}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return encode([str(text)], tokenizer)[0]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else document_end(tokenizer)
-    if start is None:
+        text = _rendered(tokenizer, [{"role": "user", "content": request}], answer=True)
+        (ids,) = encode([text], tokenizer, marks)
+        spelt_out = tuple(ids[: len(marks.before)]) == marks.before
+        return ids if spelt_out else [*marks.before, *ids]
+    start = _start(tokenizer, marks)
+    if not start:
         raise DataError("The tokenizer has no token that begins a text (BOS or EOS), so the model cannot write any.")
-    return [start]
+    return start
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, marks: Marks) -> list[int]:
+    """What a text begins with; a token that is named BOS begins one also where the tokenizer does not add it."""
+    if marks.before:
+        return list(marks.before)
+    named = (tokenizer.bos_token_id, document_end(tokenizer))
+    return next(([token] for token in named if token is not None), [])
 
 
 def _document(tokenizer: PreTrainedTokenizerBase, request: str, text: str) -> str:
     if not tokenizer.chat_template:
         return text
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": text}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return _rendered(tokenizer, [{"role": "user", "content": request}, {"role": "assistant", "content": text}])
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer: bool = False) -> str:
+    try:
+        return render(messages, tokenizer, answer=answer)
+    except DataError as error:
+        raise DataError(f"A request that the model answers for the source self {error}") from error
 
 
 def _key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
     """Hash of what decides the text: the model's numbers and context, the tokenizer, how much, and the seed."""
     settings = (tokens, seed, _WRITTEN_TOKENS, _BATCH, _TEMPERATURE, _TOP_P, context_of(model), _end(model, tokenizer))
-    words = (tokenizer.bos_token_id, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()))
+    marks = marks_of(tokenizer)
+    words = (_start(tokenizer, marks), marks, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()))
     digest = hashlib.sha256(repr((settings, words)).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.detach().double().sum().item()}".encode())
     return digest.hexdigest()[:16]
+
+
+def _kept(file: Path) -> list[str]:
+    """The documents of a file that ``_keep`` wrote; none of one that is damaged, which is then written anew."""
+    try:
+        lines = read_text(file, error=DataError).split("\n")  # not splitlines: documents hold U+2028 and their like
+        records = [parse_json(line, f"A line of {file}", error=DataError) for line in lines if line]
+        return [str(record["text"]) for record in records]
+    except (DataError, TypeError, KeyError):
+        return []
 
 
 def _keep(file: Path, documents: list[str]) -> None:

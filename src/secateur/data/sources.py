@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.builtin import SOURCES, installed, read_builtin
+from secateur.data.records import TEXT_KEYS, record_text, sound
 from secateur.errors import DataError
+from secateur.progress import say
+from secateur.reading import open_text, parse_json, path_of
 
 OWN_TEXT = "self"
 """Name of the source that the dense model writes itself (see ``own_text.py``)."""
 FILES = (".txt", ".jsonl", ".parquet")
-_TEXT_KEYS = ("text", "content", "document")
 _TXT_DOCUMENT_CHARACTERS = 1500
+_LONGEST_LINE = 200_000
+"""Characters of a ``.txt`` line that are read at a time; each such part of a longer one is a document."""
 
 
 def check_source(name: str) -> None:
@@ -26,14 +30,20 @@ def check_source(name: str) -> None:
         installed(name)
     if name in SOURCES or name == OWN_TEXT:
         return
-    path = Path(name).expanduser()
-    if path.suffix in FILES and not path.is_dir():
-        if not path.is_file():
+    path = path_of(name, "The text", DataError)
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise DataError(
+            f"{name} cannot be read: {error.strerror}. Mend its permissions, or name other text."
+        ) from error
+    if path.suffix in FILES and not folder:
+        if not file:
             raise DataError(f"There is no text file {name}. Check the path.")
         return
-    if path.is_dir():
+    if folder:
         raise DataError(f"{name} is a folder. Name the files in it ({', '.join(FILES)}).")
-    if path.is_file():
+    if file:
         raise DataError(f"{name} has the ending {path.suffix or '(none)'}; text files end in {', '.join(FILES)}.")
     close = difflib.get_close_matches(name.lower(), [*SOURCES, OWN_TEXT], n=1)
     if close and "/" not in name:
@@ -66,91 +76,61 @@ def read_documents(name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
     return _texts(_read_hub(name), name, tokenizer)
 
 
-def record_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text of one record; None when it has none of the known shapes.
-
-    Known are a string under ``text`` (or ``content``, ``document``), ``messages`` as role and content, and
-    ``instruction`` (with ``input``) and ``output``; the last two go through the tokenizer's chat template, if any.
-    """
-    for key in _TEXT_KEYS:
-        if isinstance(record.get(key), str):
-            return str(record[key])
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages:
-        return render(messages, tokenizer)
-    question, answer = record.get("instruction"), record.get("output")
-    if isinstance(question, str) and isinstance(answer, str):
-        more = record.get("input")
-        question = f"{question}\n\n{more}" if isinstance(more, str) and more.strip() else question
-        return render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
-    return None
-
-
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A conversation as text: by the chat template, or as ``Role: content`` paragraphs; None if it is malformed."""
-    if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages):
-        return None
-    if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n\n".join(f"{message.get('role', 'user').capitalize()}: {message['content']}" for message in messages)
-
-
 def _texts(records: Iterable[Mapping[str, Any]], name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for number, record in enumerate(records, start=1):
-        text = record_text(record, tokenizer)
-        if text is None:
-            raise DataError(
-                f"Record {number} of {name} has no text; its keys are {', '.join(map(str, record)) or '(none)'}. "
-                "Known are text, messages (role, content), or instruction, input and output."
-            )
-        yield text
+        try:
+            text = record_text(record, tokenizer)
+        except DataError as error:
+            raise DataError(f"Record {number} of {name} {error}") from error
+        whole = sound(text)
+        if whole != text:
+            _mention_halves(name)
+        yield whole
+
+
+@functools.cache  # a source is read for several purposes
+def _mention_halves(name: str) -> None:
+    say(f"{name} holds halves of surrogate pairs, which are no characters: each is read as U+FFFD.")
 
 
 def _read_txt(path: Path) -> Iterator[str]:
     """Paragraphs joined until they make a document of a useful size; cut at a blank line, late at any line end."""
     lines: list[str] = []
     length = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                lines.append(line.rstrip())
-                length += len(lines[-1])
-                enough = _TXT_DOCUMENT_CHARACTERS * (1 if not lines[-1] else 4)
-                if length >= enough:
-                    yield "\n".join(lines).strip()
-                    lines, length = [], 0
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+    with open_text(path, error=DataError) as file:
+        while line := file.readline(_LONGEST_LINE):
+            lines.append(line.rstrip())
+            length += len(lines[-1])
+            enough = _TXT_DOCUMENT_CHARACTERS * (1 if not lines[-1] else 4)
+            if length >= enough:
+                yield "\n".join(lines).strip()
+                lines, length = [], 0
     if length:
         yield "\n".join(lines).strip()
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DataError(f"Line {number} of {path} is not a JSON object.")
-                yield record
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"Line {number} of {path} is not JSON ({error.msg}). A .jsonl file has one object a line."
-        ) from error
+    with open_text(path, error=DataError) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"Line {number} of {path}"
+            record = parse_json(line, where, error=DataError, advice="A .jsonl file has one object a line.")
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is not a JSON object.")
+            yield record
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows with those columns that can hold text: pictures beside it are not read."""
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches(batch_size=256):
+        names = table.schema_arrow.names
+        for batch in table.iter_batches(batch_size=256, columns=[name for name in names if name in TEXT_KEYS] or None):
             yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # ValueError: no UTF-8, odd dates
         raise DataError(f"{path} cannot be read as Parquet ({error}).") from error
 
 
@@ -169,7 +149,10 @@ def _read_hub(name: str) -> Iterator[Mapping[str, Any]]:
             f"files end in {', '.join(FILES)}."
         ) from error
     try:
-        yield from datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        if getattr(stream, "features", None):
+            stream = stream.decode(False)  # pictures and sounds stay the bytes that they are
+        yield from stream
     except Exception as error:  # datasets raises ValueError, DatasetNotFoundError, builder and network errors
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"The dataset {name} cannot be read: {first}. Name it as id:config:split.") from error

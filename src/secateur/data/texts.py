@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import TokenBlocks
+from secateur.data.blocks import TokenBlocks, check_blocks
 from secateur.data.builtin import SOURCES
 from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks
 from secateur.data.own_text import write_own_text
@@ -82,6 +82,8 @@ def read_texts(
         )
         for purpose in first
     }
+    for found in blocks.values():
+        check_blocks(found, model, tokenizer)
     return Texts(**blocks)
 
 

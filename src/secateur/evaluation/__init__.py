@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secateur.evaluation.efficiency import Speed, as_written, compare_speed, machine, parameter_count
-from secateur.evaluation.perplexity import TextLoss, losses_by_source, perplexity, text_loss
+from secateur.evaluation.perplexity import TextLoss, Windows, losses_by_source, perplexity, text_loss
 from secateur.evaluation.settings import EvaluationSettings
 from secateur.evaluation.tasks import evaluate_tasks
 
@@ -11,6 +11,7 @@ __all__ = [
     "EvaluationSettings",
     "Speed",
     "TextLoss",
+    "Windows",
     "as_written",
     "compare_speed",
     "evaluate_tasks",

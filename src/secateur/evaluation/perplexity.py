@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
-from secateur.data import TokenBlocks
+from secateur.data import TokenBlocks, check_ids
 from secateur.errors import ModelError
+from secateur.finite import first_not_finite
 from secateur.progress import Bar
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time: 100 MB for a vocabulary of 50,000
@@ -25,7 +27,7 @@ class TextLoss:
     loss: float
     """Nats per predicted token."""
     tokens: int
-    """Tokens that were predicted: every one of each window but the first."""
+    """Tokens that were predicted: every one of each window but those that begin it (``Windows.scored``)."""
     window: int
     """Tokens per window; each window is read on its own."""
 
@@ -34,39 +36,66 @@ class TextLoss:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What perplexity is measured over: how text is cut, and which tokens are scored. Stands in ``metrics.json``."""
+
+    tokens: int
+    """Per window, marks included."""
+    begin_with: list[str]
+    """What the tokenizer puts before a text (BOS), and so before each window; empty where it puts nothing there."""
+    stride: int
+    """Tokens of text from the beginning of one window to that of the next: windows do not overlap."""
+    scored: int
+    """The last so many tokens of each window, each given those of the window before it: all but ``begin_with``, or the
+    first where that is empty."""
+
+    @classmethod
+    def of(cls, blocks: TokenBlocks, tokenizer: PreTrainedTokenizerBase | None) -> Windows:
+        marks = list(blocks.marks)
+        names = [str(mark) for mark in marks] if tokenizer is None else tokenizer.convert_ids_to_tokens(marks)
+        return cls(blocks.window, list(names), blocks.window - len(marks), blocks.window - max(1, len(marks)))
+
+
 def text_loss(
-    model: nn.Module, ids: torch.Tensor, *, batch_size: int = 4, autocast: torch.dtype | None = None
+    model: nn.Module, ids: torch.Tensor, *, marks: int = 0, batch_size: int = 4, autocast: torch.dtype | None = None
 ) -> TextLoss:
     """Mean negative log-likelihood of positions 1 … window-1 of every window, each given the positions before it.
 
     Args:
         model: a causal LM of transformers (or a peft model around one), on any device; its mode is restored.
         ids: int64 ``[blocks, window]``, window at least 2.
+        marks: tokens at the start of every window that the tokenizer has put there; they are not scored, and neither
+            is the first token where there are none.
         batch_size: windows per forward pass.
         autocast: type to compute matrix products in (``torch.bfloat16``), or None for the model's own. The log-softmax
             is always float32.
 
     Raises:
-        ModelError: the model computes NaN.
+        ModelError: there is nothing to score, or the model computes NaN or infinity.
+        DataError: a token has no row in the model's embedding.
     """
     with Bar("measuring perplexity", _batches(ids, batch_size)) as bar:
-        return _text_loss(model, ids, batch_size, autocast, bar)
+        return _text_loss(model, ids, marks, batch_size, autocast, bar)
 
 
 def perplexity(
-    model: nn.Module, ids: torch.Tensor, *, batch_size: int = 4, autocast: torch.dtype | None = None
+    model: nn.Module, ids: torch.Tensor, *, marks: int = 0, batch_size: int = 4, autocast: torch.dtype | None = None
 ) -> float:
     """``exp`` of ``text_loss``: perplexity over windows ``[blocks, window]`` that do not overlap."""
-    return text_loss(model, ids, batch_size=batch_size, autocast=autocast).perplexity
+    return text_loss(model, ids, marks=marks, batch_size=batch_size, autocast=autocast).perplexity
 
 
 def losses_by_source(
     model: nn.Module, blocks: TokenBlocks, *, batch_size: int = 4, autocast: torch.dtype | None = None
 ) -> dict[str, TextLoss]:
-    """``text_loss`` for each source of ``blocks``, by source name."""
+    """``text_loss`` for each source of ``blocks``, by source name; ModelError where there is none."""
     parts = {name: blocks.of_source(name).ids for name in blocks.names}
+    if not parts:
+        raise ModelError("Perplexity needs text, and there is no window of any source.")
+    marks = len(blocks.marks)
     with Bar("measuring perplexity", sum(_batches(ids, batch_size) for ids in parts.values())) as bar:
-        return {name: _text_loss(model, ids, batch_size, autocast, bar) for name, ids in parts.items()}
+        return {name: _text_loss(model, ids, marks, batch_size, autocast, bar) for name, ids in parts.items()}
 
 
 def _batches(ids: torch.Tensor, batch_size: int) -> int:
@@ -74,41 +103,50 @@ def _batches(ids: torch.Tensor, batch_size: int) -> int:
 
 
 def _text_loss(
-    model: nn.Module, ids: torch.Tensor, batch_size: int, autocast: torch.dtype | None, bar: Bar
+    model: nn.Module, ids: torch.Tensor, marks: int, batch_size: int, autocast: torch.dtype | None, bar: Bar
 ) -> TextLoss:
     """``text_loss`` that moves a bar on, one step a batch."""
-    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
+    first = max(1, marks)
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] <= first:
         raise ModelError(
-            f"Perplexity needs token ids [blocks, window] with a window of at least 2; got {tuple(ids.shape)}."
+            f"Perplexity needs token ids [blocks, window] with a window of at least {first + 1}; got "
+            f"{tuple(ids.shape)}."
         )
+    check_ids(ids, model, "The text")
     total = torch.zeros((), dtype=torch.float64)
     with _evaluating(model), torch.no_grad():
         for batch in ids.split(batch_size):
-            total += _batch_loss(model, batch, autocast)
+            loss = _batch_loss(model, batch, first, autocast)
+            if not bool(loss.isfinite()):
+                raise ModelError(_why_not_finite(model, batch, autocast))
+            total += loss
             bar.advance()
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    loss = float(total) / tokens
-    if math.isnan(loss):
-        raise ModelError(_why_nan(model))
-    return TextLoss(loss, tokens, ids.shape[1])
+    tokens = ids.shape[0] * (ids.shape[1] - first)
+    return TextLoss(float(total) / tokens, tokens, ids.shape[1])
 
 
-def _why_nan(model: nn.Module) -> str:
-    if all(bool(weight.isfinite().all()) for weight in model.parameters() if weight.is_floating_point()):
-        return "The model computes NaN on this text. Try dtype float32 without autocast."
+def _why_not_finite(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype | None) -> str:
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        place = first_not_finite(model, batch.to(device))
+    if place not in dict(model.named_parameters()):
+        return (
+            f"The model computes NaN or infinity on this text, first in {place or 'its loss'}. Try dtype float32 "
+            "without autocast."
+        )
     return (
-        "The model computes NaN because its weights are not finite. If it was trained here, training diverged: lower "
-        "training.learning_rate, or clip gradients (training.max_grad_norm)."
+        f"The model computes NaN or infinity because its weights are not finite, first in {place}. If it was trained "
+        "here, training diverged: lower training.learning_rate, or clip gradients (training.max_grad_norm)."
     )
 
 
-def _batch_loss(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
-    """Summed loss of one batch, a float64 scalar on the CPU."""
+def _batch_loss(model: nn.Module, batch: torch.Tensor, first: int, autocast: torch.dtype | None) -> torch.Tensor:
+    """Summed loss of one batch from position ``first`` on, a float64 scalar on the CPU."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = model(input_ids=batch, use_cache=False).logits
-    predictions, targets = logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+    predictions, targets = logits[:, first - 1 : -1].flatten(0, 1), batch[:, first:].flatten()
     chunks = zip(predictions.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
     losses = [F.cross_entropy(logit.float(), target, reduction="sum") for logit, target in chunks]
     return torch.stack(losses).cpu().double().sum()

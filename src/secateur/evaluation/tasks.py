@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import DataError, InputError
+from secateur.reading import path_of, read_text
 
 _BOOTSTRAP = 100
 """Samples for standard errors that have no formula (perplexity, F1, BLEU): good to about 7 % of the error."""
@@ -64,10 +65,22 @@ def evaluate_tasks(
             )
     except (OSError, ValueError) as error:  # what datasets raises for data that cannot be fetched or read
         raise DataError(f"The data of {', '.join(tasks)} cannot be read: {error}") from error
+    except IndexError as error:
+        rows = _rows(model)
+        if len(tokenizer) <= rows:
+            raise
+        raise DataError(
+            f"The tokenizer has {len(tokenizer)} tokens, and the model's embedding {rows} rows: {', '.join(tasks)} "
+            "hold tokens that the model does not know. Use the tokenizer that the model was trained with."
+        ) from error
     inside = _inside_groups(found) - set(tasks)
     scores = {task: _numbers(values) for task, values in found["results"].items() if task not in inside}
     members = found.get("group_subtasks", {})
     return {task: values for task, values in scores.items() if values or not members.get(task)}
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return int(cast(Any, model).get_input_embeddings().weight.shape[0])
 
 
 @contextmanager
@@ -157,7 +170,8 @@ def _resolve(names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """
     from lm_eval.tasks import TaskManager
 
-    own = {name: Path(name).expanduser() for name in names if Path(name).expanduser().exists()}
+    paths = {name: path_of(name, "The task") for name in names}
+    own = {name: path for name, path in paths.items() if path.exists()}
     folders = sorted({str(path if path.is_dir() else path.parent) for path in own.values()})
     tasks = [task for name in names for task in (tasks_in(own[name]) if name in own else [name])]
     manager = TaskManager(include_path=folders or None, include_defaults=len(own) < len(names))
@@ -176,8 +190,8 @@ def tasks_in(path: Path) -> list[str]:
     if files == [path] and path.suffix != ".yaml":
         raise InputError(f"{path} has the ending {path.suffix or '(none)'}; task files end in .yaml.")
     try:
-        names = sorted({name for file in files for name in _TASK_NAME.findall(file.read_text(encoding="utf-8"))})
-    except (OSError, UnicodeDecodeError) as error:
+        names = sorted({name for file in files for name in _TASK_NAME.findall(read_text(file))})
+    except InputError as error:
         raise InputError(f"The task files of {path} cannot be read: {error}") from error
     if not names:
         what = "has no task files (*.yaml" if path.is_dir() else "is no task file (YAML"

@@ -38,9 +38,9 @@ class Story:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """As in ``metrics.json``; everything is optional. Per state (``dense``, ``pruned``, ``recovered``, and
     ``baseline``, which has a ``name``): ``perplexity`` by source, ``parameters``, ``bytes``,
-    ``prefill_tokens_per_s``, ``decode_tokens_per_s``. ``tokens`` by source and ``window`` say what perplexity was
-    measured on, ``machine`` where speed was, ``seconds`` by stage what it took. Lists of ``{step, loss}`` anywhere
-    below ``method`` and ``recovery`` are training curves."""
+    ``prefill_tokens_per_s``, ``decode_tokens_per_s``. ``tokens`` by source, ``window`` and ``windows`` (as
+    ``evaluation.Windows``) say what perplexity was measured on, ``machine`` where speed was, ``seconds`` by stage what
+    it took. Lists of ``{step, loss}`` anywhere below ``method`` and ``recovery`` are training curves."""
     licence: str | None = None
     """Of the base model, when it is known."""
 
@@ -173,7 +173,11 @@ def _caption(metrics: Mapping[str, Any], columns: Collection[Mapping[str, Any]])
     parts = []
     tokens = metrics.get("tokens", {})
     if tokens and "window" in metrics:
-        parts.append(f"Perplexity over {sum(tokens.values()):,} tokens in windows of {metrics['window']} tokens.")
+        begin = " ".join(metrics.get("windows", {}).get("begin_with", []))
+        scored = f"{begin} begins each and is not scored" if begin else "the first of each is not scored"
+        parts.append(
+            f"Perplexity over {sum(tokens.values()):,} tokens in windows of {metrics['window']} tokens; {scored}."
+        )
     machine = metrics.get("machine", {})
     if machine:
         threads = machine.get("threads")

@@ -187,7 +187,7 @@ def _together(task: RecoveryTask) -> TokenBlocks:
     if task.instructions is None:
         return task.text
     ids = torch.cat([task.text.ids, task.instructions.ids])
-    return TokenBlocks(ids, task.text.sources + task.instructions.sources)
+    return TokenBlocks(ids, task.text.sources + task.instructions.sources, task.text.marks)
 
 
 def _curriculum(

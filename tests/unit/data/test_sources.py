@@ -10,7 +10,8 @@ import pytest
 
 from secateur.data import SOURCES
 from secateur.data.builtin import read_builtin
-from secateur.data.sources import check_source, read_documents, record_text
+from secateur.data.records import record_text
+from secateur.data.sources import check_source, read_documents
 from secateur.data.wikimarkup import prose
 from secateur.errors import DataError
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -102,12 +103,9 @@ def test_txt_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
             "user: Hi\nassistant: Ho\n",
         ),
-        ({"label": 3}, None),
-        ({"text": 7}, None),
-        ({"messages": [{"role": "user"}]}, None),
     ],
 )  # fmt: skip
-def test_records(record: dict[str, object], text: str | None) -> None:
+def test_records(record: dict[str, object], text: str) -> None:
     assert record_text(record, TOKENIZER) == text
 
 

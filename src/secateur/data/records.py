@@ -1,0 +1,147 @@
+"""The text of one record of a dataset: as it stands there, or a conversation rendered by the tokenizer's template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from secateur.errors import DataError
+
+_PLAIN = ("text", "content", "document")
+TEXT_KEYS = (*_PLAIN, "messages", "instruction", "input", "output")
+"""Keys of a record that its text is made from."""
+Message = Mapping[str, Any]
+
+
+def record_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of one record.
+
+    Known are a string under ``text`` (or ``content``, ``document``), ``messages`` as role and content, and
+    ``instruction`` (with ``input``) and ``output``; the last two are rendered as ``render`` does.
+
+    Raises:
+        DataError: the record has none of these shapes, or its conversation cannot be rendered. The message lacks its
+            beginning, which record it is of which file.
+    """
+    for key in _PLAIN:
+        if isinstance(record.get(key), str):
+            return str(record[key])
+    if record.get("messages"):
+        return render(_messages(record["messages"]), tokenizer)
+    question, answer = record.get("instruction"), record.get("output")
+    if isinstance(question, str) and isinstance(answer, str):
+        more = record.get("input")
+        question = f"{question}\n\n{more}" if isinstance(more, str) and more.strip() else question
+        return render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
+    raise DataError(
+        f"has no text; its keys are {', '.join(map(str, record)) or '(none)'}. "
+        "Known are text, messages (role, content), or instruction, input and output."
+    )
+
+
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, answer: bool = False) -> str:
+    """A conversation as text: by the tokenizer's chat template, or as ``Role: content`` paragraphs where it has none.
+
+    Where the template refuses a conversation with system messages, these become the beginning of the user's next
+    message, as is usual for families without a system role.
+
+    Args:
+        messages: each with a role and a content, both strings.
+        answer: whether the text ends where the assistant's next message would begin; by a template only.
+
+    Raises:
+        DataError: the template refuses the conversation. The message lacks its beginning, as in ``record_text``.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    if isinstance(template, Mapping) and "default" not in template:
+        raise DataError(
+            f"is a conversation, and the tokenizer has the chat templates {', '.join(map(str, template))} and none "
+            "named default. Name one of them that in the tokenizer's folder, or give the text under the key text."
+        )
+    try:
+        return _by_template(messages, tokenizer, answer)
+    except Exception as error:  # jinja's errors, and whatever else a template can run into
+        merged = _without_system(messages)
+        if merged is not None:
+            try:
+                return _by_template(merged, tokenizer, answer)
+            except Exception:  # then the system role was not all; the first reason is the one to tell
+                pass
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"is refused by the tokenizer's chat template: {reason[:200]}. Mend the record, leave it out, or give its "
+            "text under the key text."
+        ) from error
+
+
+def sound(text: str) -> str:
+    """``text`` with U+FFFD for every half of a surrogate pair, which JSON can spell and no encoding can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _by_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: bool) -> str:
+    conversation = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message] | None:
+    """Without system messages: their text begins the user's next message. None when there are none, or no next one."""
+    found: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+        elif message["role"] == "user":
+            found.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            found.append(message)
+    return None if waiting or len(found) == len(messages) else found
+
+
+def _messages(given: Any) -> list[Message]:
+    """The messages of a record, each with a string for role and content; DataError as in ``record_text``."""
+    if isinstance(given, Mapping) and all(isinstance(column, list) for column in given.values()):
+        # how datasets keeps a list of mappings: as a mapping of lists
+        given = [dict(zip(given, row, strict=False)) for row in zip(*given.values(), strict=False)]
+    if not isinstance(given, list):
+        raise DataError("has messages that are no list of mappings with role and content.")
+    return [_message(message, number) for number, message in enumerate(given, start=1)]
+
+
+def _message(given: Any, number: int) -> Message:
+    role = given.get("role") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(role, str):
+        shown = "null or missing" if role is None else f"{str(role)[:60]}, which is no text"
+        raise DataError(
+            f"has messages of which number {number} has no role (it is {shown}). Roles are user, assistant ..."
+        )
+    message = {key: value for key, value in given.items() if value is not None}  # a table has empty cells instead
+    content = message.get("content")
+    if content is None and (message.get("tool_calls") or message.get("function_call")):
+        content = ""
+    text = _content(content)
+    if text is None:
+        raise DataError(
+            f"has messages of which number {number} has no content. It is a text, or a list of parts, of which those "
+            "with a text are read."
+        )
+    return {**message, "content": text}
+
+
+def _content(given: Any) -> str | None:
+    """The text of a message: its parts that are text, a line each; None for what is neither text nor parts."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        return None
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in given]
+    if not all(isinstance(part, str | Mapping) for part in given):
+        return None
+    return "\n".join(part for part in parts if isinstance(part, str))
