@@ -25,19 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import secateur
 from secateur import progress
 from secateur.data import TokenBlocks, read_texts
-from secateur.importance.adapters import Composed, Options, composed
+from secateur.importance.adapters import Options, row_sums
 from secateur.importance.base import borrowed, calibration, mean_loss_backward
-from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 from secateur.methods.loraprune import LoRAPruneSettings
 from secateur.planning import countable, restrict
 from secateur.planning.stacks import comparable
 from secateur.training import attach_lora, train
 from secateur.types import DependencyGraph, Member, NodeGroup
+from secateur.units import adapter_of, base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 
 SIDES = ("out", "in", "both", "out for both")
 ALL = "all"
@@ -90,9 +91,9 @@ def compare_with_true_gradient(
     return found + _between(graph, sums)
 
 
-def _members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, Composed]]:
+def _members(model: nn.Module, group: NodeGroup) -> list[tuple[Member, LoraLayer]]:
     layers = [(member, lora_layer(model, member.parameter)) for member in base_members(group)]
-    return [(member, composed(layer)) for member, layer in layers if layer is not None]
+    return [(member, layer) for member, layer in layers if layer is not None]
 
 
 UnitSums = list[tuple[str, torch.Tensor]]
@@ -101,16 +102,16 @@ UnitSums = list[tuple[str, torch.Tensor]]
 
 def _unit_sums(
     group: NodeGroup,
-    members: Sequence[tuple[Member, Composed]],
+    members: Sequence[tuple[Member, LoraLayer]],
     trained: dict[str, nn.Parameter],
     options: Options,
 ) -> UnitSums:
     sums: UnitSums = []
-    for member, operator in members:
+    for member, layer in members:
         gradient = trained[member.parameter].grad
         assert gradient is not None
-        guess = sum_rows(operator.row_sums(member.axis, options), member, group.size)
-        truth = sum_rows(true_row_sums(operator, gradient, member.axis, options), member, group.size)
+        guess = sum_rows(row_sums(layer, member.axis, options), member, group.size)
+        truth = sum_rows(true_row_sums(layer, gradient, member.axis, options), member, group.size)
         sums.append((member.role, torch.stack([guess, truth]).cpu()))
     return sums
 
@@ -146,11 +147,12 @@ def _between(graph: DependencyGraph, sums: Mapping[str, UnitSums]) -> list[Agree
     return [Agreement(ALL, ALL, "out", spearman(guess, truth), _overlap(guess, truth))]
 
 
-def true_row_sums(operator: Composed, gradient: torch.Tensor, axis: int, options: Options) -> torch.Tensor:
-    """``Composed.row_sums`` with the gradient itself instead of its estimate."""
-    weight = dequantised(operator.base).float()
-    delta = operator.scaling * (operator.b.detach().float() @ operator.a.detach().float())
-    product = gradient.float() * (weight + (delta.T if operator.transposed else delta))
+def true_row_sums(layer: LoraLayer, gradient: torch.Tensor, axis: int, options: Options) -> torch.Tensor:
+    """``row_sums`` with the gradient itself instead of its estimate."""
+    adapter = adapter_of(layer)
+    delta = adapter.scaling * (adapter.b.detach().float() @ adapter.a.detach().float())
+    transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    product = gradient.float() * (dequantised(layer.get_base_layer()).float() + (delta.T if transposed else delta))
     value = product.abs() if options.form == "absolute" else product.square()
     return value.sum(1 - axis)
 

@@ -10,11 +10,11 @@ from scripts import script
 
 from secateur.graph import trace
 from secateur.importance.adapters import Adapters, Options
-from secateur.importance.weights import sum_rows
 from secateur.planning.stacks import comparable
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
+from secateur.units import sum_rows
 
 estimate = script("lora_estimate")
 ALL, compare_with_true_gradient, spearman = estimate.ALL, estimate.compare_with_true_gradient, estimate.spearman

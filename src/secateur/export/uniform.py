@@ -20,8 +20,9 @@ from secateur.export.sizes import place_of, query_heads_name
 from secateur.graph import trace
 from secateur.surgery import slice_model
 from secateur.surgery.rebuild import OWN_NAME, family_of, is_listed, is_uneven
-from secateur.surgery.rows import Rows, removed_rows
+from secateur.surgery.rows import removed_rows
 from secateur.types import DependencyGraph, NodeGroup
+from secateur.units import Rows
 
 _BIASES = ("attention_bias", "mlp_bias")
 """Switches of families that can have biases; methods that compensate for what goes (FLAP) bring some."""
@@ -156,7 +157,7 @@ def _filled(model: PreTrainedModel, even: PreTrainedModel, lacking: Sequence[Row
         for one in rows.get(id(whole), ()):
             shape = list(tensor.shape)
             shape[one.axis] = whole.shape[one.axis]
-            tensor = tensor.new_zeros(shape).index_copy_(one.axis, one.kept.to(tensor.device), tensor)
+            tensor = tensor.new_zeros(shape).index_copy_(one.axis, one.others.to(tensor.device), tensor)
         weights[name] = tensor
     even.load_state_dict(weights, strict=True, assign=True)
     even.tie_weights()

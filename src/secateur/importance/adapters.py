@@ -12,8 +12,8 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, recomputed, unscorable
-from secateur.importance.weights import base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+from secateur.units import adapter_of, base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks
@@ -79,62 +79,35 @@ def gradient_factors(
     return left / scaling, torch.cat([a.float(), grad_a.float()])
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A LoRA-wrapped linear ``W + s B A`` with the gradients that its adapter holds now."""
+def row_sums(layer: LoraLayer, axis: int, options: Options = DEFAULT) -> torch.Tensor:
+    """``Σ |Ĝ (W + s B A)|`` or its squares over the other axis of a wrapped linear, from the gradients of A and B now.
 
-    base: nn.Module
-    """The wrapped linear; its weight is ``[out, in]``, or ``[in, out]`` when ``transposed``, in any storage."""
-    transposed: bool
-    """GPT-2's ``Conv1D``."""
-    a: nn.Parameter
-    b: nn.Parameter
-    scaling: float
-
-    def row_sums(self, axis: int, options: Options = DEFAULT) -> torch.Tensor:
-        """``Σ |Ĝ (W + s B A)|`` or its squares over the other axis: a number for each slice along ``axis``, fp32."""
-        over_outputs = (axis == 0) != self.transposed
-        a, b, grad_a, grad_b = self.a.detach(), self.b.detach(), self.a.grad, self.b.grad
-        outputs, inputs = b.shape[0], a.shape[1]
-        total = torch.zeros(outputs if over_outputs else inputs, device=a.device)
-        if grad_a is None or grad_b is None:
-            return total
-        weight = dequantised(self.base)
-        weight = weight.T if self.transposed else weight
-        left, right = gradient_factors(a, b, grad_a, grad_b, self.scaling, options.quadratic)
-        a, b = a.float(), b.float() * self.scaling
-        step = max(1, _BLOCK_ELEMENTS // inputs)
-        for start in range(0, outputs, step):
-            rows = slice(start, start + step)
-            value = torch.addmm(weight[rows].float(), b[rows], a).mul_(left[rows] @ right)
-            # not vector_norm, which takes as long as all the rest
-            value = value.abs_() if options.form == "absolute" else value.square_()
-            if over_outputs:
-                total[rows] = value.sum(dim=1)
-            else:
-                total += value.sum(dim=0)
+    A number for each slice of its weight along ``axis``, fp32. The weight may be quantised. Raises ModelError unless
+    the layer has one active, unmerged, plain adapter.
+    """
+    adapter = adapter_of(layer)
+    transposed = bool(getattr(layer, "fan_in_fan_out", False))  # GPT-2's Conv1D
+    over_outputs = (axis == 0) != transposed
+    a, b, grad_a, grad_b = adapter.a.detach(), adapter.b.detach(), adapter.a.grad, adapter.b.grad
+    outputs, inputs = b.shape[0], a.shape[1]
+    total = torch.zeros(outputs if over_outputs else inputs, device=a.device)
+    if grad_a is None or grad_b is None:
         return total
-
-
-def composed(layer: LoraLayer) -> Composed:
-    """The composed operator of a wrapped linear with one active, unmerged, plain adapter; ModelError otherwise."""
-    base = layer.get_base_layer()
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.merged or layer.disable_adapters or len(active) != 1:
-        raise ModelError(
-            "LoRA-guided scores need exactly one adapter that is active and not merged; "
-            f"this {type(base).__name__} has {active or 'none'}{' merged' if layer.merged else ''}."
-        )
-    name = active[0]
-    if name in layer.lora_variant:
-        raise ModelError(
-            f"LoRA-guided scores are of W + s B A, and this {type(base).__name__} has another "
-            "form of adapter (such as DoRA). Attach plain LoRA (use_dora=False)."
-        )
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    assert isinstance(a, nn.Parameter)
-    assert isinstance(b, nn.Parameter)
-    return Composed(base, bool(getattr(layer, "fan_in_fan_out", False)), a, b, float(layer.scaling[name]))
+    weight = dequantised(layer.get_base_layer())
+    weight = weight.T if transposed else weight
+    left, right = gradient_factors(a, b, grad_a, grad_b, adapter.scaling, options.quadratic)
+    a, b = a.float(), b.float() * adapter.scaling
+    step = max(1, _BLOCK_ELEMENTS // inputs)
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        value = torch.addmm(weight[rows].float(), b[rows], a).mul_(left[rows] @ right)
+        # not vector_norm, which takes as long as all the rest
+        value = value.abs_() if options.form == "absolute" else value.square_()
+        if over_outputs:
+            total[rows] = value.sum(dim=1)
+        else:
+            total += value.sum(dim=0)
+    return total
 
 
 class AdapterGradients:
@@ -165,7 +138,7 @@ class AdapterGradients:
     def _of_group(self, group: NodeGroup, members: Sequence[tuple[Member, LoraLayer]]) -> torch.Tensor:
         total = torch.zeros(group.size)
         for member, layer in members:
-            score = sum_rows(composed(layer).row_sums(member.axis, self.options), member, group.size).cpu()
+            score = sum_rows(row_sums(layer, member.axis, self.options), member, group.size).cpu()
             total += score / score.norm() if self.options.normalise and float(score.norm()) > 0 else score
         return total
 
@@ -180,7 +153,7 @@ def _adapted_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[t
             group, "lora", f"none of its weights is a linear layer with a LoRA adapter{side} (lora.targets)"
         )
     for _, layer in found:  # refused before anything is trained, not at the first score
-        composed(layer)
+        adapter_of(layer)
     return found
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from secateur.importance.base import Needs, borrowed, calibration, input_device, require_gradients, unscorable
 from secateur.importance.taylor import first_order
-from secateur.importance.weights import base_members, effective_weight, sum_units
 from secateur.progress import track
 from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+from secateur.units import base_members, effective_weight, sum_units
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from secateur.importance.base import Needs, borrowed, calibration, input_device, unscorable
-from secateur.importance.weights import base_members, effective_weight, sum_rows
 from secateur.progress import track
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+from secateur.units import base_members, effective_weight, sum_rows
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

@@ -29,7 +29,8 @@ from secateur.importance.base import (
     require_gradients,
     unscorable,
 )
-from secateur.importance.weights import (
+from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.units import (
     active_adapters,
     adapter_delta,
     base_members,
@@ -39,7 +40,6 @@ from secateur.importance.weights import (
     stored_weight,
     sum_units,
 )
-from secateur.types import DependencyGraph, NodeGroup, Scores
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

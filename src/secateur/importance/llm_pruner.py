@@ -18,10 +18,10 @@ from secateur.importance.base import (
     require_gradients,
     unscorable,
 )
-from secateur.importance.weights import base_members, effective_weight, other_axes, sum_rows
 from secateur.progress import track
 from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
+from secateur.units import base_members, effective_weight, other_axes, sum_rows
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

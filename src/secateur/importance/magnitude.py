@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from secateur.importance.base import Needs
-from secateur.importance.weights import base_members, base_parameters, effective_weight, other_axes, sum_rows, sum_units
 from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.units import base_members, base_parameters, effective_weight, other_axes, sum_rows, sum_units
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, require_gradients
-from secateur.importance.weights import base_members, base_parameters, effective_weight, sum_units
 from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.units import base_members, base_parameters, effective_weight, sum_units
 
 if TYPE_CHECKING:
     from secateur.data import TokenBlocks

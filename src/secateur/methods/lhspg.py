@@ -17,7 +17,7 @@ one over the units that are left; ``surgery`` takes that back when the zeros, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,10 +28,10 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState
 
 from secateur.errors import ModelError
 from secateur.importance.base import input_device
-from secateur.importance.weights import base_members, lora_layer
 from secateur.surgery import norms_over, scales_with_zeros, set_epsilon, unproduced
 from secateur.training import StatefulCallback
-from secateur.types import DependencyGraph, Member, NodeGroup, removed_to_kept
+from secateur.types import DependencyGraph, removed_to_kept
+from secateur.units import UnitRows, rows_of, squared_norms
 
 Projection = Literal["decay", "half-space"]
 
@@ -63,130 +63,6 @@ def half_space_factor(
     factor = 1 - shrink / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     inside = (factor * norm2 + along >= epsilon * norm2) & (norm2 > 0)
     return torch.where(inside, factor, 0.0), inside.to(norm.dtype)
-
-
-@dataclass
-class _Adapter:
-    """``A`` [experts * r, in], ``B`` [out, r * experts] and γ = alpha / r of a composed operator, as peft has them.
-
-    Detached views that write through.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    gamma: float
-    experts: int
-    """Matrices in the weight: 1 for a linear."""
-
-    def along(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """``⟨γ [B]_g A, rows⟩`` by rows, ``[m]``; of rows ``[m, in]``, or ``[m, experts, in]`` where it is stacked."""
-        if self.experts == 1:
-            return self.gamma * ((rows @ self.a.float().T) * self.b[index].float()).sum(1)
-        return (self._stacked(index) * rows).flatten(1).sum(1)
-
-    def add_to(self, rows: torch.Tensor, index: torch.Tensor, factor: torch.Tensor) -> None:
-        """``rows += factor · γ [B]_g A``, with ``factor`` by row, ``[m]``."""
-        if self.experts == 1:
-            rows.addmm_(self.b[index].float() * (self.gamma * factor)[:, None], self.a.float())
-        else:
-            rows += self._stacked(index) * factor[:, None, None]
-
-    def _stacked(self, index: torch.Tensor) -> torch.Tensor:
-        a = self.a.float().reshape(self.experts, -1, self.a.shape[-1])
-        b = self.b[index].float().reshape(len(index), -1, self.experts)
-        return self.gamma * torch.einsum("mre,eri->mei", b, a)
-
-
-@dataclass
-class _Rows:
-    """The rows of some units in one weight or bias, with the adapter that is added to them."""
-
-    weight: torch.Tensor
-    axis: int
-    index: torch.Tensor
-    """``[m]``: rows of all units, those of one unit together."""
-    per_unit: int
-    adapter: _Adapter | None
-
-    def read(self) -> torch.Tensor:
-        """``[m, ...]``: a copy, in float32 whatever the weights are in."""
-        return self.weight.movedim(self.axis, 0)[self.index].float()
-
-    def write(self, rows: torch.Tensor) -> None:
-        self.weight.movedim(self.axis, 0)[self.index] = rows.to(self.weight.dtype)
-
-    def by_row(self, values: torch.Tensor) -> torch.Tensor:
-        """A number for each unit as one for each row: ``[n] -> [m]``."""
-        return values.repeat_interleave(self.per_unit)
-
-    def by_unit(self, values: torch.Tensor) -> torch.Tensor:
-        """A number for each row, summed over those of a unit: ``[m] -> [n]``."""
-        return values.reshape(-1, self.per_unit).sum(1)
-
-    def along(self, rows: torch.Tensor) -> torch.Tensor:
-        """``⟨γ [B A]_g, [x]_g⟩`` of this member, ``[n]``."""
-        if self.adapter is None:
-            return torch.zeros(len(self.index) // self.per_unit, device=rows.device)
-        return self.by_unit(self.adapter.along(rows, self.index))
-
-    def absorb(self, rows: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
-        """Write ``factor · rows + share · γ [B]_g A``, factors by unit, and forget the adapter; uses up ``rows``."""
-        rows.mul_(self.by_row(factor).view(-1, *[1] * (rows.dim() - 1)))
-        if self.adapter is not None:
-            self.adapter.add_to(rows, self.index, self.by_row(share))
-        self.write(rows)
-        self.forget_adapter()
-
-    def clear(self) -> None:
-        """Exact zeros, without and with the adapter."""
-        self.weight.index_fill_(self.axis, self.index, 0.0)
-        self.forget_adapter()
-
-    def forget_adapter(self) -> None:
-        """``[B]_g = 0``: it has been absorbed, or the unit is gone."""
-        if self.adapter is not None:
-            self.adapter.b.index_fill_(0, self.index, 0.0)
-
-
-def _norm2(members: Iterable[_Rows], values: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Squared norm of each unit over all its members, ``[n]``."""
-    parts = [
-        rows.by_unit(torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1).square())
-        for rows, value in zip(members, values, strict=True)
-    ]
-    return torch.stack(parts).sum(0)
-
-
-def _adapter_of(model: PeftModel, member: Member) -> _Adapter | None:
-    """What is added to this weight; None for a bias, and for a weight without an adapter.
-
-    Where the columns of the weight are meant, ``(B A)ᵀ = Aᵀ Bᵀ``: the two change places.
-    """
-    layer: Any = lora_layer(model, member.parameter)
-    if layer is None or "default" not in layer.lora_A:
-        return None
-    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-    if member.role == "in":
-        a, b = b.T, a.T
-    return _Adapter(a, b, float(layer.scaling["default"]), getattr(layer, "num_experts", 1))
-
-
-def _shrinking(
-    model: PeftModel, graph: DependencyGraph, units: Mapping[str, Sequence[int]], heard: Collection[str]
-) -> list[list[_Rows]]:
-    """For each group in ``units``, ``[x]_g`` of those units. ``graph`` is that of the model with adapters."""
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-
-    def rows_of(group: NodeGroup) -> list[_Rows]:
-        found = []
-        for member in base_members(group):  # B's own rows go through the composed operator
-            if member.role == ("in" if group.name in heard else "out"):
-                weight = parameters[member.parameter].detach()
-                index = member.rows(units[group.name]).flatten().to(weight.device)
-                found.append(_Rows(weight, member.axis, index, member.rows_per_unit, _adapter_of(model, member)))
-        return found
-
-    return [rows_of(graph[name]) for name in units if units[name]]
 
 
 @torch.no_grad()
@@ -281,6 +157,11 @@ def _cannot_follow(module: nn.Module, model: nn.Module, what: str) -> ModelError
     )
 
 
+def _norm2(members: list[UnitRows]) -> torch.Tensor:
+    """Squared norm of each unit as it is now, ``[n]``."""
+    return squared_norms(members, [rows.read().float() for rows in members])
+
+
 class LHSPGCallback(StatefulCallback):
     """Projects one period's redundant units after every optimiser step, and keeps those already gone at zero.
 
@@ -318,12 +199,12 @@ class LHSPGCallback(StatefulCallback):
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by the Trainer when the model is where it will be trained."""
-        self._redundant, self._gone = (_shrinking(model, self._graph, units, self._heard) for units in self._units)
+        self._redundant, self._gone = (self._shrinking(model, units) for units in self._units)
         self._norms = _norms(model, self._graph, *self._units, self._heard)
-        self._shrink = [_norm2(unit, [rows.read() for rows in unit]).sqrt() / self.steps for unit in self._redundant]
+        self._shrink = [_norm2(unit).sqrt() / self.steps for unit in self._redundant]
         for name, rows in self._by_name().items():
             if name in self._restored:
-                rows.write(self._restored.pop(name).to(rows.weight.device))
+                rows.write(self._restored.pop(name).to(rows.tensor.device))
         self._follow()
 
     @torch.no_grad()
@@ -333,22 +214,30 @@ class LHSPGCallback(StatefulCallback):
             self._project(members, shrink)
         for members in self._gone:
             for rows in members:
-                rows.forget_adapter()
+                rows.clear_adapter()
         self.step += 1
         self._follow()
 
-    def _project(self, members: list[_Rows], shrink: torch.Tensor) -> None:
+    def _shrinking(self, model: PeftModel, units: Mapping[str, Sequence[int]]) -> list[list[UnitRows]]:
+        """For each group in ``units``, ``[x]_g`` of those units."""
+        return [
+            rows_of(model, self._graph[name], units[name], "in" if name in self._heard else "out")
+            for name in units
+            if units[name]
+        ]
+
+    def _project(self, members: list[UnitRows], shrink: torch.Tensor) -> None:
         if self.step + 1 >= self.steps:  # the period ends at exact zero in both modes
             for rows in members:
                 rows.clear()
         elif self.mode == "decay":
             factor = torch.full_like(shrink, decay_factor(self.step, self.steps))
             for rows in members:
-                rows.absorb(rows.read(), factor, factor)
+                rows.absorb(rows.read().float(), factor, factor)
         else:
-            values = [rows.read() for rows in members]
+            values = [rows.read().float() for rows in members]
             along = torch.stack([rows.along(value) for rows, value in zip(members, values, strict=True)]).sum(0)
-            factor, share = half_space_factor(_norm2(members, values), along, shrink, self.epsilon)
+            factor, share = half_space_factor(squared_norms(members, values), along, shrink, self.epsilon)
             for rows, value in zip(members, values, strict=True):
                 rows.absorb(value, factor, share)
 
@@ -363,17 +252,16 @@ class LHSPGCallback(StatefulCallback):
         if name not in redundant:
             return 0.0
         group = redundant.index(name)
-        now = _norm2(self._redundant[group], [rows.read() for rows in self._redundant[group]]).sum()
+        now = _norm2(self._redundant[group]).sum()
         begun = (self._shrink[group] * self.steps).square().sum()
         return float(now / begun) if begun > 0 else 0.0
 
-    def _by_name(self) -> dict[str, _Rows]:
+    def _by_name(self) -> dict[str, UnitRows]:
         return {f"rows/{g}/{m}": rows for g, unit in enumerate(self._redundant) for m, rows in enumerate(unit)}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The step, and the redundant units' rows."""
-        rows = {name: rows.weight.movedim(rows.axis, 0)[rows.index] for name, rows in self._by_name().items()}
-        return rows | {"step": torch.tensor(self.step)}
+        return {name: rows.read() for name, rows in self._by_name().items()} | {"step": torch.tensor(self.step)}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """The opposite of ``state_tensors``; the rows are written when training begins."""

@@ -27,8 +27,9 @@ from secateur.importance.stack import LayerStack
 from secateur.progress import Bar
 from secateur.surgery import masked
 from secateur.surgery.mask import MASKABLE
-from secateur.surgery.rows import Rows, removed_rows
+from secateur.surgery.rows import removed_rows
 from secateur.types import DependencyGraph
+from secateur.units import Rows
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -187,7 +188,7 @@ def _inputs_of(model: nn.Module, consumers: Mapping[str, Rows]) -> Iterator[dict
 def _refit(rows: Rows, dense: list[torch.Tensor], now: list[torch.Tensor], ridge: float) -> Refit:
     """Write the new weights of one consumer into it."""
     weight = rows.tensor.detach().movedim(rows.axis, -1)  # [outputs, inputs]
-    kept = rows.kept.to(weight.device)
+    kept = rows.others.to(weight.device)
     every, left = torch.cat(dense), torch.cat(now)[:, kept]
     new = ridge_refit(weight, kept, every, left, ridge).to(weight.dtype)
     wanted = every.float() @ weight.float().T

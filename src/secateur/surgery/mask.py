@@ -17,10 +17,11 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.surgery.blocks import skipped
 from secateur.surgery.norms import MASKABLE, norms_over, over_survivors
-from secateur.surgery.rows import Rows, cut_groups, removed_rows, zeroed
+from secateur.surgery.rows import cut_groups, removed_rows
 from secateur.surgery.tokens import silenced
 from secateur.surgery.unrouted import unrouted
 from secateur.types import DependencyGraph, NodeGroup
+from secateur.units import Rows, zeroed
 
 _ZEROED = (*MASKABLE, "hidden", "state")
 """Kinds of groups whose units are removed exactly by zeroing what consumes them, with norms over the survivors."""

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.surgery.rows import cut_groups, tensors_of
+from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, NodeGroup
+from secateur.units import tensors_of
 
 MASKABLE = ("ffn", "attention", "query")
 """Kinds of groups whose units can be zeroed for good, one by one, while a model trains."""

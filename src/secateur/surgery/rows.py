@@ -2,63 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from secateur.errors import ModelError, PlanError
 from secateur.types import DependencyGraph, Member, NodeGroup, Role
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one axis of one tensor that belong to removed units."""
-
-    name: str
-    """Path of the tensor in the model (one of them, when it is tied)."""
-    tensor: torch.Tensor
-    axis: int
-    removed: torch.Tensor
-    """Sorted indices along ``axis``, without repeats."""
-
-    @property
-    def kept(self) -> torch.Tensor:
-        """Sorted indices along ``axis`` that stay."""
-        stays = torch.ones(self.tensor.shape[self.axis], dtype=torch.bool)
-        stays[self.removed] = False
-        return stays.nonzero().flatten()
-
-    @torch.no_grad()
-    def zero(self) -> None:
-        """Set the removed rows to zero."""
-        self.tensor.index_fill_(self.axis, self.removed.to(self.tensor.device), 0.0)
-
-
-@contextmanager
-def zeroed(rows: Iterable[Rows]) -> Iterator[None]:
-    """While it lasts, these rows are zero; afterwards they are what they were, bit for bit."""
-    with torch.no_grad():
-        saved = [(one, one.tensor.index_select(one.axis, one.removed.to(one.tensor.device))) for one in rows]
-    try:
-        for one, _ in saved:
-            one.zero()
-        yield
-    finally:
-        # last zeroed, first restored: a tensor may be zeroed along two of its axes
-        for one, before in reversed(saved):
-            with torch.no_grad():
-                one.tensor.index_copy_(one.axis, one.removed.to(one.tensor.device), before)
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by every path that leads to it (tied ones appear under each of their names)."""
-    return {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
+from secateur.units import Rows, tensors_of
 
 
 def cut_groups(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[tuple[NodeGroup, list[int]]]:
@@ -75,6 +26,8 @@ def removed_rows(
     model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], role: Role | None = None
 ) -> list[Rows]:
     """Rows of removed units, one entry for each (tensor, axis) touched; ``role`` restricts to such members.
+
+    Their ``index`` is sorted and without repeats.
 
     Raises PlanError when ``graph`` is not the graph of ``model`` as it stands (another model, or already sliced).
     """

@@ -24,8 +24,9 @@ from secateur.surgery.attributes import (
 from secateur.surgery.blocks import remove_layers
 from secateur.surgery.configs import changed_configs, renumber_special_tokens
 from secateur.surgery.norms import norms_over, restore_epsilon
-from secateur.surgery.rows import Rows, cut_groups, removed_rows
+from secateur.surgery.rows import cut_groups, removed_rows
 from secateur.types import DependencyGraph
+from secateur.units import Rows
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,7 +121,7 @@ def _smaller(cuts: list[Rows]) -> torch.Tensor:
     whole = cuts[0].tensor
     small = whole.detach()
     for rows in cuts:
-        small = small.index_select(rows.axis, rows.kept.to(whole.device))
+        small = small.index_select(rows.axis, rows.others.to(whole.device))
     if not isinstance(whole, nn.Parameter):
         return small
     parameter = nn.Parameter(small, requires_grad=whole.requires_grad)

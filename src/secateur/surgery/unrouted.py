@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import ModelError
-from secateur.surgery.rows import Rows, cut_groups, removed_rows
+from secateur.surgery.rows import cut_groups, removed_rows
 from secateur.types import DependencyGraph
+from secateur.units import Rows
 
 _SECOND_OPERAND = {"aten.mm": 1, "aten.bmm": 1, "aten.matmul": 1, "aten.linear": 1, "aten.addmm": 2, "aten.mv": 0}
 """Products, with the place of the operand that a router's weight is."""
@@ -41,7 +42,7 @@ def unrouted(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequen
     with ExitStack() as stack:
         try:
             for rows in biases:
-                _fill(rows.tensor, rows.axis, rows.removed)
+                _fill(rows.tensor, rows.axis, rows.index)
             torch.clear_autocast_cache()  # it may hold copies of routers that would not be recognised
             stack.enter_context(_WithoutExperts(weights))
             yield
@@ -83,7 +84,7 @@ class _WithoutExperts(TorchDispatchMode):
 
     def __init__(self, weights: Sequence[Rows]) -> None:
         super().__init__()
-        self._removed = {_storage(rows.tensor): rows.removed for rows in weights}
+        self._removed = {_storage(rows.tensor): rows.index for rows in weights}
         self._derived: dict[int, deque[torch.Tensor]] = {}
         """What was computed from each weight, kept alive so that its storage is not mistaken for another's."""
 

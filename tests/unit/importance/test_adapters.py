@@ -14,13 +14,13 @@ from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.importance import Adapters, Taylor, adapters
-from secateur.importance.adapters import AdapterGradients, Options, composed, gradient_factors
+from secateur.importance.adapters import AdapterGradients, Options, gradient_factors
 from secateur.importance.base import mean_loss_backward, recomputed
-from secateur.importance.weights import dequantised, lora_layer
 from secateur.planning import Budget, allocate
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, attach_lora
 from secateur.training.quantised import quantised_base
+from secateur.units import adapter_of, dequantised, lora_layer
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -284,4 +284,4 @@ def test_adapters_that_are_not_plain_lora_are_refused() -> None:
     layer = lora_layer(model, "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     assert layer is not None
     with pytest.raises(ModelError, match="DoRA"):
-        composed(layer)
+        adapter_of(layer)

@@ -1,15 +1,12 @@
-"""From parameters to units: which weight a member really acts with, and sums over the rows of a unit."""
+"""The weight that a parameter acts with: as stored, dequantised, or ``W + s B A`` with LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-
-from secateur.types import DependencyGraph, Member, NodeGroup
 
 
 def is_adapter_parameter(parameter: str) -> bool:
@@ -29,11 +26,24 @@ def lora_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
     return None
 
 
-def stored_weight(model: nn.Module, parameter: str) -> torch.Tensor:
-    """The parameter (or buffer) at this path, detached."""
+def tensor_at(model: nn.Module, parameter: str) -> torch.Tensor:
+    """The parameter (or buffer) at this path, itself."""
     path, _, leaf = parameter.rpartition(".")
     weight: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return weight.detach()
+    return weight
+
+
+def stored_weight(model: nn.Module, parameter: str) -> torch.Tensor:
+    """The parameter (or buffer) at this path, detached."""
+    return tensor_at(model, parameter).detach()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by every path that leads to it (tied ones appear under each of their names)."""
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
 
 
 def dequantised(module: nn.Module) -> torch.Tensor:
@@ -94,37 +104,3 @@ def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:
     """
     weight, delta = stored_weight(model, parameter), adapter_delta(model, parameter)
     return weight if delta is None else weight + delta.to(weight.dtype)
-
-
-def base_members(group: NodeGroup, trained: dict[str, nn.Parameter] | None = None) -> Iterator[Member]:
-    """The members of ``group`` without those of adapters (they count through ``effective_weight``).
-
-    With ``trained``, only members that are in it.
-    """
-    for member in group.members:
-        if not is_adapter_parameter(member.parameter) and (trained is None or member.parameter in trained):
-            yield member
-
-
-def base_parameters(graph: DependencyGraph, group: NodeGroup) -> list[list[str]]:
-    """The parameters in each unit of a group whose units are modules, without those of adapters."""
-    return [[name for name in names if not is_adapter_parameter(name)] for names in graph.parameters_by_unit(group)]
-
-
-def other_axes(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:
-    """All axes of ``tensor`` but ``axis``."""
-    return tuple(index for index in range(tensor.dim()) if index != axis)
-
-
-def sum_rows(values: torch.Tensor, member: Member, size: int) -> torch.Tensor:
-    """Sum a number per row of ``member``'s axis, shape ``[rows]``, to a number per unit, shape ``[size]``."""
-    if member.in_order and len(values) == size * member.width:
-        return values.reshape(size, -1).sum(dim=1)
-    return values[member.rows(torch.arange(size)).to(values.device)].sum(dim=1)
-
-
-def sum_units(elements: torch.Tensor, member: Member, size: int) -> torch.Tensor:
-    """Sum a number per element of ``member``'s parameter to a number per unit, fp32, shape ``[size]``."""
-    elements = elements.float()
-    axes = other_axes(elements, member.axis)
-    return sum_rows(elements.sum(dim=axes) if axes else elements, member, size)
