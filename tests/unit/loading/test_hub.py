@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import http.server
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +78,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def cache(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for the hub, which answers well until a test says otherwise."""
     monkeypatch.setattr(_Hub, "mode", "well")
-    for module in (constants, hub.HfApi.model_info.__globals__["constants"]):
-        monkeypatch.setattr(module, "ENDPOINT", site)
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", site + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", site)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", site + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
     return tmp_path / "hub"
 
@@ -154,8 +152,7 @@ def test_a_cache_that_takes_no_more(number: int, words: str, cache: Path, monkey
         load("org/name")
 
 
-def test_nothing_of_an_unknown_model_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_the_hub_does_not_have(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Hub, "mode", "all 404")
     with pytest.raises(ModelError, match=r"no model org/name|nor is it in the hub's cache"):
         load("org/name")
-    shutil.rmtree(cache, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PreTrainedModel,
 )
 
 from secateur.errors import InputError, ModelError
@@ -192,3 +194,120 @@ def test_an_adapter_folder_is_not_a_model_to_verify(adapter: Path) -> None:
 
     with pytest.raises(InputError, match="holds an adapter"):
         inspection.verify(secateur.load_recipe(flags={"model.name": str(adapter)}))
+
+
+# Head and embedding that are one tensor in the base
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, False),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, False),
+        ({"target_modules": ["lm_head", "embed_tokens"]}, False),
+        ({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 40, 96]}, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5], "embed_tokens": [7]}}, False),
+        ({"target_modules": ["lm_head", "q_proj"], "use_dora": True}, False),
+        ({"target_modules": ["lm_head", "o_proj"], "use_rslora": True, "rank_pattern": {".*o_proj": 2}}, False),
+        ({"target_modules": ["q_proj", "down_proj"]}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3-vision"])
+def test_an_adapter_of_a_tied_model_is_merged_to_what_it_computes(
+    family: str, kind: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    build_tied(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **copy.deepcopy(kind))
+    ).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens_delta" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    ids = torch.tensor([[5, 7, 40, 96, *range(8, 20)]])
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, use_cache=False).logits
+        merged, _ = load(str(tmp_path / "adapter"), device="cpu")
+        torch.testing.assert_close(merged(input_ids=ids, use_cache=False).logits, expected, atol=1e-3, rtol=1e-3)
+        assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
+        assert merged.config.tie_word_embeddings is tied
+        assert merged.config.get_text_config().tie_word_embeddings is tied
+        merged.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, expected, atol=1e-3, rtol=1e-3)
+    assert merged.source_folder == tmp_path / "base"
+
+
+def build_tied(family: str) -> PreTrainedModel:
+    """A tied model, whose config is one or has one for text within."""
+    if family == "llama-tied":
+        return build(family)
+    from secateur.testing import zoo
+
+    model, _ = zoo.build_any("gemma3")
+    assert model.config.tie_word_embeddings
+    return model
+
+
+def test_a_merge_that_computes_something_else_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    merge = PeftModel.__getattr__
+
+    def wrong(self: PeftModel, name: str) -> Any:
+        if name == "merge_and_unload":
+            return self.base_model.unload  # which forgets the adapter
+        return merge(self, name)
+
+    monkeypatch.setattr(PeftModel, "__getattr__", wrong)
+    with pytest.raises(ModelError, match=r"does not fit its base model.*computes something else.*logits differ"):
+        load(str(adapter), device="cpu")
+
+
+def test_an_adapter_whose_base_lay_elsewhere_says_that_it_is_one(adapter: Path) -> None:
+    change_adapter(adapter, base_model_name_or_path="/scratch/job-17/llama")
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=r"is an adapter of /scratch/job-17/llama, which cannot be opened"):
+            opener(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is .* must be a text"),
+        ({"revision": 7}, "revision is 7; it must be a text"),
+        ({"base_model_name_or_path": "~nobody-here/x"}, "base model of .* is no path"),
+        ({"r": "many"}, "does not fit its base model"),
+        ({"modules_to_save": 3}, "does not fit its base model"),
+        ({"target_modules": {"a": 1}}, "does not fit its base model"),
+        ({"trainable_token_indices": "all"}, "does not fit its base model"),
+    ],
+)
+def test_wrong_types_in_an_adapters_settings(changes: dict[str, Any], message: str, adapter: Path) -> None:
+    change_adapter(adapter, **changes)
+    with pytest.raises(ModelError, match=message):
+        load(str(adapter), device="cpu")
+
+
+def test_an_adapters_files_are_read_as_foreign(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key: value.to(torch.int32) for key, value in weights.items()}, file)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=r"adapter_model\.safetensors holds the weight .* as I32"):
+            opener(str(adapter))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is damaged or cut off"):
+        load(str(adapter))
+    (adapter / "adapter_config.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is nested too deep"):
+        load(str(adapter))
