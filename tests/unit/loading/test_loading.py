@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from secateur.loading import hub, load, outline, pick_device
 from secateur.testing.tiny import build
 
 
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
+def change_config(folder: Path, file: str = "config.json", **changes: object) -> None:
+    path = folder / file
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -340,7 +341,81 @@ def test_code_runs_only_when_trusted(folder: Path, monkeypatch: pytest.MonkeyPat
     assert trace.exists()
 
 
-def test_code_in_a_folder_of_a_known_type_is_ignored(folder: Path, tmp_path: Path) -> None:
-    (folder / "mine.py").write_text("raise SystemExit('executed')")
-    change_config(folder, auto_map={"AutoModelForCausalLM": "mine.MineForCausalLM"})
-    assert type(load(str(folder))[0]).__name__ == "LlamaForCausalLM"
+@pytest.mark.parametrize("where", ["{here}--mine.Evil", "owner/repo--mine.Evil", "mine.Evil", "../evil/mine.Evil"])
+def test_code_that_a_known_type_names_never_runs(where: str, folder: Path, tmp_path: Path) -> None:
+    evil, mark = tmp_path / "evil", tmp_path / "ran"
+    evil.mkdir()
+    name = where.format(here=evil)
+    for place in (evil / "mine.py", folder / "mine.py", folder / "custom_generate" / "generate.py"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f"open({str(mark)!r}, 'w')\nfrom transformers import *\nclass Evil: pass\n")
+    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    change_config(folder, auto_map=dict.fromkeys(classes, name), custom_generate=name)
+    change_config(folder, file="tokenizer_config.json", auto_map={"AutoTokenizer": [name, name]})
+    (folder / "generation_config.json").write_text(json.dumps({"custom_generate": name}))
+    model, tokenizer = load(str(folder), device="cpu")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert tokenizer is not None
+    assert type(outline(str(folder))).__name__ == "LlamaForCausalLM"
+    assert not mark.exists()
+
+
+# JSON that is not what it should be
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"architectures": {"a": 1}}, "architectures is .* must be a list"),
+        ("config.json", {"architectures": "LlamaForCausalLM"}, "architectures is .* must be a list"),
+        ("config.json", {"architectures": [1]}, "architectures is .* must be a list"),
+        ("config.json", {"dtype": 7}, "dtype is 7"),
+        ("config.json", {"torch_dtype": ["float32"]}, "torch_dtype is"),
+        ("config.json", {"dtype": "float99"}, "dtype is 'float99'"),
+        ("config.json", {"model_type": 3}, "model type 3|model_type is 3"),
+        ("config.json", {"hidden_size": "48"}, "configuration|config.json"),
+        ("config.json", {"vocab_size": [97]}, "configuration|config.json"),
+        ("config.json", {"rope_parameters": 5}, "configuration|config.json"),
+        ("config.json", {"tie_word_embeddings": "no"}, "configuration|config.json"),
+        ("config.json", {"pad_token_id": 120}, "No model can be built from the config.json"),
+        ("config.json", {"hidden_act": "silu_and_mul"}, "No model can be built from the config.json"),
+        ("config.json", {"vocab_size": 10**12}, r"no fitting weights.*\[97, 48\] instead of \[1000000000000, 48\]"),
+        ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'"),
+        ("generation_config.json", {"eos_token_id": "two"}, "eos_token_id is 'two'"),
+        ("generation_config.json", {"temperature": "hot"}, "generation_config.json is not valid"),
+    ],
+)
+def test_values_of_another_type_name_file_and_key(
+    file: str, changes: dict[str, Any], message: str, folder: Path
+) -> None:
+    change_config(folder, file=file, **changes)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=message):
+            opener(str(folder))
+
+
+@pytest.mark.parametrize("content", ['{"a":' * 50_000 + "1" + "}" * 50_000, "[1]", '{"a": %s}' % ("9" * 10_000), "{"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_json_that_is_none_is_refused_by_name(file: str, content: str, folder: Path) -> None:
+    (folder / file).write_text(content)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=rf"{file} .*(nested|number|JSON)"):
+            opener(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-here/model", "a\0b", "owner/" + "y" * 300, " "])
+def test_names_that_are_no_paths(name: str) -> None:
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=r"The model .*is no path|has no name"):
+            opener(name)
+
+
+def test_an_architecture_can_be_looked_at_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert outline(str(folder)).config.model_type == "llama"
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="only as pickle"):
+        outline(str(folder))
