@@ -29,6 +29,14 @@ TOKENIZER_FILES = (
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
 # What transformers reads besides config.json; some of it, it leaves out without a word when it cannot be read.
 _OBJECTS = (_GENERATION, _TOKENIZER, "special_tokens_map.json", "added_tokens.json")
+# What must be numbers there, and is not looked at before it is used.
+_NUMBERS = {
+    _TOKENIZER: ("model_max_length",),
+    _GENERATION: (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "min_length", "num_beams"),
+        *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
+    ),
+}
 
 
 def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
@@ -67,22 +75,15 @@ def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
 def check_beside(folder: Path, name: str) -> None:
     """Raise ModelError for a file with settings of the tokenizer or of generation that is not what it should be."""
     contents = {file: read_object(folder / file) for file in _OBJECTS if (folder / file).is_file()}
-    longest = contents.get(_TOKENIZER, {}).get("model_max_length")
-    if longest is not None and not _is_number(longest):
-        raise ModelError(
-            f"{folder / _TOKENIZER}: model_max_length is {longest!r}; it must be a number of tokens. Mend it or take "
-            "it out."
-        )
-    if _GENERATION in contents:
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = contents[_GENERATION].get(key)
-            if not all(
-                _is_number(part) for part in (value if isinstance(value, list) else [value]) if part is not None
-            ):
+    for file, keys in _NUMBERS.items():
+        for key in keys:
+            value = contents.get(file, {}).get(key)
+            parts = value if isinstance(value, list) and key == "eos_token_id" else [value]
+            if not all(part is None or _is_number(part) for part in parts):
                 raise ModelError(
-                    f"{folder / _GENERATION}: {key} is {value!r}; it must be the number of a token. Mend it or take it "
-                    "out."
+                    f"{folder / file}: {key} is {_short(value)}; it must be a number. Mend it or take it out."
                 )
+    if _GENERATION in contents:
         with explained(f"{folder / _GENERATION} is not valid", name):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
 

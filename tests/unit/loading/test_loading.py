@@ -383,7 +383,8 @@ def test_code_that_a_known_type_names_never_runs(where: str, folder: Path, tmp_p
         ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'"),
         ("generation_config.json", {"eos_token_id": "two"}, "eos_token_id is 'two'"),
-        ("generation_config.json", {"temperature": "hot"}, "generation_config.json is not valid"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature is 'hot'"),
+        ("generation_config.json", {"cache_implementation": 5}, "generation_config.json is not valid"),
     ],
 )
 def test_values_of_another_type_name_file_and_key(
@@ -409,7 +410,7 @@ def test_json_that_is_none_is_refused_by_name(file: str, content: str, folder: P
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-here/model", "a\0b", "owner/" + "y" * 300, " "])
 def test_names_that_are_no_paths(name: str) -> None:
     for opener in (load, outline):
-        with pytest.raises(ModelError, match=r"The model .*is no path|has no name"):
+        with pytest.raises(ModelError, match=r"The model .*is no path|has no name|neither a folder nor a hub id"):
             opener(name)
 
 
