@@ -1,4 +1,4 @@
-"""A result is the user's model, smaller, and otherwise the same: what its files say is compared key by key with the source.
+"""A result is the user's model, smaller, and otherwise the same: its files are compared key by key.
 
 Every family goes through a step of training, since that is where libraries leave traces.
 """
@@ -26,7 +26,14 @@ from secateur.testing.tiny import TINY, build
 from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
 
-CUT = {"intermediate_size", "moe_intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"}
+CUT = {
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "ffn_hidden_size",
+}
 CUT |= {"num_key_value_heads", "num_attention_heads", "num_kv_heads", "n_head", "head_dim"}
 LAYERS = {"per_layer_config", "pruned_layers", "auto_map", "architectures"}
 WORDS = {
@@ -52,7 +59,12 @@ def source_in(folder: Path, family: str, tokenizer: bool = True) -> Path:
         words.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["torch_dtype"] = config.pop("dtype")
-    config |= {"use_cache": True, "made_by": {"whom": "someone"}, "initializer_range": 0.02, "_name_or_path": "old/name"}
+    config |= {
+        "use_cache": True,
+        "made_by": {"whom": "someone"},
+        "initializer_range": 0.02,
+        "_name_or_path": "old/name",
+    }
     config |= {"transformers_version": "4.40.0", "auto_map": {"AutoModelForCausalLM": "code.Theirs"}}
     (folder / "config.json").write_text(json.dumps(config))
     generation = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3], "own": 1, "transformers_version": "4.40.0"}
@@ -80,7 +92,7 @@ def test_nothing_differs_but_what_the_cut_changes(family: str, tmp_path: Path) -
     model, tokenizer = load(str(source), device="cpu")
     model.stored_dtype = torch.bfloat16
     adapted = attach_lora(model, LoraSettings(rank=2), 0)
-    ids = torch.randint(4, 90, (4, 12))
+    ids = torch.randint(4, 40, (4, 12))
     train(adapted, ids, TrainingSettings(precision="fp32"), steps=1, seed=0, description="one step")
     model = merge_lora(adapted)
     assert tokenizer is not None
@@ -104,7 +116,9 @@ def test_methods_that_train_leave_no_trace(method: str, tmp_path: Path) -> None:
     source = source_in(tmp_path / "source", "llama-gqa")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the letter {i} came late and nobody asked who wrote it " * 8 for i in range(60)))
-    keys = [f"{part}.{key}" for part in ("calibration", "recovery", "evaluation") for key in (f"text={text}", "window=16")]
+    keys = [
+        f"{part}.{key}" for part in ("calibration", "recovery", "evaluation") for key in (f"text={text}", "window=16")
+    ]
     keys += ["calibration.tokens=128", "recovery.tokens=512", "evaluation.tokens=128", "recovery.steps=2"]
     keys += ["evaluation.speed=false", "evaluation.baseline=null", "training.precision=fp32", "budget.ranking=layer"]
     keys += ["method.period_steps=2", "method.periods=1"] if method == "lorashear" else []
@@ -116,7 +130,7 @@ def test_methods_that_train_leave_no_trace(method: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write(result.model, result.tokenizer, out, graph=result.graph, kept=result.plan.kept)
-    same_but_for(source, out, CUT)
+    same_but_for(source, out, CUT | {"auto_map"})
 
 
 def test_a_tokenizer_that_was_changed_is_saved_as_it_is_now(tmp_path: Path) -> None:
