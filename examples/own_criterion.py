@@ -12,7 +12,6 @@ from pathlib import Path
 import secateur
 from secateur.compare import compare
 from secateur.methods import METHODS, Decision, Method, PruningTask
-from secateur.planning import allocate, restrict
 from secateur.types import Scores
 
 
@@ -26,12 +25,12 @@ class LargestWeight(Method):
     def run(self, task: PruningTask) -> Decision:
         weights = dict(task.model.named_parameters())
         scores = {}
-        for group in restrict(task.graph, task.budget).prunable:
+        for group in task.prunable:
             [member] = [member for member in group.members if member.role == "in"]
             weight = weights[member.parameter].detach().abs()
             columns = weight.movedim(member.axis, 0).flatten(1).amax(dim=1)  # experts lie in a third axis
             scores[group.name] = columns[member.rows(range(group.size))].amax(dim=1)  # one number a unit, higher = keep
-        return Decision(allocate(task.graph, Scores(scores), task.budget), Scores(scores))
+        return Decision(task.allocate(Scores(scores)), Scores(scores))
 
 
 def main(name: str, folder: str | None = None) -> None:

@@ -45,7 +45,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.lock import alone
 from secateur.methods import METHODS, Decision, Method, PruningTask
-from secateur.planning import allocate, describe, make_plan, restrict
+from secateur.planning import describe, make_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
@@ -89,10 +89,11 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
 
     Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
     """
-    scores = CRITERIA["random"].score(model, restrict(graph, recipe.budget), None, recipe.seed)
+    task = PruningTask(model, None, graph, recipe.budget, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    scores = CRITERIA["random"].score(model, task.restricted, None, recipe.seed)
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
-    plan = _plan(graph, recipe, allocate(graph, scores, recipe.budget))
+    plan = _plan(graph, recipe, task.allocate(scores))
     if recipe.recovery.repair:
         check_repairable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
@@ -105,7 +106,6 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
             f"Both {method.name} and recovery.repair make up for what goes, and together they would do it twice. Set "
             "recovery.repair=false, or switch it off in the method (flap: method.compensate=false)."
         )
-    task = _task(Result(model, None, plan, graph, recipe), Texts(), Workspace(None))
     method.check(task)
     if recipe.baseline:
         try:
@@ -186,7 +186,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     result.scores, result.updates = decision.scores, decision.updates
     result.metrics["method"] = decision.metrics
     if result.scores is not None:
-        work.write_tensors("scores.safetensors", dict(result.scores.values))
+        work.write_scores("scores.safetensors", result.scores)
     if result.updates:
         work.write_tensors("updates.safetensors", _on_cpu(result.updates))
     if method.changes_weights:
@@ -204,13 +204,13 @@ def _decided(result: Result, work: Workspace) -> bool:
     from it stays either."""
     plan, kept = work.read_json("plan.json"), work.read_json("decided.json")
     if plan is not None and kept is not None:
-        scores = work.read_tensors("scores.safetensors") if kept["scores"] else {}
+        scores = work.read_scores("scores.safetensors") if kept["scores"] else None
         updates = work.read_tensors("updates.safetensors") if kept["updates"] else {}
-        tensors_are_there = scores is not None and updates is not None
+        tensors_are_there = (scores is not None) == kept["scores"] and updates is not None
         if tensors_are_there and (not kept["weights"] or work.read_weights("decided.safetensors", result.model)):
             result.plan = PruningPlan.model_validate(plan)
             result.plan.check(result.graph)
-            result.scores, result.updates = (Scores(scores) if scores else None), updates or {}
+            result.scores, result.updates = scores, updates or {}
             return True
     for name in ("plan.json", "recovery", "recovered.safetensors"):
         work.discard(name)

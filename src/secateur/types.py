@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from secateur.errors import PlanError
 from secateur.reading import path_of, read_json, shortened
@@ -338,7 +340,10 @@ class Scores:
     values: Mapping[str, torch.Tensor]
     """Group name → float tensor of shape ``[group.size]``, finite, on the CPU."""
     of_loss: bool = False
-    """Whether a score estimates by how much the loss changes, so that those of different groups can be compared."""
+    """Whether a score estimates by how much the loss changes, so that those of different groups can be compared once
+    they are divided by the parameters that go with a unit."""
+    on_one_scale: bool = False
+    """Whether scores of different groups can be compared as they are."""
 
     def __post_init__(self) -> None:
         for name, score in self.values.items():
@@ -360,6 +365,19 @@ class Scores:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors, with their scale as metadata."""
+        scale = {"of_loss": json.dumps(self.of_loss), "on_one_scale": json.dumps(self.on_one_scale)}
+        save_file({name: score.contiguous() for name, score in self.values.items()}, path, metadata=scale)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read what ``save`` wrote; raises SafetensorError or OSError when the file is damaged."""
+        with safe_open(path, framework="pt") as file:
+            scale = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        return cls(values, scale.get("of_loss") == "true", scale.get("on_one_scale") == "true")
 
 
 class PruningPlan(BaseModel):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import InputError, out_of_memory
 from secateur.progress import say
 from secateur.reading import parse_json, read_json, read_text
+from secateur.types import Scores
 from secateur.whole import beside, place_of, remove, whole, write_whole
 
 
@@ -140,6 +141,22 @@ class Workspace:
             return None
         try:
             return load_file(path)
+        except (SafetensorError, OSError) as error:
+            self._damaged(path, error)
+            return None
+
+    def write_scores(self, name: str, scores: Scores) -> None:
+        if self.folder is not None:
+            with whole(self.folder / name) as scratch:
+                scores.save(scratch)
+
+    def read_scores(self, name: str) -> Scores | None:
+        """What ``write_scores`` kept; None when it is not there, or damaged."""
+        path = self.path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            return Scores.load(path)
         except (SafetensorError, OSError) as error:
             self._damaged(path, error)
             return None

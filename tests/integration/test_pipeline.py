@@ -112,6 +112,7 @@ def test_what_a_one_shot_method_changed_survives_a_kill_after_it_decided(
         patch.setattr(method, "run", killed)  # what it decided is kept
         resumed = _run(recipe, tmp_path / "out", resume=True)
     assert resumed.plan == whole.plan
+    assert resumed.scores.on_one_scale == (method is FLAP)
     plain = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"method": "magnitude"}))
     weights, others = whole.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(resumed.model.state_dict()[name], value) for name, value in weights.items())

@@ -67,7 +67,7 @@ def test_between_groups_it_is_the_ranking_that_planning_would_make() -> None:
     assert scores.of_loss
     plain = trace(build("llama-gqa"))
     guess = torch.cat(
-        [comparable(scores[group.name], plain.unit_cost(group), "auto", of_loss=True) for group in plain.prunable]
+        [comparable(scores[group.name], plain.unit_cost(group), "parameters") for group in plain.prunable]
     )
     assert last.correlation == pytest.approx(spearman(guess, true_scores(plain, text)), abs=1e-6)
     assert last.correlation > 0.6

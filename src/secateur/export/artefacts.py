@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from secateur.export.card import model_card
 from secateur.export.huggingface import ARTEFACTS
 from secateur.export.report import html_report
@@ -25,6 +23,6 @@ def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: S
     (artefacts / "run.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     story.plan.save(artefacts / "plan.json")
     if scores is not None:
-        save_file(dict(scores.values), artefacts / "scores.safetensors")
+        scores.save(artefacts / "scores.safetensors")
     (folder / "README.md").write_text(model_card(story))
     (artefacts / "report.html").write_text(html_report(story))

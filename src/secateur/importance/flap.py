@@ -107,7 +107,7 @@ class Fluctuation:
                 channels = standardise(fluctuation(weight, member.axis, moments[member.parameter].variance))
                 total += sum_rows(channels, member, group.size).cpu() / member.rows_per_unit
             found[group.name] = total
-        return Scores(found)
+        return Scores(found, on_one_scale=True)
 
 
 def compensation(

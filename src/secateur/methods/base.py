@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +17,10 @@ from secateur.data import TokenBlocks
 from secateur.errors import InputError
 from secateur.graph import trace
 from secateur.importance import Criterion
-from secateur.planning import Budget, allocate, restrict
+from secateur.planning import Budget, Problem, restrict, solve
 from secateur.precision import autocast
 from secateur.training import LoraSettings, TrainingSettings
-from secateur.types import DependencyGraph, Kind, Scores, Settings
+from secateur.types import DependencyGraph, Kind, NodeGroup, Scores, Settings
 
 MethodNeeds = Literal["nothing", "text", "training"]
 
@@ -47,6 +48,22 @@ class PruningTask:
     """Folder for the checkpoints that a long method resumes from; None to keep none."""
     log: Callable[[Mapping[str, Any]], None] = _ignore
     """Takes one entry of the run's log."""
+
+    @cached_property
+    def restricted(self) -> DependencyGraph:
+        """The task's graph with every group protected that the budget must not touch (``planning.restrict``)."""
+        return restrict(self.graph, self.budget)
+
+    @property
+    def prunable(self) -> tuple[NodeGroup, ...]:
+        """The groups that the budget may cut."""
+        return self.restricted.prunable
+
+    def allocate(
+        self, scores: Scores, removed: Mapping[str, Iterable[int]] | None = None, ratio: float | None = None
+    ) -> dict[str, list[int]]:
+        """The units that go under the task's budget; arguments and answer are those of ``planning.allocate``."""
+        return solve(Problem.of(self.restricted, scores, self.budget, removed), ratio)
 
 
 @dataclass(frozen=True)
@@ -123,17 +140,21 @@ class Method(ABC):
 def one_shot(task: PruningTask, criterion: Criterion) -> Decision:
     """Score once, cut once: the whole of every one-shot method."""
     scores = score(task, criterion, task.seed)
-    return Decision(allocate(task.graph, scores, task.budget), scores)
+    return Decision(task.allocate(scores), scores)
 
 
 def score(task: PruningTask, criterion: Criterion, seed: int) -> Scores:
     """Scores of what the budget may cut, computed in the precision that the task trains in."""
     with autocast(task.training.precision, task.model.device):
-        return criterion.score(task.model, restrict(task.graph, task.budget), task.calibration, seed)
+        return criterion.score(task.model, task.restricted, task.calibration, seed)
 
 
 def adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:
-    """The graph of the task's model with adapters on; what the task's graph protects is protected in it."""
+    """The graph of the task's model with adapters on, restricted as the task's own."""
+
+    def as_restricted(group: NodeGroup) -> NodeGroup:
+        plain = task.restricted[group.name]
+        return replace(group, protected=plain.protected, on_request=plain.on_request, fixed=plain.fixed)
+
     traced = trace(adapted)
-    groups = tuple(replace(group, protected=task.graph[group.name].protected) for group in traced)
-    return replace(traced, groups=groups)
+    return replace(traced, groups=tuple(map(as_restricted, traced)))

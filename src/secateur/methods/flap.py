@@ -9,7 +9,6 @@ from pydantic import Field
 from secateur.errors import InputError
 from secateur.importance.flap import Fluctuation, compensation, consumers
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
-from secateur.planning import allocate, restrict
 from secateur.planning.shapes import needs_equal_widths
 from secateur.precision import autocast
 from secateur.types import Settings
@@ -44,14 +43,11 @@ class FLAP(Method):
         """See ``Method.run``."""
         self.check(task)
         criterion = Fluctuation(self.settings.batch_size)
-        graph = restrict(task.graph, task.budget)
+        graph = task.restricted
         with autocast(task.training.precision, task.model.device):
             moments = criterion.measure(task.model, graph, task.calibration)
         scores = criterion.from_moments(task.model, graph, moments)
-        budget = task.budget
-        if budget.normalise == "auto":  # z-scores are on one scale already (FLAP's "AL-AM")
-            budget = budget.model_copy(update={"normalise": "none"})
-        removed = allocate(task.graph, scores, budget)
+        removed = task.allocate(scores)
         updates = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
         return Decision(removed, scores, updates)
 
@@ -63,5 +59,5 @@ class FLAP(Method):
                 f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
                 "method.compensate=false, or budget.runs_on=transformers."
             )
-        for group in restrict(task.graph, task.budget).prunable:
+        for group in task.prunable:
             consumers(task.model, group, self.name)

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState
 
 from secateur.errors import InputError, ModelError
 from secateur.importance.adapters import AdapterGradients, Options
-from secateur.planning import Budget, allocate, countable
+from secateur.planning import Budget, Problem, countable, solve
 from secateur.surgery import InputMasks
 from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, Scores
@@ -28,7 +28,8 @@ class GuidedPruning(StatefulCallback):
     """Prunes a model with LoRA adapters while a Trainer trains them (LoRAPrune, Algorithm 1).
 
     Args:
-        graph: of the model that the Trainer trains, traced with the adapters on; what must stay whole is protected.
+        graph: of the model that the Trainer trains, traced with the adapters on, and restricted to the budget
+            (``planning.restrict``).
         budget: how much goes in the end, from where, and whether units compete in the whole model or in each layer.
         schedule: number of finished optimiser steps → fraction of the budget that is spent, rising from 0 to 1.
         every: optimiser steps between two decisions.
@@ -121,7 +122,7 @@ class GuidedPruning(StatefulCallback):
                 "Train in fp32 or bf16, or lower the learning rate."
             )
         ratio = None if fraction == 1.0 else fraction * self.budget.ratio
-        self.removed = allocate(self.graph, self.scores, self.budget, self.removed, ratio=ratio)
+        self.removed = solve(Problem.of(self.graph, self.scores, self.budget, self.removed), ratio)
         assert self._masks is not None
         self._masks.remove(self.removed)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from secateur.importance.llm_pruner import Aggregate, Form
 from secateur.importance.llm_pruner import LLMPruner as Criterion
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, score
-from secateur.planning import allocate, by_period
+from secateur.planning import by_period
 from secateur.surgery import masked
 from secateur.types import Scores, Settings, removed_to_kept
 
@@ -49,5 +49,5 @@ class LLMPruner(Method):
                 scores = score(task, criterion, task.seed)
             last = index == settings.rounds - 1
             ratio = None if last else by_period(index, settings.rounds) * task.budget.ratio
-            removed = allocate(task.graph, scores, task.budget, removed, ratio=ratio)
+            removed = task.allocate(scores, removed, ratio)
         return Decision(removed, scores)

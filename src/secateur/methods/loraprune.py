@@ -12,7 +12,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance.adapters import AdapterGradients, Form, Options, Sides
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
-from secateur.planning import cubic, restrict
+from secateur.planning import cubic
 from secateur.surgery.mask import require_maskable
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.training.quantised import BaseWeights, check_quantisable, quantised_base
@@ -75,7 +75,7 @@ class LoRAPrune(Method):
         settings = self.settings
         adapted = attach_lora(task.model, task.lora, task.seed)
         pruning = GuidedPruning(
-            restrict(adapted_graph(adapted, task), task.budget),
+            adapted_graph(adapted, task),
             task.budget,
             partial(cubic, steps=settings.steps, warm_up=settings.warm_up, cool_down=settings.cool_down),
             every=settings.every,
@@ -107,10 +107,10 @@ class LoRAPrune(Method):
         Tried on a twin that shares the weights.
         """
         super().check(task)
-        require_maskable(restrict(task.graph, task.budget).prunable)
+        require_maskable(task.prunable)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)
-        AdapterGradients(adapted, restrict(adapted_graph(adapted, task), task.budget), self._options)
+        AdapterGradients(adapted, adapted_graph(adapted, task), self._options)
 
     @property
     def _options(self) -> Options:

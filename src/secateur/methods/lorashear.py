@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -25,7 +25,8 @@ from secateur.importance import CRITERIA
 from secateur.importance.base import Checked
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph, score
 from secateur.methods.lhspg import LHSPGCallback, Projection, check_norms, still_heard
-from secateur.planning import allocate, by_period, restrict
+from secateur.planning import by_period
+from secateur.precision import autocast
 from secateur.reading import read_json
 from secateur.surgery import zero_units
 from secateur.surgery.mask import require_maskable
@@ -120,11 +121,10 @@ class LoRAShear(Method):
         """See ``Method.check``: zeroing must be removing, norms must be able to follow, and a saliency that reads
         adapters must find them in every group; tried on a twin."""
         super().check(task)
-        graph = restrict(task.graph, task.budget)
-        require_maskable(graph.prunable)
-        heard = still_heard(task.model, graph)
+        require_maskable(task.prunable)
+        heard = still_heard(task.model, task.restricted)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
-        graph = restrict(adapted_graph(adapted, task), task.budget)
+        graph = adapted_graph(adapted, task)
         check_norms(adapted, graph, heard)
         for criterion in map(CRITERIA.__getitem__, self.settings.saliency):
             if isinstance(criterion, Checked):
@@ -136,7 +136,7 @@ class LoRAShear(Method):
         """Score what is there, with the adapters of the training before it still on; merge them; choose what goes."""
         scores = _saliency(task, self.settings.saliency, adapted, removed, seed=task.seed + period - 1)
         share = by_period(period - 1, self.settings.periods)
-        chosen = allocate(task.graph, scores, task.budget, removed, ratio=share * task.budget.ratio)
+        chosen = task.allocate(scores, removed, ratio=share * task.budget.ratio)
         begun = _Period(period, removed, chosen, scores)
         book.keep(begun, weights_changed=adapted is not None)
         return begun
@@ -146,7 +146,7 @@ class LoRAShear(Method):
     ) -> PeftModel:
         """Train fresh adapters with a fresh optimiser under the projection; they are still on the model it returns."""
         assert task.training_blocks is not None
-        heard = still_heard(task.model, restrict(task.graph, task.budget)) if redundant or gone else ()
+        heard = still_heard(task.model, task.restricted) if redundant or gone else ()
         description = f"period {period}/{self.settings.periods}" if period else "warming up"
         adapted = attach_lora(task.model, task.lora, task.seed + period)
         projection = LHSPGCallback(
@@ -194,8 +194,8 @@ def _saliency(
     if readers:
         assert adapted is not None
         graph = adapted_graph(adapted, task)
-        guided = replace(task, model=adapted, graph=graph)  # type: ignore[arg-type]  # it wraps the task's model
-        found = {name: score(guided, CRITERIA[name], seed) for name in readers}
+        with autocast(task.training.precision, task.model.device):
+            found = {name: CRITERIA[name].score(adapted, graph, task.calibration, seed) for name in readers}
     _settle(task, adapted, removed)
     found |= {name: score(task, CRITERIA[name], seed) for name in weights if name not in found}
     return combine({name: found[name] for name in weights}, weights)

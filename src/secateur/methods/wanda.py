@@ -14,7 +14,6 @@ from pydantic import Field
 from secateur import importance
 from secateur.importance.stack import LayerStack
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, one_shot
-from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import track
 from secateur.surgery import masked
@@ -59,7 +58,7 @@ def layer_by_layer(task: PruningTask, criterion: importance.Activation, counts: 
     after the other, or for a group outside of them.
     """
     assert task.calibration is not None
-    graph = restrict(task.graph, task.budget)
+    graph = task.restricted
     stack = LayerStack.find(task.model, graph)
     batches = list(task.calibration.batches(criterion.batch_size))
     states: list[torch.Tensor | None] = [None] * len(batches)

@@ -41,7 +41,8 @@ class Budget(Settings):
     normalise: Literal["auto", "mean", "parameters", "none"] = "auto"
     """What makes scores of different groups comparable. ``mean``: each relative to the mean of its group;
     ``parameters``: divided by the parameters that go with the unit; ``none``: as they are; ``auto``: ``parameters``
-    for scores that estimate a loss (taylor), ``mean`` for all others."""
+    for scores that estimate a loss (taylor), ``none`` for those on one scale already (flap), ``mean`` for all
+    others."""
     round_to: dict[Kind, int] = Field(default_factory=dict)
     """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``; groups that are not cut stay."""
     protect: tuple[str, ...] = ()

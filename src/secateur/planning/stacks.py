@@ -54,22 +54,26 @@ class Stack:
         return self.order[self.left - kept :].tolist()
 
 
-def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise, of_loss: bool = False) -> torch.Tensor:
+def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> torch.Tensor:
     """Scores of the units of one group on a scale that is shared between groups, float64.
 
     Args:
         scores: ``[units]``, of the units that are still there.
         parameters: how many parameters go with one unit.
-        normalise: see ``Budget.normalise``.
-        of_loss: see ``Scores.of_loss``; decides what ``auto`` means.
+        normalise: see ``Budget.normalise``; not ``auto`` (``scale_of``).
     """
     scores = scores.double()
-    if normalise == "auto":
-        normalise = "parameters" if of_loss else "mean"
     if normalise == "parameters":
         return scores / max(parameters, 1)
     mean = scores.abs().mean() if normalise == "mean" and len(scores) else torch.zeros(())
     return scores / mean if mean > 0 else scores
+
+
+def scale_of(scores: Scores, normalise: Normalise) -> Normalise:
+    """``normalise``, with what ``auto`` means for these scores in its place."""
+    if normalise != "auto":
+        return normalise
+    return "none" if scores.on_one_scale else "parameters" if scores.of_loss else "mean"
 
 
 def build_stack(
@@ -80,7 +84,7 @@ def build_stack(
     gone[torch.tensor(list(removed), dtype=torch.long)] = True
     left = (~gone).nonzero().flatten()
     cost = graph.unit_cost(group)
-    values = comparable(scores[group.name][left], cost, normalise, scores.of_loss)
+    values = comparable(scores[group.name][left], cost, scale_of(scores, normalise))
     index = values.argsort(stable=True)
     if group.fixed:
         stays = torch.isin(left[index], torch.tensor([unit for unit, _ in group.fixed]))
