@@ -125,14 +125,14 @@ def _input_embedding(twin: Any) -> torch.Tensor:
         ) from error
 
 
-def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False, **more: Any) -> torch.Tensor:
     """``[batch, length, vocabulary]``; what the model returns may be the logits, or have them.
 
-    ``use_cache`` says whether a cache is made on the way, where a model takes this argument.
+    ``use_cache`` says whether a cache is made on the way, where a model takes this argument; ``more`` is given as well.
     """
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     caching = {"use_cache": use_cache} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    return _logits(model(input_ids=token_ids, **caching))
+    return _logits(model(input_ids=token_ids, **caching, **more))
 
 
 def _logits(output: Any) -> torch.Tensor:

@@ -23,6 +23,10 @@ WIDE_UP_TO = 300_000_000
 """A stand-in that cannot be made narrower may have so many parameters."""
 NARROW_FROM = 20_000_000
 """A stand-in with more parameters than this is made narrower, so that checking costs seconds and megabytes."""
+_WINDOW = 8
+"""Tokens that local attention of a stand-in sees: more than a recorded run has, fewer than a long text of checks."""
+_WINDOWS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+"""Names of sizes that decide from which length on a text is read in another way."""
 _REFUSALS = (AttributeError, NotImplementedError, StrictDataclassError, TypeError, ValueError)
 """What configs raise that cannot have other sizes."""
 
@@ -39,7 +43,7 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
     if not isinstance(getattr(base, "config", None), PretrainedConfig) or not hasattr(base, "_from_config"):
         raise ModelError(f"A {type(base).__name__} is not built from a config of transformers.")
     try:
-        config = _fewer_layers(copy.deepcopy(base.config), layers_needed(graph))
+        config = _short_windows(_fewer_layers(copy.deepcopy(base.config), layers_needed(graph)))
         if is_listed(config):
             _list_what_is_there(base, config)
     except _REFUSALS as error:
@@ -163,4 +167,18 @@ def _fewer_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name, None) is not None:
                 setattr(config, name, 0)
+    return config
+
+
+def _short_windows(config: PretrainedConfig) -> PretrainedConfig:
+    """``config``, changed in place so that a few tokens are a long text."""
+    text = config.get_text_config()
+    ropes = [value for value in vars(text).values() if isinstance(value, dict)]
+    ropes += [value for rope in ropes for value in rope.values() if isinstance(value, dict)]
+    for sizes in (vars(text), *ropes):
+        for name in _WINDOWS:
+            if isinstance(size := sizes.get(name), int) and size > _WINDOW:
+                sizes[name] = _WINDOW
+    if "num_random_blocks" in vars(text):  # BigBird reads sparsely what is longer than some blocks
+        text.block_size = 2
     return config

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from secateur.errors import InputError, ModelError
+from secateur.finite import all_finite, first_not_finite
 from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
-from secateur.graph.trace import logits_of
 from secateur.progress import track
 from secateur.surgery.configs import changed_configs
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.stand_in import signature, stand_in
 from secateur.surgery.tokens import kept_tokens, new_ids
+from secateur.surgery.ways import LENGTH, Way, filling_a_cache, other_ways, plain
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
 TOLERANCE = 1e-4
@@ -160,14 +162,48 @@ def checks(model: Any, ratio: float, run: Trace | None = None, *, alone: bool = 
     choices = {name: kept for name, kept in _choices(model, run.graph, ratio).items() if alone or name in (ALL, SOME)}
     if not choices:
         return []
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (2, 12), device=next(model.parameters()).device)
-    dense = _logits(model, ids)
-    cache = _fills_a_cache(model, ids, dense)
+    ids = _ids(model)
+    dense = _dense(model, ids)
+    asked = _Asked(
+        filling_a_cache if _fills_a_cache(model, ids, dense) else plain, other_ways(partial(sharing_copy, model), ids)
+    )
+    everything = ALL if ALL in choices else next(iter(choices))
     return [
-        _check(model, run, name, kept, ids, dense, cache)
+        _check(model, run, name, kept, ids, dense, asked if name == everything else replace(asked, others={}))
         for name, kept in track(choices.items(), "verify", total=len(choices))
     ]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a cut model is asked: all that it answers, it answers like the masked one."""
+
+    first: Way
+    """``plain``, or making a cache where the whole model does: its size may be written in the config."""
+    others: Mapping[str, Way]
+
+
+def _ids(model: Any) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (2, LENGTH), device=next(model.parameters()).device)
+
+
+def _dense(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of the whole model; raises ModelError where they say nothing about a cut."""
+    try:
+        logits = plain(sharing_copy(model), ids)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ModelError(
+            f"This {type(model).__name__} does not run on {ids.shape[1]} tokens ({type(error).__name__}: {reason}), so "
+            "that no cut can be checked."
+        ) from error
+    if not all_finite(logits):
+        raise ModelError(
+            f"This {type(model).__name__} computes NaN or infinity before anything is cut, first in "
+            f"{first_not_finite(sharing_copy(model), ids)}. Mend or train the model first."
+        )
+    return logits
 
 
 def _choices(model: Any, graph: DependencyGraph, ratio: float) -> dict[str, dict[str, list[int]]]:
@@ -237,33 +273,53 @@ def _check(
     kept: Mapping[str, list[int]],
     ids: torch.Tensor,
     dense: torch.Tensor,
-    cache: bool,
+    asked: _Asked,
 ) -> Check:
-    """``cache``: the small model makes one while it answers, since its size may be written in the config."""
-    graph = run.graph
+    graph, way = run.graph, ""
     try:
         tokens = kept_tokens(graph, kept)
         if tokens is not None:  # only those that stay can be read, and compared
             ids = tokens[ids % len(tokens)]
-            dense = _logits(model, ids)[..., tokens]
-        scale = max(1.0, _largest(dense))
-        difference, expected = _sliced_and_masked(model, graph, kept, ids, tokens, cache)
-        if TOLERANCE * scale < difference < _ROUNDING * scale:  # a deep recurrence makes rounding errors grow
-            difference, _ = _sliced_and_masked(copy.deepcopy(model).double(), graph, kept, ids, tokens, cache)
+            dense = _dense(model, ids)[..., tokens]
+        allowed = TOLERANCE * max(1.0, _largest(dense))
+        difference, expected = _difference(model, graph, kept, ids, tokens, asked.first, allowed)
         effect = _largest(expected - dense)
         # once over for the graph as a whole: replaying every group would take several times as long as the rest
-        replayed = _replayed(model, run, kept, TOLERANCE * scale) if name in (ALL, SOME) else 0.0
+        replayed = _replayed(model, run, kept, allowed) if name in (ALL, SOME) else 0.0
+        others = {}
+        for way, ask in asked.others.items():
+            others[way], _ = _difference(model, graph, kept, ids, tokens, ask, allowed)
     except Exception as error:  # whatever the code of a family raises when sizes do not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}: {reason}")
-    worst = max(difference, replayed)
-    if not difference <= TOLERANCE * scale:  # NaN is a difference
+        return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}{f' on {way}' if way else ''}: {reason}")
+    worst = max(difference, replayed, *others.values())
+    # whatever is compared with NaN is false, so that all of these ask for what is good
+    if not difference <= allowed:
         return Check(name, False, worst, effect, f"slicing differs from masking by {difference:.1e}")
-    if not replayed <= TOLERANCE * scale:
+    if not replayed <= allowed:
         return Check(name, False, worst, effect, f"replaying the sliced operators differs from masking by {worst:.1e}")
-    if effect <= 10 * max(worst, 1e-6 * scale) and tokens is None:  # the logits of other tokens are what they were
+    for way, other in others.items():
+        if not other <= allowed:
+            return Check(name, False, worst, effect, f"slicing differs from masking on {way} by {other:.1e}")
+    if not effect > 10 * max(worst, allowed / 100) and tokens is None:  # the logits of other tokens are what they were
         return Check(name, False, worst, effect, f"the mask has no visible effect ({effect:.1e})")
     return Check(name, True, worst, effect, "slice = mask")
+
+
+def _difference(
+    model: Any,
+    graph: DependencyGraph,
+    kept: Mapping[str, list[int]],
+    ids: torch.Tensor,
+    tokens: torch.Tensor | None,
+    way: Way,
+    allowed: float,
+) -> tuple[float, torch.Tensor]:
+    """``_sliced_and_masked``, once more in double precision where a deep recurrence may make rounding errors grow."""
+    difference, expected = _sliced_and_masked(model, graph, kept, ids, tokens, way)
+    if allowed < difference < allowed * _ROUNDING / TOLERANCE:
+        difference, _ = _sliced_and_masked(copy.deepcopy(model).double(), graph, kept, ids, tokens, way)
+    return difference, expected
 
 
 def _sliced_and_masked(
@@ -272,14 +328,18 @@ def _sliced_and_masked(
     kept: Mapping[str, list[int]],
     ids: torch.Tensor,
     tokens: torch.Tensor | None,
-    cache: bool,
+    way: Way,
 ) -> tuple[float, torch.Tensor]:
-    """The largest difference between the logits of the sliced and of the masked model, and the latter's."""
-    with masked(model, graph, kept):
-        expected = _logits(model, ids)[..., tokens if tokens is not None else slice(None)]
-    small = sharing_copy(model)
+    """The largest difference between the logits of the sliced and of the masked model, and the latter's.
+
+    Both are copies that have not run yet: what a family's code changes in itself while it runs, it changes in both.
+    """
+    whole, small = sharing_copy(model), sharing_copy(model)
+    with masked(whole, graph, kept):
+        expected = (plain if way is filling_a_cache else way)(whole, ids)
+        expected = expected[..., tokens if tokens is not None else slice(None)]
     slice_model(small, graph, kept)
-    return _largest(_logits(small, new_ids(tokens, ids), cache) - expected), expected
+    return _largest(way(small, new_ids(tokens, ids)) - expected), expected
 
 
 def _replayed(model: Any, run: Trace, kept: Mapping[str, list[int]], allowed: float) -> float:
@@ -300,15 +360,10 @@ def _replayed(model: Any, run: Trace, kept: Mapping[str, list[int]], allowed: fl
         return difference
 
 
-def _logits(model: Any, ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-    with torch.no_grad():
-        return logits_of(model, ids, use_cache)
-
-
 def _fills_a_cache(model: Any, ids: torch.Tensor, without: torch.Tensor) -> bool:
     """Whether the whole model answers the same when it makes a cache."""
     try:
-        difference = _largest(_logits(model, ids, use_cache=True) - without)
+        difference = _largest(filling_a_cache(sharing_copy(model), ids) - without)
     except Exception:  # whatever a family raises that has no such cache
         return False
     return difference <= TOLERANCE * max(1.0, _largest(without))
