@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
-from secateur.adapters import ADAPTER_CONFIG, is_adapter_folder
 from secateur.config import Recipe
 from secateur.errors import InputError, SecateurError
+from secateur.loading.adapters import ADAPTER_CONFIG, is_adapter_folder
 from secateur.reading import path_of, read_json
 from secateur.whole import place_of
 

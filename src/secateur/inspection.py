@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.adapters import is_adapter_folder
 from secateur.analysis import Analysis, Trial
 from secateur.config import RecipeLike, dump, recipe_of, revise
 from secateur.data import check_blocks, check_sources, check_window, load_whole, read_texts
@@ -29,7 +28,7 @@ from secateur.export import (
 from secateur.importance import CRITERIA, Criterion
 from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.inputs import refuse_inputs
-from secateur.loading import load
+from secateur.loading import is_adapter_folder, load
 from secateur.lock import alone
 from secateur.planning import versions
 from secateur.precision import autocast, autocast_dtype

@@ -1,5 +1,6 @@
 """Opening a model: a folder, a Hugging Face hub id, or a built-in name becomes a model and a tokenizer."""
 
+from secateur.loading.adapters import is_adapter_folder
 from secateur.loading.built_in import BUILT_IN, BuiltInModel, cache_folder
 from secateur.loading.library import quiet_transformers
 from secateur.loading.opening import Dtype, ModelSettings, load, outline, pick_device
@@ -10,6 +11,7 @@ __all__ = [
     "Dtype",
     "ModelSettings",
     "cache_folder",
+    "is_adapter_folder",
     "load",
     "outline",
     "pick_device",

@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, is_adapter_folder, merge_adapter
 from secateur.errors import InputError, ModelError
 from secateur.loading import places
+from secateur.loading.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, is_adapter_folder, merge_adapter
 from secateur.loading.built_in import BUILT_IN, built_in_folder
 from secateur.loading.checks import TOKENIZER_FILES, check_beside, check_config
 from secateur.loading.hub import hub_folder
