@@ -23,7 +23,7 @@ import typer
 from secateur.endings import Commands, debugging, resumable
 from secateur.errors import InputError, VerificationError
 from secateur.lock import held
-from secateur.whole import write_whole
+from secateur.whole import place_of, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -266,10 +266,10 @@ def evaluate(
     names = [] if tasks is None else _names(tasks, "--tasks")
     asked = settings.evaluation
     progress.show()
+    if as_json is not None:
+        _check_writable(as_json)
+        refuse_inputs(as_json, settings, names, [recipe])
     with nullcontext() if as_json is None else held(as_json):
-        if as_json is not None:
-            _check_writable(as_json)
-            refuse_inputs(as_json, settings, names, [recipe])
         metrics = inspection.evaluate(
             settings, names, max_tokens=asked.tokens if "tokens" in asked.model_fields_set else None
         )
@@ -451,21 +451,22 @@ def parse_ratio(text: str, option: str = "--ratio", of: str = "of all parameters
 
 def _check_writable(file: Path) -> None:
     """Raise InputError when ``--json`` could not be written in the end; nothing is written yet."""
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise InputError(f"--json {file} is no ordinary file, which would be replaced. Name another one.")
-    folder = file.absolute().parent
+    place = place_of(file, "--json")
+    folder = place.parent
     if not folder.is_dir():
         raise InputError(f"--json {file}: there is no folder {file.parent}. Name a file in one that exists.")
-    if file.is_dir():
+    if place.is_dir():
         raise InputError(f"--json {file} is a folder. Name a file.")
-    if not os.access(file if file.exists() else folder, os.W_OK):
+    if place.exists() and not place.is_file():
+        raise InputError(f"--json {file} is no ordinary file, and would be replaced. Name another one.")
+    if not (os.access(folder, os.W_OK) and (not place.exists() or os.access(place, os.W_OK))):
         raise InputError(f"--json {file} cannot be written (permission). Name a file elsewhere.")
 
 
 def _write_whole(file: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all; raises InputError when it cannot be."""
     try:
-        write_whole(file, text)
+        write_whole(place_of(file), text)  # through a link, which stays
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}. The numbers are: {text}") from error
 

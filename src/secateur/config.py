@@ -255,6 +255,8 @@ def _read(path: Path) -> dict[str, Any]:
 _MOST_VALUES = 100_000
 """Values in a recipe, with anchors followed. The largest real ones have some hundreds."""
 
+_MOST_DIGITS = 1000
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses what YAML would take: a key that stands twice in a mapping, of which the last would quietly win, and
@@ -271,6 +273,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"it is nested more than {DEEPEST} levels deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MOST_DIGITS:
+            raise yaml.composer.ComposerError(None, None, "it holds a number of too many digits", node.start_mark)
         if node is not None and id(node) not in self._values:
             inner = [] if isinstance(node, yaml.ScalarNode) else node.value
             pairs = [one for item in inner for one in (item if isinstance(item, tuple) else (item,))]
@@ -294,8 +298,8 @@ def parse_value(text: str, where: str) -> Any:
     """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
-        # besides its own errors: dates that do not exist, numbers that are none or of too many digits
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        # besides its own errors: dates that do not exist, words tagged as numbers, numbers of too many digits
         reason = shortened(" ".join(str(error).split()), 300)
         raise InputError(f"{where} is not YAML that can be read: {reason}") from error
 

@@ -16,7 +16,7 @@ from secateur.errors import InputError, PlanError
 from secateur.export import ARTEFACTS, FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
-from secateur.lock import alone
+from secateur.lock import alone, held
 from secateur.methods import METHODS
 from secateur.planning import restrict
 from secateur.progress import say
@@ -185,7 +185,6 @@ def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     return result
 
 
-@alone("output")
 def convert(recipe: Recipe, form: Form, output: Path) -> str:
     """What ``secateur export`` does: write the recipe's model in another form; says how it was checked.
 
@@ -194,9 +193,10 @@ def convert(recipe: Recipe, form: Form, output: Path) -> str:
     Raises ModelError for what a form cannot hold, VerificationError when what was written computes something else.
     """
     target = FORMS[form].check(output)
-    refuse_inputs(output, recipe)
-    model, tokenizer = load(**recipe.model.model_dump())
-    return FORMS[form].write(model, tokenizer, target, recipe.export)
+    refuse_inputs(target, recipe)
+    with held(target):
+        model, tokenizer = load(**recipe.model.model_dump())
+        return FORMS[form].write(model, tokenizer, target, recipe.export)
 
 
 def _apply(

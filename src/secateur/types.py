@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -25,10 +25,12 @@ from secateur.reading import path_of, read_json, shortened
 Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
 
+_LARGEST = 2**31 - 1
+
 
 class Settings(BaseModel):
-    """Base of every recipe section: frozen, typed, unknown keys refused, numbers finite; one value stands for a list
-    of one."""
+    """Base of every recipe section: frozen, typed, unknown keys refused, numbers finite and whole ones of 31 bits; one
+    value stands for a list of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -45,6 +47,15 @@ class Settings(BaseModel):
         return {
             key: [item] if key in lists and isinstance(item, str | int | float) else item for key, item in value.items()
         }
+
+    @field_validator("*")
+    @classmethod
+    def _whole_numbers_fit(cls, value: Any) -> Any:
+        """So that products of two of them (steps and batch size) are still positions in a text."""
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, int) and abs(item) > _LARGEST for item in items):
+            raise ValueError(f"whole numbers are at most {_LARGEST:,}")
+        return value
 
 
 @dataclass(frozen=True)
