@@ -31,6 +31,11 @@ def check_source(name: str) -> None:
     if name in SOURCES or name == OWN_TEXT:
         return
     path = path_of(name, "The text", DataError)
+    if sound(name) != name:
+        raise DataError(
+            f"The name of the text {name!r} is not UTF-8, as recipes, reports and JSON are, where it is written down. "
+            "Give the file and its folder other names, or a link to it."
+        )
     try:
         folder, file = path.is_dir(), path.is_file()
     except OSError as error:
