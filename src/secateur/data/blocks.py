@@ -21,10 +21,10 @@ from secateur.errors import DataError
 from secateur.reading import open_text, path_of
 
 _PIECE_CHARACTERS = 8000
-_LONGEST_PIECE = 200_000
+_LONGEST_PIECE = 100_000
 """Characters of text without a blank line that are still encoded as one."""
 _PIECES_PER_BATCH = 32
-_BATCH_CHARACTERS = 256_000
+_BATCH_CHARACTERS = 100_000
 _WHOLE_UP_TO = 100_000
 """Characters of a ``.txt`` file that are always read, however few tokens are asked for."""
 _CHARACTERS_PER_TOKEN = 16  # generous: English has about 4

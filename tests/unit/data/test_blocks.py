@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur import progress
 from secateur.data import (
@@ -24,8 +28,11 @@ from secateur.data import (
     read_texts,
     split_of,
 )
-from secateur.data.blocks import Packer, Piece, cut
+from secateur.data.blocks import Packer, Piece, check_ids, cut
+from secateur.data.mixture import context_of
+from secateur.data.own_text import write_own_text
 from secateur.errors import DataError, InputError
+from secateur.evaluation import perplexity
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -178,6 +185,14 @@ def test_a_window_longer_than_the_context_is_refused(family: str) -> None:
     check_window(TextSettings(window=64), model, "evaluation")
     with pytest.raises(InputError, match=r"recovery\.window = 65 .* 64 tokens\. Set recovery\.window to at most 64"):
         check_window(TextSettings(window=65), model, "recovery")
+
+
+@pytest.mark.parametrize(("kind", "context"), [("roberta", 510), ("bert", 512), ("whisper", 448), ("xlnet", None)])
+def test_contexts_that_are_not_what_the_config_calls_so(kind: str, context: int | None) -> None:
+    """RoBERTa's positions begin after that of padding; XLNet says -1, as it has no longest."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
+    assert context_of(model) == context
 
 
 def test_a_model_without_a_longest_context_takes_any_window() -> None:
@@ -333,3 +348,80 @@ def test_splits_of_one_source_share_no_window(corpora: dict[str, str]) -> None:
         for ids in blocks.ids:
             inner = tokenizer.decode(ids).split("</s>")[1:-1]  # documents that lie wholly inside a block
             assert all(split_of(text) == split for text in inner if text.strip())
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Characters of each text that tokenizers are given."""
+    lengths: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def count(self: PreTrainedTokenizerFast, texts: list[str], **options: Any) -> Any:
+        lengths.extend(map(len, texts))
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
+    return lengths
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_tokens_bound_what_is_read_of_a_file(suffix: str, tmp_path: Path, encoded: list[int]) -> None:
+    """One line, and one record, of two million characters, so that nothing but the tokens can end the reading."""
+    path, text = tmp_path / f"long{suffix}", "the letter came late " * 100_000
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+    else:
+        path.write_text(text if suffix == ".txt" else json.dumps({"text": text}))
+    tokenizer = tiny_tokenizer(add_bos=True)
+    chosen = TextSettings(text=[str(path)], window=32, tokens=512)
+    few = load_whole(chosen, tokenizer, 0, max_tokens=512)
+    assert len(few) == 16
+    assert sum(encoded) < 250_000
+    assert torch.equal(few.ids, load_whole(chosen, tokenizer, 0).ids[:16])
+
+
+def test_the_beginning_of_a_file_grows_until_it_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    monkeypatch.setattr("secateur.data.blocks._WHOLE_UP_TO", 100)
+    monkeypatch.setattr("secateur.data.blocks._CHARACTERS_PER_TOKEN", 1)
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij" * 500)
+    tokenizer = tiny_tokenizer()
+    whole = read_ids(path, tokenizer, window=10)
+    encoded.clear()
+    assert torch.equal(read_ids(path, tokenizer, window=10, max_tokens=150), whole[:15])
+    assert [length for length in encoded if length > 5] == [150, 300]  # 64 tokens more than are used
+    assert torch.equal(read_ids(path, tokenizer, window=10, max_tokens=10**9), whole)
+    path.write_bytes(b"abcdefghij" * 10_000 + b"\xff")
+    assert torch.equal(read_ids(path, tokenizer, window=10, max_tokens=20), whole[:2])
+    with pytest.raises(DataError, match="not text in UTF-8"):
+        read_ids(path, tokenizer, window=10)
+
+
+def test_a_long_stretch_without_a_blank_line_is_cut_at_a_space() -> None:
+    document = "word " * 100_000 + "x" * 300_000
+    pieces = cut(document)
+    assert "".join(piece.text for piece in pieces) == document
+    assert all(piece.text.endswith(" ") for piece in pieces[:2])
+    assert max(len(piece.text) for piece in pieces) <= 100_000
+
+
+def test_tokens_without_a_row_are_refused_where_they_occur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    model, text = build("llama-gqa"), tmp_path / "text.jsonl"
+    settings = TextSettings(text=[str(text)], window=16, tokens=640)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(9)])
+    text.write_text("\n".join(json.dumps({"text": f"number {i} " * 9}) for i in range(300)))
+    read_texts(model, tokenizer, {"calibration": settings}, 0)  # what is never used does no harm
+    text.write_text("\n".join(json.dumps({"text": f"number {i} <8> " * 9}) for i in range(300)))
+    with pytest.raises(DataError, match=rf"tokenizer of {len(tokenizer)} tokens.*has 97 rows \(ids 0 to 96\)"):
+        read_texts(model, tokenizer, {"calibration": settings}, 0)
+    ids = torch.tensor([[5, 96], [7, 97]])
+    with pytest.raises(DataError, match="up to id 97, and the model's embedding has 97 rows"):
+        perplexity(model, ids)
+    check_ids(ids[:1], model, "This")
+    tokenizer.chat_template = "<8>{{ messages[0].content }}"
+    with pytest.raises(DataError, match="A request that the model is to answer has tokens up to id"):
+        write_own_text(model, tokenizer, 20, 0)

@@ -116,3 +116,22 @@ def test_another_tokenizer_is_another_text() -> None:
     tokenizer.add_tokens(["tree"])
     keys.add(own_text._key(model, tokenizer, 100, 0))
     assert len(keys) == 5
+
+
+def test_separators_of_lines_within_a_text_survive_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    texts = ["one\u2028two\u0085three", "four\x0bfive\x1csix\rseven\neight"]
+    monkeypatch.setattr(own_text, "_write", lambda *arguments: texts)
+    assert write_own_text(model, tokenizer, 20, 0) == texts
+    monkeypatch.setattr(own_text, "_write", lambda *arguments: [])
+    assert write_own_text(model, tokenizer, 20, 0) == texts
+
+
+@pytest.mark.parametrize("damage", ["", '{"text": "cut', "[1]", '{"other": 1}', "\xff"])
+def test_a_damaged_file_of_the_cache_is_written_anew(damage: str, small: Path) -> None:
+    model, tokenizer = build("llama-gqa"), tiny_tokenizer()
+    first = write_own_text(model, tokenizer, 50, 0)
+    (file,) = small.iterdir()
+    file.write_bytes(damage.encode("latin-1"))
+    assert write_own_text(model, tokenizer, 50, 0) == first
+    assert file.stat().st_size > len(damage)

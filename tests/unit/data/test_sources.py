@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -162,6 +163,36 @@ def test_names_that_cannot_be_sources(tmp_path: Path) -> None:
         check_source("wikpedia")
     check_source("self")
     check_source("owner/dataset:config:train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300 + ".txt", "no path: File name too long"),
+        ("x" * 300, "no path: File name too long"),
+        ("~nobody-here/a.txt", "no path: Could not determine home"),
+        ("a\0b.txt", "no path"),
+        ("", "it is empty"),
+        (os.fsdecode(b"caf\xe9/a.txt"), "is not UTF-8"),
+        ("/dev/zero", "no text file"),
+    ],
+)
+def test_names_that_no_text_can_have(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_source(name)
+
+
+def test_a_text_that_is_no_ordinary_file_has_no_end(tmp_path: Path) -> None:
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="no text file"):
+        check_source(str(tmp_path / "endless.txt"))
+
+
+def test_a_line_without_an_end_is_read_in_parts(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 100_000)
+    documents = read(path)
+    assert [len(document) for document in documents] == [199_999, 199_999, 99_999]
 
 
 def test_a_hub_dataset_out_of_reach_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:

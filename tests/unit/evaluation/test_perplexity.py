@@ -101,11 +101,20 @@ def test_what_cannot_be_measured_is_an_error() -> None:
     for rows in (ids(0), ids(2, 1), ids().flatten()):
         with pytest.raises(ModelError, match=r"\[blocks, window\]"):
             text_loss(model, rows)
+    with pytest.raises(ModelError, match="no window of any source"):
+        losses_by_source(model, TokenBlocks(ids(0), ()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_computes_no_numbers_has_no_perplexity(value: float) -> None:
+    model = build("llama-gqa")
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(ModelError, match=r"weights are not finite.*training\.learning_rate"):
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(ModelError, match=r"weights are not finite, first in .*layers\.1\.mlp\.up_proj.*learning_rate"):
         text_loss(model, ids())
     model = build("llama-gqa")
-    model.lm_head.register_forward_hook(lambda module, args, output: output * math.nan)
-    with pytest.raises(ModelError, match="float32"):
-        text_loss(model, ids())
+    rows = ids()
+    target = rows[3, 7]  # of one position alone
+    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, target, value))
+    with pytest.raises(ModelError, match=r"NaN or infinity on this text, first in lm_head.*float32"):
+        losses_by_source(model, TokenBlocks(rows, ("a",) * 5))
