@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from secateur.surgery import sharing_copy
 from secateur.surgery.stand_in import randomise
 
 MODEL_TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -361,7 +362,8 @@ def build_any(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Shape]:
         try:
             model = build(model_type, shape, seed)
             with torch.no_grad():
-                logits = model(input_ids=torch.arange(14).reshape(2, 7), use_cache=False).logits
+                trial = sharing_copy(model)  # some families change themselves while they run
+                logits = trial(input_ids=torch.arange(14).reshape(2, 7), use_cache=False).logits
             if not logits.isfinite().all():
                 raise ValueError("the logits are not finite")
             return model, shape
