@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from secateur.config import load_recipe
 from secateur.errors import PlanError
 from secateur.planning import Budget, Problem, allocate, restrict
 from secateur.planning.shares import _shares
@@ -113,6 +114,14 @@ def test_what_cannot_be_is_refused_with_the_number(keys: Any, message: str) -> N
     found = re.search(r"takes (0\.\d+)", str(caught.value))
     if found and "alone" in message:  # and the number that it names can be had
         allocate(GRAPH, scores(GRAPH), Budget(**{**keys, "ratio": float(found[1])}))
+
+
+def test_patterns_can_be_written_on_the_command_line() -> None:
+    for text, shares in (
+        ("{layers.0.*: 0.1, ffn: 0}", {"layers.0.*": 0.1, "ffn": 0.0}),
+        ('{"*.mlp": 0.3}', {"*.mlp": 0.3}),
+    ):
+        assert load_recipe(None, [f"budget.shares={text}"]).budget.shares == shares
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
