@@ -1,4 +1,4 @@
-"""In which type matrix products are computed; weights stay in float32."""
+"""In which type matrix products are computed, weights stay in float32; and the widths that their kernels take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
 """``bf16``: autocast over fp32 weights; ``fp32``: no autocast; ``auto``: bf16 where the processor computes in it."""
+
+GROUPED_MULTIPLE = 8
+"""Widths of stacked experts that every kernel of grouped matrix products takes are multiples of this."""
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -45,7 +45,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance import CRITERIA
 from secateur.lock import alone
 from secateur.methods import METHODS, Decision, Method, PruningTask
-from secateur.planning import describe, make_plan
+from secateur.planning import describe_plan, make_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
@@ -196,7 +196,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
     work.discard("method")
-    say(describe(result.plan, result.graph))
+    say(describe_plan(result.plan, result.graph))
 
 
 def _decided(result: Result, work: Workspace) -> bool:

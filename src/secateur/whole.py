@@ -19,6 +19,15 @@ _ROOM = 200
 """Bytes that the names of files within an output may take, with what is put before and after its name."""
 
 
+def cache_folder() -> Path:
+    """Where secateur keeps converted models and written text: SECATEUR_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("SECATEUR_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "secateur"
+
+
 def place_of(output: str | os.PathLike[str], what: str = "The output") -> Path:
     """The absolute path of a file or folder to be written, without links; nothing is made.
 

@@ -25,9 +25,9 @@ from secateur.data.marks import Marks, encode, marks_of
 from secateur.data.mixture import context_of
 from secateur.data.records import render
 from secateur.errors import DataError
-from secateur.loading import cache_folder
 from secateur.progress import Bar, say
 from secateur.reading import parse_json, read_text
+from secateur.whole import cache_folder
 
 _WRITTEN_TOKENS = 256
 _BATCH = 32

@@ -174,7 +174,7 @@ def join(pieces: list[Axis]) -> Axis:
     return (atom,)
 
 
-def cut(axis: Axis, position: int) -> tuple[Axis, Axis]:
+def split_at(axis: Axis, position: int) -> tuple[Axis, Axis]:
     """Divide ``axis`` into its first ``position`` elements and the rest."""
     atoms = resolve(axis)
     total = size_of(atoms)
@@ -201,7 +201,7 @@ def _cut_atom(atom: Atom, position: int) -> tuple[Axis, Axis]:
             break
         end = start + size_of(piece)
         if start < position < end:
-            left, right = cut(piece, position - start)
+            left, right = split_at(piece, position - start)
             atom.pieces[index : index + 1] = [left, right]
             index += 1
             break
@@ -211,8 +211,8 @@ def _cut_atom(atom: Atom, position: int) -> tuple[Axis, Axis]:
 
 def span(axis: Axis, start: int, stop: int) -> Axis:
     """The elements ``start`` to ``stop`` (exclusive) of ``axis``."""
-    left, _ = cut(axis, stop)
-    return cut(left, start)[1]
+    left, _ = split_at(axis, stop)
+    return split_at(left, start)[1]
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -330,9 +330,9 @@ def _align(left: list[Axis], right: list[Axis]) -> None:
     while left and right:
         one, two = left.pop(), right.pop()
         if size_of(one) > size_of(two):
-            one, rest = cut(one, size_of(two))
+            one, rest = split_at(one, size_of(two))
             left.append(rest)
         elif size_of(one) < size_of(two):
-            two, rest = cut(two, size_of(one))
+            two, rest = split_at(two, size_of(one))
             right.append(rest)
         unify(one, two)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from secateur.graph.axes import Axis, cut, leaf, mark, refuse, sever, size_of, span, unify
+from secateur.graph.axes import Axis, leaf, mark, refuse, sever, size_of, span, split_at, unify
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -167,7 +167,7 @@ def _along(table: SymbolTable, call: Call, x: torch.Tensor, indices: torch.Tenso
         if place == dim:
             _look_up(table, call, axis, indices)
         else:
-            unify(cut(axis, size_of(other))[0] if size_of(axis) != size_of(other) else axis, other)
+            unify(split_at(axis, size_of(other))[0] if size_of(axis) != size_of(other) else axis, other)
 
 
 def histogram(table: SymbolTable, call: Call) -> None:

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-from secateur.graph.axes import Axis, cut, join, leaf, mark, refuse, regroup, sever, size_of, span, split_axis, unify
+from secateur.graph.axes import (
+    Axis,
+    join,
+    leaf,
+    mark,
+    refuse,
+    regroup,
+    sever,
+    size_of,
+    span,
+    split_at,
+    split_axis,
+    unify,
+)
 from secateur.graph.rules_elementwise import Rule
 from secateur.graph.symbols import Call, SymbolTable
 
@@ -183,7 +196,7 @@ def split(table: SymbolTable, call: Call) -> None:
     dim = _wrap(call["dim"], x.dim())
     rest = table[x].axes[dim]
     for out in call.outputs:
-        part, rest = cut(rest, out.shape[dim])
+        part, rest = split_at(rest, out.shape[dim])
         _with_axis(table, x, out, dim, part)
 
 

@@ -1,7 +1,7 @@
 """Opening a model: a folder, a Hugging Face hub id, or a built-in name becomes a model and a tokenizer."""
 
 from secateur.loading.adapters import is_adapter_folder
-from secateur.loading.built_in import BUILT_IN, BuiltInModel, cache_folder
+from secateur.loading.built_in import BUILT_IN, BuiltInModel
 from secateur.loading.library import quiet_transformers
 from secateur.loading.opening import Dtype, ModelSettings, load, outline, pick_device
 
@@ -10,7 +10,6 @@ __all__ = [
     "BuiltInModel",
     "Dtype",
     "ModelSettings",
-    "cache_folder",
     "is_adapter_folder",
     "load",
     "outline",

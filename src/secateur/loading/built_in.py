@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from secateur.errors import ModelError
 from secateur.loading.library import quiet_transformers
 from secateur.progress import say
+from secateur.whole import cache_folder
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,6 @@ BUILT_IN: Mapping[str, BuiltInModel] = {
         context=8192,
     )
 }
-
-
-def cache_folder() -> Path:
-    """Where secateur keeps converted models and written text: SECATEUR_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("SECATEUR_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "secateur"
 
 
 def built_in_folder(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.planning.allocate import allocate, solve
 from secateur.planning.budget import Budget, restrict
-from secateur.planning.plan import decoder_ratio, describe, make_plan, versions
+from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
 
@@ -17,7 +17,7 @@ __all__ = [
     "countable",
     "cubic",
     "decoder_ratio",
-    "describe",
+    "describe_plan",
     "make_plan",
     "restrict",
     "solve",

@@ -36,7 +36,7 @@ class WidthClass:
 
 
 @dataclass(frozen=True)
-class Widths:
+class Combination:
     """One combination of widths."""
 
     kept: Mapping[str, int]
@@ -63,7 +63,7 @@ def equal_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]
     return dict(chosen.kept)
 
 
-def _check_near(problem: Problem, chosen: Widths, looked_at: Sequence[Widths]) -> None:
+def _check_near(problem: Problem, chosen: Combination, looked_at: Sequence[Combination]) -> None:
     """PlanError when the legal shape that was chosen is too far from the ratio asked."""
     ratios = sorted({1 - widths.parameters / problem.count.total for widths in looked_at})
     asked, reached = problem.ratio, 1 - chosen.parameters / problem.count.total
@@ -101,7 +101,7 @@ def width_classes(stacks: Sequence[Stack], allowed: Mapping[str, Sequence[int]])
     return classes
 
 
-def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Widths, list[Widths]]:
+def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Combination, list[Combination]]:
     """The combination of widths that comes nearest to ``target`` parameters, and all that were looked at.
 
     Among those that are near enough (no further off than one step of the finest class, and half a percent of all
@@ -117,7 +117,7 @@ def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> 
     return best, candidates
 
 
-def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Widths]:
+def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Combination]:
     """Every combination of the other classes, each with the two widths of the finest class around the target."""
     finest = max(range(len(classes)), key=lambda index: len(classes[index].counts))
     others = [item for index, item in enumerate(classes) if index != finest]
@@ -130,7 +130,7 @@ def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> l
         loss = sum(item.loss(width) for item, width in zip(others, widths, strict=True))
         for width in _around(count, kept, classes[finest], target):
             whole = {**kept, **classes[finest].kept(width)}
-            found.append(Widths(whole, count(whole), loss + classes[finest].loss(width)))
+            found.append(Combination(whole, count(whole), loss + classes[finest].loss(width)))
     return found
 
 

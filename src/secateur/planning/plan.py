@@ -60,7 +60,7 @@ def decoder_ratio(plan: PruningPlan, graph: DependencyGraph) -> float:
     return 1 - after / before if before else 0.0
 
 
-def describe(plan: PruningPlan, graph: DependencyGraph) -> str:
+def describe_plan(plan: PruningPlan, graph: DependencyGraph) -> str:
     """The plan in a few lines: both ratios, and the range of widths that each kind keeps."""
     head = (
         f"{plan.method}: {plan.ratio_reached:.1%} of all parameters go (asked {plan.ratio_asked:.1%}), "

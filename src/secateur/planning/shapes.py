@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from secateur.surgery.attributes import GROUPED_MULTIPLE
+from secateur.precision import GROUPED_MULTIPLE
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
 RunsOn = Literal["transformers", "everywhere", "vllm", "llama.cpp"]

@@ -21,14 +21,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
+from secateur.precision import GROUPED_MULTIPLE
 from secateur.surgery.rows import cut_groups
 from secateur.types import DependencyGraph, Kind, NodeGroup
 
 Meaning = Literal["proportional", "kv_heads", "queries_per_kv", "units", "rows"]
-
-
-GROUPED_MULTIPLE = 8
-"""Widths of stacked experts that every kernel takes are multiples of this."""
 
 
 @dataclass(frozen=True)

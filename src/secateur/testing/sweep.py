@@ -172,7 +172,7 @@ def halves(graph: DependencyGraph, seed: int = 0, differing: bool = False) -> Ke
     return {name: units for name, units in _seeded(seed, choose).items() if len(units) < graph[name].size}
 
 
-def cut(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Any:
+def sliced_copy(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Any:
     small = sharing_copy(model)
     slice_model(small, graph, kept)
     return small
@@ -189,7 +189,7 @@ def generates_alike(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) 
     if not dense <= TOLERANCE:
         return f"not even whole: the cache changes logits by {dense:.1e}"
     try:
-        difference = _cache_difference(cut(model, graph, kept))
+        difference = _cache_difference(sliced_copy(model, graph, kept))
     except Exception as error:
         return f"FAILED: {_line(error)}"
     return "same" if difference <= TOLERANCE else f"FAILED: the cache changes logits by {difference:.1e}"
@@ -242,7 +242,7 @@ def _adapted(model: PreTrainedModel) -> PeftModel:
 
 def _write(model: PreTrainedModel, graph: DependencyGraph, kept: Kept, folder: Path) -> Reference:
     with quiet_transformers():
-        return write(cut(model, graph, kept), None, folder, graph=graph, kept=kept)
+        return write(sliced_copy(model, graph, kept), None, folder, graph=graph, kept=kept)
 
 
 def reload(waiting: Sequence[tuple[dict[str, Any], str, Reference]]) -> None:

@@ -7,7 +7,6 @@ import pytest
 from secateur.graph.axes import (
     Axis,
     Conflict,
-    cut,
     join,
     leaf,
     leaves,
@@ -18,6 +17,7 @@ from secateur.graph.axes import (
     resolve,
     size_of,
     span,
+    split_at,
     split_axis,
     unify,
 )
@@ -61,7 +61,7 @@ def test_shapes_without_common_refinement_conflict() -> None:
 
 def test_a_cut_makes_a_concatenation_and_cuts_again_inside_it() -> None:
     rows = leaf(10)
-    left, right = cut(rows, 4)
+    left, right = split_at(rows, 4)
     assert [size_of(piece) for piece in pieces_of(rows)] == [4, 6]
     middle = span(rows, 3, 6)
     assert [size_of(piece) for piece in pieces_of(rows)] == [3, 1, 2, 4]
@@ -72,7 +72,7 @@ def test_a_cut_makes_a_concatenation_and_cuts_again_inside_it() -> None:
 
 def test_a_cut_through_a_unit_conflicts() -> None:
     with pytest.raises(Conflict):
-        cut(leaf(3) + leaf(4), 6)
+        split_at(leaf(3) + leaf(4), 6)
 
 
 def test_unifying_leaves_is_transitive_and_late() -> None:
@@ -92,7 +92,7 @@ def test_unify_factors_the_larger_side() -> None:
 
 def test_fused_gate_and_up_become_one_leaf_that_occurs_twice() -> None:
     rows = leaf(10)
-    gate, up = cut(rows, 5)
+    gate, up = split_at(rows, 5)
     unify(gate, up)
     assert layout(rows) == [(5, [0], 1), (5, [5], 1)]
     assert len(set(leaves(rows))) == 1
@@ -100,8 +100,8 @@ def test_fused_gate_and_up_become_one_leaf_that_occurs_twice() -> None:
 
 def test_fused_query_key_value_with_grouped_heads() -> None:
     rows = leaf(2 * 3 * 4 + 2 * 4 + 2 * 4)
-    query, rest = cut(rows, 24)
-    key, value = cut(rest, 8)
+    query, rest = split_at(rows, 24)
+    key, value = split_at(rest, 8)
     query_heads, query_dim = split_axis(query, 4)
     key_heads, key_dim = split_axis(key, 4)
     value_heads, _ = split_axis(value, 4)
@@ -155,7 +155,7 @@ def test_what_is_said_of_an_atom_holds_for_its_parts_and_its_equals() -> None:
     refuse(rows, "because")
     mark(rows, "head")
     heads, head_dim = split_axis(rows, 4)
-    left, _ = cut(head_dim, 2)
+    left, _ = split_at(head_dim, 2)
     other = leaf(3)
     unify(other, heads)
     for axis in (heads, left, other):
@@ -167,6 +167,6 @@ def test_what_is_said_of_an_atom_holds_for_its_parts_and_its_equals() -> None:
 def test_a_refusal_reaches_parts_that_were_found_before() -> None:
     rows = leaf(12)
     heads, _ = split_axis(rows, 4)
-    _, right = cut(heads, 1)
+    _, right = split_at(heads, 1)
     refuse(rows, "late")
     assert list(resolve(right)[0].refusals) == ["late"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import ModelError
-from secateur.loading import BUILT_IN, BuiltInModel, built_in, cache_folder, load, opening
+from secateur.loading import BUILT_IN, BuiltInModel, built_in, load, opening
+from secateur.whole import cache_folder
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateur.errors import PlanError
-from secateur.planning import Budget, allocate, by_period, cubic, decoder_ratio, describe, make_plan
+from secateur.planning import Budget, allocate, by_period, cubic, decoder_ratio, describe_plan, make_plan
 from secateur.testing.graphs import llama_graph
 from secateur.types import PruningPlan, Scores
 
@@ -57,7 +57,7 @@ def test_the_text_has_both_ratios() -> None:
     plan = make_plan(GRAPH, removed, Budget(), method="magnitude")
     layers = sum(GRAPH.numel(name, {}) for name in GRAPH.shapes if "layers" in name)
     assert decoder_ratio(plan, GRAPH) == pytest.approx(60 * 3 * 48 / layers)
-    text = describe(plan, GRAPH)
+    text = describe_plan(plan, GRAPH)
     assert f"{plan.ratio_reached:.1%}" in text
     assert f"{decoder_ratio(plan, GRAPH):.1%}" in text
     assert "10 of 40" in text
