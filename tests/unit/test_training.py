@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from secateur.errors import InputError
+from secateur.errors import InputError, ModelError
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
 
@@ -93,6 +93,59 @@ def test_a_step_reads_a_whole_batch_however_few_blocks_there_are(
     one(input_ids=same[:1], labels=same[:1]).loss.backward()
     grads = [parameter.grad.norm() for parameter in one.parameters() if parameter.grad is not None]
     assert watch.norms[0] == pytest.approx(float(torch.stack(grads).norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+@pytest.mark.parametrize(("family", "own_loss"), [("llama-gqa", False), ("llama-gqa", True), ("mixtral", False)])
+def test_a_penalty_is_added_to_the_loss_once_a_step_whatever_is_accumulated(
+    family: str, own_loss: bool, micro: int
+) -> None:
+    """A step of SGD moves A by the gradient of the penalty beside that of the loss; Mixtral's has a part of routers."""
+
+    def penalty(model: Any, step: int) -> torch.Tensor:
+        assert step == 0
+        return torch.stack([p.square().sum() for name, p in model.named_parameters() if ".lora_A." in name]).sum()
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    settings = TrainingSettings(
+        batch_size=4,
+        micro_batch_size=micro,
+        precision="fp32",
+        optimizer="sgd",
+        learning_rate=0.1,
+        warmup=0.0,
+        max_grad_norm=0.0,
+    )
+    trained, logs = [], []
+    for given in (None, penalty):
+        model = TINY[family]()
+        model.config.output_router_logits = True
+        adapted = attach_lora(model, LoraSettings(rank=2), seed=0)
+        fresh = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+        options: dict[str, Any] = {"loss": loss if own_loss else None, "penalty": given}
+        logs.append(train(adapted, IDS, settings, steps=1, seed=0, description="training", **options))
+        trained.append({name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad})
+    for name, value in trained[0].items():
+        expected = value - 0.1 * 2 * fresh[name] if ".lora_A." in name else value
+        torch.testing.assert_close(trained[1][name], expected)
+    [plain], [penalised] = logs
+    squares = sum(float(value.square().sum()) for name, value in fresh.items() if ".lora_A." in name)
+    assert penalised.pop("penalty") == pytest.approx(squares, rel=1e-4)
+    assert penalised == plain
+
+
+def test_a_penalty_that_is_not_finite_is_refused() -> None:
+    adapted = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=2), seed=0)
+
+    def penalty(model: Any, step: int) -> torch.Tensor:
+        return torch.tensor(float("nan"), requires_grad=True)
+
+    with pytest.raises(ModelError, match="penalty is nan in step 1"):
+        train(
+            adapted, IDS, TrainingSettings(precision="fp32"), steps=1, seed=0, description="training", penalty=penalty
+        )
 
 
 def test_blocks_are_read_equally_often_when_they_run_out() -> None:

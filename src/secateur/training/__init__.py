@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from secateur.training.checkpoints import StatefulCallback
 from secateur.training.lora import LoraSettings, attach_lora, merge_lora
-from secateur.training.trainer import Schedule, TrainingSettings, train
+from secateur.training.trainer import Penalty, Schedule, TrainingSettings, train
 
-__all__ = ["LoraSettings", "Schedule", "StatefulCallback", "TrainingSettings", "attach_lora", "merge_lora", "train"]
+__all__ = [
+    "LoraSettings",
+    "Penalty",
+    "Schedule",
+    "StatefulCallback",
+    "TrainingSettings",
+    "attach_lora",
+    "merge_lora",
+    "train",
+]

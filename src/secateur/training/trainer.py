@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,14 @@ from transformers import (
 
 from secateur import progress
 from secateur.data.order import ReadingOrder
+from secateur.errors import ModelError
 from secateur.precision import Precision, autocast_dtype
 from secateur.training.checkpoints import SaveStates, last_checkpoint
 from secateur.types import Settings
 
 Schedule = Literal["cosine", "linear", "constant"]
+Penalty = Callable[[Any, int], torch.Tensor | None]
+"""Model with adapters and number of the step, from 0 on → a scalar with a gradient, or None for nothing."""
 
 
 class TrainingSettings(Settings):
@@ -106,6 +110,38 @@ class _Clip(TrainerCallback):
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], self.max_norm)
 
 
+class _Penalty(TrainerCallback):
+    """Adds the gradient of a penalty to that of the model's own loss, and its mean since the last entry to the log.
+
+    Once in a step, when the gradients of the whole batch are there: however many micro-batches it has, the penalty
+    counts once beside their mean loss.
+    """
+
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        with torch.enable_grad():
+            value = self.penalty(model, state.global_step)
+        if value is None:
+            return
+        self.seen.append(float(value))
+        if not math.isfinite(self.seen[-1]):
+            raise ModelError(
+                f"The penalty is {self.seen[-1]} in step {state.global_step + 1}. Lower its weight, or the learning "
+                "rate."
+            )
+        value.backward()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs and self.seen:
+            state.log_history[-1]["penalty"] = sum(self.seen) / len(self.seen)
+            self.seen.clear()
+
+
 class _Progress(TrainerCallback):
     """Shows the Trainer's steps on our own progress bar."""
 
@@ -132,6 +168,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     order: Callable[[int], int] | None = None,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    penalty: Penalty | None = None,
     checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
@@ -146,42 +183,19 @@ def train(
         order: which block is read at position 0, 1, 2 …; it is asked in this order, up to a micro-batch ahead of what
             is trained on.
         loss: mean loss of a micro-batch from its logits ``[n, window, vocabulary]`` and ids ``[n, window]``, instead
-            of the model's own cross-entropy.
+            of the model's own.
+        penalty: added to the loss of each step, also to the model's own with all its parts (a mixture of experts has
+            one for its routers). The log has its mean as ``penalty``; ``loss`` and the gradients that callbacks see are
+            without it.
         checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps and after the last one.
             Training goes on from the last complete one that is there, or is not repeated; the caller removes the folder
             when what follows from the training is kept elsewhere. None keeps nothing.
     """
     if steps <= 0:
         return []
-    micro = min(settings.micro_batch_size, settings.batch_size)
     device = next(model.parameters()).device
     with _folder(checkpoints) as folder, _config_kept(model), progress.Bar(description, steps) as bar:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // micro,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=_SCHEDULES[settings.schedule],
-            warmup_steps=round(settings.warmup * steps),
-            optim="adamw_torch" if settings.optimizer == "adamw" else "sgd",
-            weight_decay=settings.weight_decay,
-            max_grad_norm=0.0,  # see _Clip
-            bf16=autocast_dtype(settings.precision, device) is torch.bfloat16,
-            use_cpu=device.type == "cpu",
-            activation_checkpointing=settings.gradient_checkpointing,
-            logging_steps=max(1, steps // 20),
-            save_strategy="no" if checkpoints is None else "steps",
-            save_steps=settings.checkpoint_steps,
-            save_total_limit=2,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.type == "cuda",
-            seed=seed,
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
+        arguments = _arguments(settings, folder, steps, seed, device, keep=checkpoints is not None)
         last = last_checkpoint(folder)
         done = int(last.name.rpartition("-")[2]) if last is not None else 0
         positions = steps * settings.batch_size * arguments.world_size
@@ -190,14 +204,15 @@ def train(
             order = ReadingOrder(("all",) * len(ids), {"all": 1.0}, seed)
         if order is not None:
             arguments.train_sampling_strategy = "sequential"
-        clip = [_Clip(settings.max_grad_norm)] if settings.max_grad_norm > 0 else []
+        more: list[TrainerCallback] = [_Penalty(penalty)] if penalty is not None else []
+        more += [_Clip(settings.max_grad_norm)] if settings.max_grad_norm > 0 else []
         states = SaveStates(callbacks)
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=_Blocks(ids, order, positions),
-            compute_loss_func=None if loss is None else _loss(loss, settings.batch_size // micro),
-            callbacks=[*callbacks, *clip, states, _Progress(bar)],
+            compute_loss_func=None if loss is None else _loss(loss, arguments.gradient_accumulation_steps),
+            callbacks=[*callbacks, *more, states, _Progress(bar)],
         )
         trainer.remove_callback(PrinterCallback)
         if last is not None:
@@ -207,6 +222,40 @@ def train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _arguments(
+    settings: TrainingSettings, folder: Path, steps: int, seed: int, device: torch.device, *, keep: bool
+) -> TrainingArguments:
+    """Our settings as the Trainer's; with ``keep``, checkpoints are kept in the folder."""
+    micro = min(settings.micro_batch_size, settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=round(settings.warmup * steps),
+        optim="adamw_torch" if settings.optimizer == "adamw" else "sgd",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=0.0,  # see _Clip
+        bf16=autocast_dtype(settings.precision, device) is torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=settings.gradient_checkpointing,
+        logging_steps=max(1, steps // 20),
+        save_strategy="steps" if keep else "no",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=seed,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel over all visible GPUs would silently multiply the batch
+    return arguments
 
 
 def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulated: int) -> Callable[..., Any]:
