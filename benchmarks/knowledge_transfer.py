@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from secateur.graph import trace
-from secateur.methods.lhspg import LHSPGCallback, Projection
+from secateur.methods.lhspg import Decay, HalfSpace, Shrinking
 from secateur.surgery import slice_model, zero_units
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
 from secateur.types import DependencyGraph, removed_to_kept
@@ -121,12 +121,12 @@ def one_shot(world: World, steps: int, seed: int, restarts: int = 0) -> dict[str
     return knows(model, world.ids)
 
 
-def lhspg(world: World, steps: int, seed: int, mode: Projection, share: float = 0.5) -> dict[str, float]:
+def lhspg(world: World, steps: int, seed: int, kind: type[Shrinking], share: float = 0.5) -> dict[str, float]:
     """One period of ``share`` of the steps, the cut, and the rest of the steps."""
     model, period = copy.deepcopy(world.model), round(share * steps)
 
-    def project(adapted: Any) -> LHSPGCallback:
-        return LHSPGCallback(trace(adapted), world.removed, {}, steps=period, mode=mode, epsilon=0.0)
+    def project(adapted: Any) -> Shrinking:
+        return kind(trace(adapted), world.removed, {}, steps=period)
 
     learn(world, model, period, seed, project)
     zero_units(model, world.graph, world.kept)
@@ -141,9 +141,9 @@ ARMS: dict[str, Callable[[World, int, int], dict[str, float]]] = {
     "train, then cut": train_then_cut,
     "one shot": one_shot,
     "one shot, restarted": lambda world, steps, seed: one_shot(world, steps, seed, restarts=1),
-    "decay, all steps": lambda world, steps, seed: lhspg(world, steps, seed, "decay", share=1.0),
-    "decay": lambda world, steps, seed: lhspg(world, steps, seed, "decay"),
-    "half-space": lambda world, steps, seed: lhspg(world, steps, seed, "half-space"),
+    "decay, all steps": lambda world, steps, seed: lhspg(world, steps, seed, Decay, share=1.0),
+    "decay": lambda world, steps, seed: lhspg(world, steps, seed, Decay),
+    "half-space": lambda world, steps, seed: lhspg(world, steps, seed, HalfSpace),
 }
 
 

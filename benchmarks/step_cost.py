@@ -35,7 +35,7 @@ import secateur
 from secateur.importance import CRITERIA
 from secateur.importance.adapters import Options
 from secateur.methods.guided import GuidedPruning
-from secateur.methods.lhspg import LHSPGCallback
+from secateur.methods.lhspg import Decay, HalfSpace
 from secateur.methods.loraprune import LoRAPruneSettings
 from secateur.planning import Budget, allocate, restrict
 from secateur.precision import autocast
@@ -79,8 +79,8 @@ def callback_of(arm: str, model: Any, arguments: argparse.Namespace) -> Any:
         )
     else:
         scores = CRITERIA["random"].score(model, graph, None, 0)
-        mode: Any = arm.partition(", ")[2]
-        callback = LHSPGCallback(graph, allocate(graph, scores, budget), {}, steps=LONG, mode=mode, epsilon=0.0)
+        kind = Decay if arm.endswith("decay") else HalfSpace
+        callback = kind(graph, allocate(graph, scores, budget), {}, steps=LONG)
     callback.on_train_begin(SimpleNamespace(max_grad_norm=0.0), SimpleNamespace(global_step=0), None, model=model)
     return callback
 
@@ -113,7 +113,7 @@ def steps_of(arms: tuple[str, ...], arguments: argparse.Namespace) -> tuple[dict
             within = called("on_pre_optimizer_step", number, model=own)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
-            within += called("on_optimizer_step", number)
+            within += called("on_optimizer_step", number, model=own)
             optimiser.zero_grad()
             synchronise()
             return time.perf_counter() - started, within

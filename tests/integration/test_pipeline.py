@@ -18,7 +18,7 @@ from secateur.importance import CRITERIA
 from secateur.methods import METHODS, Decision, Method, PruningTask
 from secateur.methods.base import one_shot
 from secateur.methods.flap import FLAP
-from secateur.methods.lhspg import LHSPGCallback
+from secateur.methods.lhspg import Shrinking
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -188,7 +188,7 @@ def test_a_model_whose_training_was_interrupted_still_has_adapters_and_that_is_s
 
     model = TINY["llama-gqa"]()
     with monkeypatch.context() as patch:
-        patch.setattr(LHSPGCallback, "on_optimizer_step", killed)
+        patch.setattr(Shrinking, "after_step", killed)
         with pytest.raises(_KilledError):
             pipeline.prune(model, tiny_tokenizer(), recipe=recipe)
     for call in (pipeline.prune, inspection.analyze):

@@ -17,7 +17,7 @@ def test_lhspg_carries_knowledge_over_before_the_cut_and_training_before_a_cut_i
     slice_model(masked, world.graph, world.kept)
     gone = benchmark.knows(masked, world.ids)
     one_shot = benchmark.train_then_cut(world, 40, 0)
-    progressive = benchmark.lhspg(world, 40, 0, "decay", share=1.0)
+    progressive = benchmark.lhspg(world, 40, 0, benchmark.Decay, share=1.0)
     # equal tokens, and neither has made a step without the units that are gone
     assert progressive["accuracy"] > one_shot["accuracy"] + 0.15
     assert progressive["accuracy"] > gone["accuracy"] + 0.15

@@ -1,8 +1,8 @@
-"""The callback of LoRAPrune: scores from the gradients of A and B in every step, masks that only grow.
+"""The transfer of LoRAPrune: scores from the gradients of A and B in every step, masks that only grow.
 
-A ``TrainerCallback`` like any other: it reads in ``on_pre_optimizer_step``, when the gradients of the whole batch are
-accumulated, unscaled and all-reduced, and before they are clipped; it masks in ``on_optimizer_step``. Everything that
-it decides from is the same on every rank, and is saved with each checkpoint.
+It reads in ``on_pre_optimizer_step``, when the gradients of the whole batch are accumulated, unscaled and all-reduced,
+and before they are clipped; it masks after the step. Everything that it decides from is the same on every rank, and is
+saved with each checkpoint.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.utils import get_total_norm
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import InputError, ModelError
 from secateur.importance.adapters import AdapterGradients, Options
+from secateur.methods.transfer import Transfer
 from secateur.planning import Budget, Problem, countable, solve
 from secateur.surgery import InputMasks
-from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, Scores
 
 Removed = dict[str, list[int]]
 
 
-class GuidedPruning(StatefulCallback):
+class GuidedPruning(Transfer):
     """Prunes a model with LoRA adapters while a Trainer trains them (LoRAPrune, Algorithm 1).
 
     Args:
@@ -78,12 +79,16 @@ class GuidedPruning(StatefulCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Check that gradients can be read, and put the masks of a restored checkpoint on."""
+        """Check that the Trainer lets gradients be read, and begin."""
         if args.max_grad_norm:
             raise InputError(
                 f"LoRAPrune reads gradients before they are clipped, and this Trainer clips first (max_grad_norm="
                 f"{args.max_grad_norm}). Set max_grad_norm=0 and clip in a callback after this one."
             )
+        super().on_train_begin(args, state, control, model)
+
+    def begin(self, model: PeftModel) -> None:
+        """Check that gradients can be read, and put the masks of a restored checkpoint on."""
         self._gradients = AdapterGradients(model, self.graph, self.options)
         self._parameters = list(model.parameters())
         self._masks = InputMasks(model, self.graph)
@@ -107,11 +112,11 @@ class GuidedPruning(StatefulCallback):
             before = self.average.get(name, torch.zeros_like(now[name]))
             self.average[name] = before.lerp(now[name], 1 - self.moving_average)
 
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def after_step(self, model: PeftModel, step: int) -> None:
         """Take the next units away, when it is time."""
-        step = state.global_step + 1  # the Trainer counts it a moment later
-        fraction = self.schedule(step)
-        if not self._done and fraction > 0 and (step % self.every == 0 or fraction == 1.0):
+        finished = step + 1
+        fraction = self.schedule(finished)
+        if not self._done and fraction > 0 and (finished % self.every == 0 or fraction == 1.0):
             self._decide(fraction)
             self._done = fraction == 1.0
 

@@ -1,4 +1,4 @@
-"""LHSPG, the LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, Algorithm 4): the maths and its callback.
+"""LHSPG, the LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, Algorithm 4): maths and transfers.
 
 While the adapters of the important units go on learning, the redundant units of one period are driven to exact zero
 a little every step, so that what they did is re-learned by the others before they are cut.
@@ -19,21 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerControl, TrainerState
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.importance.base import input_device
+from secateur.methods.transfer import Transfer
 from secateur.surgery import norms_over, scales_with_zeros, set_epsilon, unproduced
-from secateur.training import StatefulCallback
 from secateur.types import DependencyGraph, removed_to_kept
 from secateur.units import UnitRows, rows_of, squared_norms
-
-Projection = Literal["decay", "half-space"]
 
 
 def decay_factor(step: int, steps: int) -> float:
@@ -162,20 +160,17 @@ def _norm2(members: list[UnitRows]) -> torch.Tensor:
     return squared_norms(members, [rows.read().float() for rows in members])
 
 
-class LHSPGCallback(StatefulCallback):
-    """Projects one period's redundant units after every optimiser step, and keeps those already gone at zero.
+class Shrinking(Transfer):
+    """Drives one period's redundant units to exact zero, and keeps those already gone at zero.
 
-    Its state is the step and the rows of the redundant units: with the model as it was when the period began, a
-    checkpoint of the Trainer goes on where it was taken.
+    Its state is the rows of the redundant units: with the model as it was when the period began, a checkpoint of the
+    Trainer goes on where it was taken. Subclasses say by how much the units shrink in a step.
 
     Args:
         graph: of the model that the Trainer trains, traced with the adapters on.
         redundant: group name → units to drive to zero in this period.
         gone: group name → units that earlier periods drove to zero.
         steps: length of the period, T_p.
-        mode: ``decay`` multiplies by ``decay_factor`` (as the released optimiser does); ``half-space`` takes
-            λ_g = ‖[x]_g‖ / T_p of the period's start and the projection of the paper.
-        epsilon: ε of the half-space.
         heard: see ``still_heard``; groups whose units shrink where they are consumed.
     """
 
@@ -186,19 +181,16 @@ class LHSPGCallback(StatefulCallback):
         gone: Mapping[str, Sequence[int]],
         *,
         steps: int,
-        mode: Projection,
-        epsilon: float,
         heard: Collection[str] = (),
     ) -> None:
-        self.steps, self.mode, self.epsilon = steps, mode, epsilon
+        self.steps = steps
         self._heard = heard
-        self.step = 0
         self._graph, self._units = graph, (redundant, gone)
         self._restored: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Called by the Trainer when the model is where it will be trained."""
+    def begin(self, model: PeftModel) -> None:
+        """See ``Transfer.begin``."""
         self._redundant, self._gone = (self._shrinking(model, units) for units in self._units)
         self._norms = _norms(model, self._graph, *self._units, self._heard)
         self._shrink = [_norm2(unit).sqrt() / self.steps for unit in self._redundant]
@@ -208,15 +200,22 @@ class LHSPGCallback(StatefulCallback):
         self._follow()
 
     @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the Trainer between the optimiser's step and the next batch."""
+    def after_step(self, model: PeftModel, step: int) -> None:
+        """See ``Transfer.after_step``."""
         for members, shrink in zip(self._redundant, self._shrink, strict=True):
-            self._project(members, shrink)
+            if step + 1 < self.steps:
+                self._project(members, shrink, step)
+                continue
+            for rows in members:  # the period ends at exact zero
+                rows.clear()
         for members in self._gone:
             for rows in members:
                 rows.clear_adapter()
-        self.step += 1
         self._follow()
+
+    def _project(self, members: list[UnitRows], shrink: torch.Tensor, step: int) -> None:
+        """Shrink the units of one group, of which ``members`` has all rows; ``shrink``: λ_g, ``[n]``."""
+        raise NotImplementedError
 
     def _shrinking(self, model: PeftModel, units: Mapping[str, Sequence[int]]) -> list[list[UnitRows]]:
         """For each group in ``units``, ``[x]_g`` of those units."""
@@ -225,21 +224,6 @@ class LHSPGCallback(StatefulCallback):
             for name in units
             if units[name]
         ]
-
-    def _project(self, members: list[UnitRows], shrink: torch.Tensor) -> None:
-        if self.step + 1 >= self.steps:  # the period ends at exact zero in both modes
-            for rows in members:
-                rows.clear()
-        elif self.mode == "decay":
-            factor = torch.full_like(shrink, decay_factor(self.step, self.steps))
-            for rows in members:
-                rows.absorb(rows.read().float(), factor, factor)
-        else:
-            values = [rows.read().float() for rows in members]
-            along = torch.stack([rows.along(value) for rows, value in zip(members, values, strict=True)]).sum(0)
-            factor, share = half_space_factor(squared_norms(members, values), along, shrink, self.epsilon)
-            for rows, value in zip(members, values, strict=True):
-                rows.absorb(value, factor, share)
 
     def _follow(self) -> None:
         shares = {name: self._share(name) for name in {norm.group for norm in self._norms}}
@@ -260,10 +244,36 @@ class LHSPGCallback(StatefulCallback):
         return {f"rows/{g}/{m}": rows for g, unit in enumerate(self._redundant) for m, rows in enumerate(unit)}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The step, and the redundant units' rows."""
-        return {name: rows.read() for name, rows in self._by_name().items()} | {"step": torch.tensor(self.step)}
+        """The redundant units' rows."""
+        return {name: rows.read() for name, rows in self._by_name().items()}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """The opposite of ``state_tensors``; the rows are written when training begins."""
         self._restored = dict(tensors)
-        self.step = int(self._restored.pop("step"))
+
+
+class Decay(Shrinking):
+    """Multiplies by ``decay_factor`` in every step, as the released optimiser does."""
+
+    def _project(self, members: list[UnitRows], shrink: torch.Tensor, step: int) -> None:
+        factor = torch.full_like(shrink, decay_factor(step, self.steps))
+        for rows in members:
+            rows.absorb(rows.read().float(), factor, factor)
+
+
+class HalfSpace(Shrinking):
+    """The projection of the paper, with λ_g = ‖[x]_g‖ / T_p of the period's start.
+
+    Args: those of ``Shrinking``, and ``epsilon``: ε of the half-space.
+    """
+
+    def __init__(self, *args: Any, epsilon: float = 0.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.epsilon = epsilon
+
+    def _project(self, members: list[UnitRows], shrink: torch.Tensor, step: int) -> None:
+        values = [rows.read().float() for rows in members]
+        along = torch.stack([rows.along(value) for rows, value in zip(members, values, strict=True)]).sum(0)
+        factor, share = half_space_factor(squared_norms(members, values), along, shrink, self.epsilon)
+        for rows, value in zip(members, values, strict=True):
+            rows.absorb(value, factor, share)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from secateur.graph import trace
-from secateur.methods.lhspg import LHSPGCallback, decay_factor, half_space_factor
+from secateur.methods.lhspg import Decay, HalfSpace, Shrinking, decay_factor, half_space_factor
 from secateur.surgery import masked, scales_with_zeros, slice_model, zero_units
 from secateur.testing.tiny import TINY
 from secateur.testing.zoo import Shape
 from secateur.testing.zoo import build as build_any
 from secateur.training import LoraSettings, attach_lora, merge_lora
 from secateur.types import removed_to_kept
+
+SHRINKING: dict[str, type[Shrinking]] = {"decay": Decay, "half-space": HalfSpace}
 
 
 def test_decay_is_linear_and_ends_at_exact_zero() -> None:
@@ -74,10 +75,10 @@ def test_a_period_ends_with_exact_zeros_and_leaves_the_rest_alone(name: str, mod
     graph = trace(adapted)
     redundant = {group.name: [0, group.size - 1][: max(1, group.size - 1)] for group in graph.prunable}
     before = {path: value.detach().clone() for path, value in adapted.named_parameters()}
-    callback = LHSPGCallback(graph, redundant, {}, steps=4, mode=mode, epsilon=0.0)
-    callback.on_train_begin(None, None, None, model=adapted)
-    for _ in range(4):
-        callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    callback = SHRINKING[mode](graph, redundant, {}, steps=4)
+    callback.begin(adapted)
+    for step in range(4):
+        callback.after_step(adapted, step)
     after = dict(adapted.named_parameters())
     for group in graph.prunable:
         others = [unit for unit in range(group.size) if unit not in redundant[group.name]]
@@ -95,9 +96,9 @@ def test_the_first_decay_step_scales_the_effective_weight_and_absorbs_the_adapte
     graph = trace(adapted)
     group = next(group for group in graph.prunable if group.kind == "ffn")
     merged_before = merge_lora(_adapted("llama-gqa")).state_dict()
-    callback = LHSPGCallback(graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
-    callback.on_train_begin(None, None, None, model=adapted)
-    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    callback = Decay(graph, {group.name: [1]}, {}, steps=10)
+    callback.begin(adapted)
+    callback.after_step(adapted, 0)
     merged_after = merge_lora(adapted).state_dict()
     up = next(path for path in merged_before if path.endswith(f"{group.layer}.mlp.up_proj.weight"))
     torch.testing.assert_close(merged_after[up][1], 0.9 * merged_before[up][1])
@@ -110,9 +111,9 @@ def test_adapters_on_stacked_experts_are_absorbed_too(name: str) -> None:
     graph = trace(adapted)
     group = next(group for group in graph.prunable if group.kind == "ffn")
     before = merge_lora(_adapted(name)).state_dict()
-    callback = LHSPGCallback(graph, {group.name: [1]}, {}, steps=10, mode="decay", epsilon=0.0)
-    callback.on_train_begin(None, None, None, model=adapted)
-    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    callback = Decay(graph, {group.name: [1]}, {}, steps=10)
+    callback.begin(adapted)
+    callback.after_step(adapted, 0)
     after = merge_lora(adapted).state_dict()
     plain = TINY[name]()
     for member in trace(plain)[group.name].members:
@@ -127,9 +128,9 @@ def test_units_that_are_gone_do_not_grow_back() -> None:
     adapted = _adapted("llama-gqa")
     graph = trace(adapted)
     gone = {group.name: [0] for group in graph.prunable}
-    callback = LHSPGCallback(graph, {}, gone, steps=2, mode="decay", epsilon=0.0)
-    callback.on_train_begin(None, None, None, model=adapted)
-    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    callback = Decay(graph, {}, gone, steps=2)
+    callback.begin(adapted)
+    callback.after_step(adapted, 0)
     parameters = dict(adapted.named_parameters())
     rows = [(m, parameters[m.parameter]) for g in graph.prunable for m in g.members if ".lora_B" in m.parameter]
     assert rows
@@ -153,9 +154,9 @@ def test_a_half_space_step_is_the_slow_one_on_the_merged_rows(name: str) -> None
     merged = copy.deepcopy(adapted)
     merged.merge_adapter()
     update = {unit: [m - p for m, p in zip(rows(merged, unit), plain[unit], strict=True)] for unit in (0, 3)}
-    callback = LHSPGCallback(graph, {group.name: [0, 3]}, {}, steps=steps, mode="half-space", epsilon=epsilon)
-    callback.on_train_begin(None, None, None, model=adapted)
-    callback.on_optimizer_step(SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    callback = HalfSpace(graph, {group.name: [0, 3]}, {}, steps=steps, epsilon=epsilon)
+    callback.begin(adapted)
+    callback.after_step(adapted, 0)
     for unit, x in plain.items():
         shrink = math.sqrt(sum(value * value for value in x)) / steps
         assert rows(adapted, unit) == pytest.approx(_slow_half_space(x, update[unit], shrink, epsilon), abs=1e-5)
@@ -171,10 +172,10 @@ def test_zeros_are_cut_out_of_every_norm_that_runs_over_units(name: str) -> None
         if ".lora_B." in path:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(path)))
     redundant = {group.name: list(range(0, group.size - 1, 3)) for group in graph.prunable if group.size > 1}
-    callback = LHSPGCallback(trace(adapted), redundant, {}, steps=3, mode="half-space", epsilon=0.0)
-    callback.on_train_begin(None, None, None, model=adapted)
-    for _ in range(3):
-        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    callback = HalfSpace(trace(adapted), redundant, {}, steps=3, epsilon=0.0)
+    callback.begin(adapted)
+    for step in range(3):
+        callback.after_step(adapted, step)
     small = merge_lora(adapted).eval()
     kept = removed_to_kept(graph, redundant)
     zero_units(small, graph, kept)
@@ -191,13 +192,13 @@ def test_as_units_shrink_a_norm_over_all_heads_stays_one_over_those_that_are_lef
     """Half-way, with squares a quarter of what they were, the norm divides by what these count for."""
     adapted = attach_lora(TINY["olmo2"](), LoraSettings(rank=3, alpha=6), seed=0)
     graph = trace(adapted)
-    callback = LHSPGCallback(graph, {"layers.0.attention": [0]}, {}, steps=4, mode="decay", epsilon=0.0)
+    callback = Decay(graph, {"layers.0.attention": [0]}, {}, steps=4)
     norm = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_norm")
     before = norm.weight.detach().clone()
-    callback.on_train_begin(None, None, None, model=adapted)
+    callback.begin(adapted)
     assert torch.equal(norm.weight, before)
-    for _ in range(2):
-        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    for step in range(2):
+        callback.after_step(adapted, step)
     share = (24 + 24 * 0.5**2) / 48
     torch.testing.assert_close(norm.weight[24:], before[24:] * share**0.5)
     states = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
@@ -209,12 +210,12 @@ def test_as_units_shrink_a_norm_over_all_heads_stays_one_over_those_that_are_lef
 def test_a_norm_follows_units_that_are_zero_before_the_period_ends() -> None:
     """Half-space projection with a large ε zeroes at once; the heads that stay must not grow meanwhile."""
     adapted = _adapted("olmo2")
-    callback = LHSPGCallback(trace(adapted), {"layers.0.attention": [0]}, {}, steps=8, mode="half-space", epsilon=0.9)
+    callback = HalfSpace(trace(adapted), {"layers.0.attention": [0]}, {}, steps=8, epsilon=0.9)
     norm = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_norm")
     before = norm.weight.detach().clone()
-    callback.on_train_begin(None, None, None, model=adapted)
-    for _ in range(2):
-        callback.on_optimizer_step(None, None, None)  # type: ignore[arg-type]
+    callback.begin(adapted)
+    for step in range(2):
+        callback.after_step(adapted, step)
     assert not adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight[:24].any()
     torch.testing.assert_close(norm.weight[24:], before[24:] * 0.5**0.5)
 

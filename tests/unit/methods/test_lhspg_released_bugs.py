@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from secateur.data import TokenBlocks
 from secateur.graph import trace
 from secateur.importance import CRITERIA
-from secateur.methods import lorashear
+from secateur.methods import periods
 from secateur.methods.base import PruningTask
 from secateur.methods.lorashear import LoRAShear, LoRAShearSettings
 from secateur.planning import Budget, allocate, make_plan
@@ -69,7 +69,7 @@ def run() -> tuple[list[Watch], PruningTask, Any]:
         return train(*args, callbacks=[*callbacks, watches[-1]], **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lorashear, "train", watched)
+        patch.setattr(periods, "train", watched)
         given = task()
         settings = LoRAShearSettings(
             warmup_steps=1, periods=2, period_steps=3, projection="half-space", saliency=dict.fromkeys(CRITERIA, 1.0)

@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.methods import lorashear
+from secateur.methods import periods
 from secateur.methods.base import PruningTask
-from secateur.methods.lhspg import LHSPGCallback, still_heard
-from secateur.methods.lorashear import LoRAShear, LoRAShearSettings, combine
+from secateur.methods.lhspg import Shrinking, still_heard
+from secateur.methods.lorashear import LoRAShear, LoRAShearSettings
+from secateur.methods.saliency import combine
 from secateur.planning import Budget, make_plan, restrict
 from secateur.surgery import masked, slice_model
 from secateur.testing.method_contract import noise
@@ -98,7 +99,7 @@ def test_a_period_ends_with_units_that_are_not_heard_any_more(
     """
     budget = Budget(ratio=0.06, kinds=(kind,), floor=0.0)
     task = _task(name, budget=budget, graph=restrict(trace(TINY[name]()), budget))
-    ids, jumps, settle = noise(2, 5).ids, [], lorashear._settle
+    ids, jumps, settle = noise(2, 5).ids, [], periods._settle
 
     def watched(task: PruningTask, adapted: Any, removed: Any) -> None:
         if adapted is None:
@@ -109,7 +110,7 @@ def test_a_period_ends_with_units_that_are_not_heard_any_more(
             settle(task, adapted, removed)
             jumps.append(float((task.model(ids).logits - before).abs().max()))
 
-    monkeypatch.setattr(lorashear, "_settle", watched)
+    monkeypatch.setattr(periods, "_settle", watched)
     decision = LoRAShear(LoRAShearSettings(periods=2, period_steps=3, projection=projection)).run(task)
     assert decision.removed
     assert len(jumps) == 2
@@ -184,7 +185,7 @@ def test_resuming_after_a_kill_inside_a_period_gives_the_plan_and_the_weights_of
     undisturbed = _task(family, **common)
     expected = LoRAShear(settings).run(undisturbed)
 
-    monkeypatch.setattr(LHSPGCallback, "on_step_begin", _Kill(at).on_step_begin)
+    monkeypatch.setattr(Shrinking, "on_step_begin", _Kill(at).on_step_begin)
     with pytest.raises(_KilledError):
         LoRAShear(settings).run(_task(family, work=tmp_path, **common))
     monkeypatch.undo()
@@ -196,7 +197,7 @@ def test_resuming_after_a_kill_inside_a_period_gives_the_plan_and_the_weights_of
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             done.append(1)
 
-    monkeypatch.setattr(LHSPGCallback, "on_step_begin", Count().on_step_begin)
+    monkeypatch.setattr(Shrinking, "on_step_begin", Count().on_step_begin)
     resumed = _task(family, work=tmp_path, **common)
     decision = LoRAShear(settings).run(resumed)
     assert decision.removed == expected.removed
@@ -217,7 +218,7 @@ def test_a_kill_while_a_period_is_scored_or_after_the_last_loses_no_training(
     common: dict[str, Any] = {"budget": Budget(ratio=0.1, kinds=("attention",))}
     undisturbed = _task(family, **common)
     expected = LoRAShear(settings).run(undisturbed)
-    calls, settle = [0], lorashear._settle  # after each training, before scoring and in the end
+    calls, settle = [0], periods._settle  # after each training, before scoring and in the end
 
     def dies(*arguments: Any) -> None:
         calls[0] += 1
@@ -226,11 +227,11 @@ def test_a_kill_while_a_period_is_scored_or_after_the_last_loses_no_training(
         settle(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lorashear, "_settle", dies)
+        patch.setattr(periods, "_settle", dies)
         with pytest.raises(_KilledError):
             LoRAShear(settings).run(_task(family, work=tmp_path, **common))
     trained: list[int] = []
-    monkeypatch.setattr(LHSPGCallback, "on_step_begin", lambda *_, **__: trained.append(1))
+    monkeypatch.setattr(Shrinking, "on_step_begin", lambda *_, **__: trained.append(1))
     resumed = _task(family, work=tmp_path, **common)
     assert LoRAShear(settings).run(resumed).removed == expected.removed
     assert len(trained) == 3 * (3 - period)
@@ -270,7 +271,7 @@ def test_epsilon_without_a_half_space_is_refused() -> None:
 
 @pytest.mark.parametrize("weights", [{"fisher": float("inf")}, {"fisher": 1e308, "magnitude": 1e308}])
 def test_saliency_weights_are_finite(weights: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match="must be finite"):
+    with pytest.raises(ValidationError, match="finite"):
         LoRAShearSettings(saliency=weights)
     with pytest.raises(ValidationError, match="give positive weights"):
         LoRAShearSettings(saliency={"fisher": float("nan")})
