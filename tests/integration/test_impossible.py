@@ -18,7 +18,7 @@ from secateur.testing.tiny import build
 @pytest.mark.parametrize(
     ("family", "method", "settings", "message"),
     [
-        ("llama-gqa", "shortgpt", {}, r"budget\.kinds=\[layer\]"),
+        ("llama-gqa", "shortgpt", {"budget.kinds": "[ffn]"}, r"budget\.kinds=\[layer\]"),
         ("mixtral", "flap", {}, "not the weight of a linear"),
         ("llama-gqa", "loraprune", {"lora.targets": "[q_proj]"}, r"layers\.0\.mlp.*lora\.targets"),
         ("llama-gqa", "loraprune", {"lora.targets": "[nothing]"}, "finds no linear module"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from secateur.config import Key, Recipe, describe, dump, load_recipe
+from secateur.compare.run import schedule_of
+from secateur.config import Key, Recipe, describe, dump, load_recipe, revise
 from secateur.errors import InputError
 from secateur.methods import METHODS
 
@@ -127,6 +128,22 @@ def test_a_mistake_is_answered_with_the_way_out(override: str, answers: list[str
     message = str(caught.value)
     assert all(answer in message for answer in answers), message
     assert "\n" not in message
+
+
+def test_a_method_that_is_bound_to_kinds_has_them_as_the_default() -> None:
+    """In prune and compare alike; kinds that a recipe names are the user's, and stay when the method changes."""
+    default = load_recipe().budget.kinds
+    bound = load_recipe(None, ["method=shortgpt"])
+    assert bound.budget.kinds == ("layer",)
+    assert load_recipe(None, [], yaml.safe_load(dump(bound))).budget.kinds == ("layer",)
+    assert revise(load_recipe(), {"method": "shortgpt"}).budget.kinds == ("layer",)
+    assert revise(revise(bound, {"budget.ratio": 0.3}), {"method": "wanda"}).budget.kinds == default
+    assert load_recipe(None, ["method=shortgpt", "budget.kinds=[ffn]"]).budget.kinds == ("ffn",)
+    named = load_recipe(None, ["budget.kinds=[ffn]"])
+    assert revise(named, {"method": "wanda"}).budget.kinds == ("ffn",)
+    rows = schedule_of(bound, ["shortgpt", "wanda"], [0.2], {})
+    assert [row.budget.kinds for row in rows] == [("layer",), default]
+    assert [row.budget.kinds for row in schedule_of(named, ["shortgpt", "wanda"], [0.2], {})] == [("layer",), ("ffn",)]
 
 
 def test_every_mistake_is_named_at_once() -> None:

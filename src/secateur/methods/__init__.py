@@ -9,9 +9,12 @@ from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
 from secateur.methods.magnitude import Magnitude
+from secateur.methods.periods import Period, Periods, PeriodSettings
 from secateur.methods.random import Random
+from secateur.methods.saliency import Saliency
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.taylor import Taylor
+from secateur.methods.transfer import Transfer
 from secateur.methods.wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
@@ -28,4 +31,14 @@ METHODS: dict[str, type[Method]] = {
 }
 """Every method by name."""
 
-__all__ = ["METHODS", "Decision", "Method", "PruningTask"]
+__all__ = [
+    "METHODS",
+    "Decision",
+    "Method",
+    "Period",
+    "PeriodSettings",
+    "Periods",
+    "PruningTask",
+    "Saliency",
+    "Transfer",
+]

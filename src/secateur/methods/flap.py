@@ -25,7 +25,14 @@ class FLAPSettings(Settings):
 
 
 class FLAP(Method):
-    """Channels whose input hardly fluctuates go, and a bias stands for their mean."""
+    """Channels whose input hardly fluctuates go, and a bias stands for their mean.
+
+    ::
+
+        budget: {ratio: 0.2, floor: 0}
+        method: {name: flap, compensate: true}
+        recovery: {steps: 0}
+    """
 
     name: ClassVar[str] = "flap"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"

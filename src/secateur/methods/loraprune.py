@@ -54,7 +54,14 @@ class LoRAPruneSettings(Settings):
 
 
 class LoRAPrune(Method):
-    """Train LoRA; every few steps mask the units with the lowest averaged scores, along a cubic schedule."""
+    """Train LoRA; every few steps mask the units with the lowest averaged scores, along a cubic schedule.
+
+    ::
+
+        budget: {ratio: 0.2, protect_first: 0.1, protect_last: 1}
+        method: {name: loraprune, steps: 40}
+        recovery: {steps: 70}
+    """
 
     name: ClassVar[str] = "loraprune"
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.18403"

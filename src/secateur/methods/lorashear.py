@@ -59,7 +59,14 @@ class LoRAShearSettings(PeriodSettings):
 
 
 class LoRAShear(Method):
-    """Train LoRA in periods; in each, score, choose the next units, and shrink them to zero while the rest learns."""
+    """Train LoRA in periods; in each, score, choose the next units, and shrink them to zero while the rest learns.
+
+    ::
+
+        budget: {ratio: 0.2}
+        method: {name: lorashear, periods: 1, period_steps: 40, saliency: {fisher: 1.0}}
+        recovery: {steps: 70}
+    """
 
     name: ClassVar[str] = "lorashear"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.18356"
