@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help install quickstart test check sweep format docs constraints clean
+.PHONY: help install quickstart test slow check sweep format docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ quickstart: install  ## the main job: 20 % off SmolLM2-135M with lorashear, reco
 
 test: install  ## the default test suite: tiny models, offline
 	$(PYTEST)
+
+slow: install  ## one run of everything at the width of a real model: minutes, and 10 GB of memory
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
 check: install  ## what CI runs: format, lint, types, documentation, tests
 	$(BIN)/ruff format --check .
