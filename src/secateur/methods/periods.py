@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
@@ -159,6 +159,16 @@ class _Begun:
     scores: Scores
 
 
+class _Note(Settings):
+    """What ``period.json`` holds; the tensors are in files beside it."""
+
+    number: int = Field(ge=1)
+    removed: Removed
+    chosen: Removed
+    weights_changed: bool
+    log: list[dict[str, Any]]
+
+
 class Book:
     """Keeps the beginning of the current period on disk; within it, the Trainer's checkpoints say how far it came.
 
@@ -185,9 +195,10 @@ class Book:
                 save_model(self.task.model, str(scratch))
         with whole(self.folder / f"scores-{number}.safetensors") as scratch:
             begun.scores.save(scratch)
-        facts = {"number": number, "removed": begun.removed, "chosen": begun.chosen}
-        note = json.dumps({**facts, "weights_changed": weights_changed, "log": self.log})
-        write_whole(self.folder / "period.json", note)
+        note = _Note(
+            number=number, removed=begun.removed, chosen=begun.chosen, weights_changed=weights_changed, log=self.log
+        )
+        write_whole(self.folder / "period.json", json.dumps(note.model_dump()))
         for name in ("weights", "scores"):
             (self.folder / f"{name}-{number - 1}.safetensors").unlink(missing_ok=True)
         shutil.rmtree(self.folder / f"training-{number - 1}", ignore_errors=True)
@@ -198,17 +209,17 @@ class Book:
         if self.folder is None or not (self.folder / "period.json").exists():
             return None
         try:
-            note = read_json(self.folder / "period.json")
-            number = note["number"]
+            note = _Note.model_validate(read_json(self.folder / "period.json"))
+            number = note.number
             scores = Scores.load(self.folder / f"scores-{number}.safetensors")
-            if note["weights_changed"]:
+            if note.weights_changed:
                 load_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
-        except (InputError, SafetensorError, OSError, KeyError, TypeError) as error:
+        except (InputError, ValidationError, SafetensorError, OSError) as error:
             if out_of_memory(error):
                 raise
             progress.say(f"  What an earlier run kept in {self.folder} is damaged: the method begins anew.")
             remove(self.folder)
             return None
-        self.log = note["log"]
+        self.log = note.log
         progress.say(f"  resuming in period {number}")
-        return _Begun(number, note["removed"], note["chosen"], scores)
+        return _Begun(number, note.removed, note.chosen, scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,11 +94,44 @@ class KilledError(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("at", [4, 8])
-def test_it_resumes_to_the_same_weights(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step of warm-up and two periods of four; killed in the first or in the second, after a checkpoint."""
-    undisturbed = task()
-    expected = DReSS(SETTINGS).run(undisturbed)
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[PruningTask, Decision]:
+    given = task()
+    return given, DReSS(SETTINGS).run(given)
+
+
+def nothing(folder: Path) -> None:
+    """Only killed."""
+
+
+def cut_short(folder: Path) -> None:
+    note = folder / "period.json"
+    note.write_text(note.read_text()[:40])
+
+
+def of_another_form(folder: Path) -> None:
+    (folder / "period.json").write_text(json.dumps({"number": "two", "removed": [], "log": None}))
+
+
+def without_scores(folder: Path) -> None:
+    next(folder.glob("scores-*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("at", "damage"), [(4, nothing), (8, nothing), (8, cut_short), (4, of_another_form), (4, without_scores)]
+)
+def test_it_resumes_to_the_same_weights(
+    at: int,
+    damage: Callable[[Path], None],
+    undisturbed: tuple[PruningTask, Decision],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One step of warm-up and two periods of four; killed in the first or in the second, after a checkpoint.
+
+    Where what was kept of the period is damaged, it begins anew, to the same end.
+    """
+    given, expected = undisturbed
     left = [at]
 
     def dies(self: Any, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -109,8 +144,9 @@ def test_it_resumes_to_the_same_weights(at: int, tmp_path: Path, monkeypatch: py
         with pytest.raises(KilledError):
             DReSS(SETTINGS).run(task(work=tmp_path))
     assert list(tmp_path.glob("training-*/checkpoint-2"))
+    damage(tmp_path)
     resumed = task(work=tmp_path)
     decision = DReSS(SETTINGS).run(resumed)
     assert decision.removed == expected.removed
-    for name, value in undisturbed.model.state_dict().items():
+    for name, value in given.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
