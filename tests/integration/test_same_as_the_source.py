@@ -35,6 +35,7 @@ CUT = {
     "ffn_hidden_size",
 }
 CUT |= {"num_key_value_heads", "num_attention_heads", "num_kv_heads", "n_head", "head_dim"}
+CUT |= {"experts_implementation", "num_nextn_predict_layers"}  # kernels for their width; layers that the files lack
 LAYERS = {"per_layer_config", "pruned_layers", "auto_map", "architectures"}
 WORDS = {
     "chat_template.jinja": "{{ messages }} ",

@@ -290,9 +290,9 @@ def write(
         )
     try:
         form = standard_form(model, graph, kept)
-        words = words_of(model, tokenizer, form.model_class, form.config, written_dtype(model, settings))
+        standard = empty_model(form, like=model)  # its config also says which kernels read its experts
+        words = words_of(model, tokenizer, form.model_class, standard.config, written_dtype(model, settings))
         written, computed = written_weights(model, settings)
-        standard = empty_model(form, like=model)
         standard.tie_weights()
         _refuse_broken_ties(standard, model)
         standard.load_state_dict(_as_tied_by(standard, written), strict=True, assign=True)

@@ -57,6 +57,8 @@ _PROCESSOR = (
 _LICENCE = ("licen[sc]e*", "notice*", "use_policy*", "copying*")
 _NAMES_CODE = ("auto_map", "custom_pipelines")
 """Keys of JSON files under which code is named that whoever trusts the folder runs."""
+_KERNELS = "experts_implementation"
+"""Key of a config with the kernels that read stacked experts: not all take every width."""
 _NOT_COMPARED = ("_name_or_path", "transformers_version")
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
@@ -155,6 +157,8 @@ def _config(
 ) -> bytes:
     """config.json: the source's with what was changed; as transformers writes it for a model that has none."""
     config = copy.deepcopy(config)
+    kernels = vars(config).pop(_KERNELS, None)  # read back as something else than it is written
+    chosen = {} if kernels is None else {_KERNELS: kernels}
     config.architectures = [model_class.__name__]
     config.dtype = dtype
     if not (is_uneven(config) or model_class.is_remote_code()):
@@ -163,7 +167,7 @@ def _config(
     config.save_pretrained(scratch)  # validates
     plain = read_json(scratch / _CONFIG)
     if source is None or before is None:
-        return _text(_without_parts_code(plain))
+        return _text(_without_parts_code(plain) | chosen)
     before.architectures = before.architectures or config.architectures
     was, now = _compared(before, before.dtype), _compared(config, dtype)
     raw = read_json(source / _CONFIG)
@@ -177,7 +181,7 @@ def _config(
     result = _without_parts_code(result)
     (scratch / _CONFIG).write_bytes(_text(result))
     again = type(config).from_pretrained(scratch, local_files_only=True)
-    return _text(result if _compared(again, dtype) == now else _without_parts_code(plain))
+    return _text((result if _compared(again, dtype) == now else _without_parts_code(plain)) | chosen)
 
 
 def _compared(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> dict[str, Any]:
