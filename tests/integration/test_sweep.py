@@ -18,7 +18,7 @@ EXPECTED: dict[str, tuple[int, int, str]] = {
     "bloom": (2, 0, "its units have fixed values (arange)"),  # ALiBi
     "codegen": (2, 0, "slicing differs from masking"),  # rows in four parts, the number written down
     "dbrx": (2, 2, "arithmetic on an index"),  # experts in one matrix, whose width a module around them knows
-    "diffllama": (2, 2, ""),  # two attention maps subtracted
+    "diffllama": (2, 0, "on padded text"),  # two attention maps subtracted: an odd number of heads fails under a mask
     "gemma3n_text": (7, 0, "a mean runs over its units outside of a norm"),  # sparse activations, shared KV caches
     "jetmoe": (2, 2, "its values steer the code (.tolist())"),  # experts of attention heads
     "longcat_flash": (6, 4, ""),  # two attentions and three feed-forwards a layer, experts that do nothing

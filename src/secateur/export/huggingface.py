@@ -63,7 +63,7 @@ class StandardForm:
         return is_uneven(self.config)
 
 
-def check_output(folder: str | Path) -> Path:
+def check_output(folder: str | os.PathLike[str]) -> Path:
     """Refuse early a place that cannot become a model folder; returns its absolute path, without links.
 
     Nothing is made. The folder may exist when it is empty; what is written first lies beside it, so its parent must be

@@ -287,5 +287,5 @@ def test_an_analysis_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="is not an analysis"):
         Analysis.load(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match="missing.json cannot be read"):
+    with pytest.raises(PlanError, match=r"missing\.json cannot be read"):
         Analysis.load(tmp_path / "missing.json")
