@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from secateur.compare.run import schedule_of
-from secateur.config import Key, Recipe, describe, dump, load_recipe, revise
+from secateur.config import Key, Recipe, describe, dump, load_recipe, recipe_of, revise
 from secateur.errors import InputError
 from secateur.methods import METHODS
 
@@ -181,3 +183,83 @@ def test_a_key_that_stands_twice_is_refused_instead_of_the_last_one_taken(tmp_pa
         load_recipe(path)
     path.write_text("budget: &b {ratio: 0.1}\n")
     assert load_recipe(path).budget.ratio == 0.1
+
+
+WRONG = (
+    *("null", "[]", "{}", "[[1]]", "{a: 1}", "{1: 2}", "true", "-1", "1e400", ".nan", "{ffn: .inf}", "9" * 30, "'x'"),
+    *("2024-01-01", "!!binary aGVsbG8=", "!!set {a, b}", "[a, 1, null, {b: c}]", '"\\uD800"', "&a {b: *a}", "[.nan]"),
+)
+METHOD_KEYS = [(name, f"method.{key.name}") for name, method in METHODS.items() for key in describe(method.Settings)]
+SECTION_KEYS = [("lorashear", name) for name in (*SECTIONS, "method.name", "method.settings")]
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [("lorashear", key.name) for key in describe()] + METHOD_KEYS + SECTION_KEYS, ids=str
+)
+def test_a_value_of_any_type_is_taken_or_refused_by_its_key(method: str, key: str) -> None:
+    for value in WRONG:
+        said, recipe = "", None
+        try:
+            recipe = load_recipe(None, [f"method={method}", f"{key}={value}"])
+        except InputError as error:
+            said = str(error)
+        if recipe is None:
+            assert key.partition(".")[0] in said
+            assert len(said) < 2000
+        else:
+            assert not {"nan", "inf"} & set(re.findall(r"\w+", str(recipe.model_dump())))
+
+
+LAUGH = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("seed: " + "[" * 20_000 + "]" * 20_000, id="deep"),
+        pytest.param("{a: " * 500 + "1" + "}" * 500, id="deep mapping"),
+        pytest.param("seed: " + "9" * 10_000, id="digits"),
+        pytest.param("seed: 0x" + "F" * 10_000, id="hexadecimal digits"),
+        pytest.param(LAUGH + "budget: {ratio: *i}\n", id="anchors"),
+        pytest.param(LAUGH.replace("[x,x,x,x,x,x,x,x,x]", "{x: 1}").replace(": [*", ": {<<: [*"), id="merged"),
+        pytest.param("budget: &a [*a]", id="itself"),
+        pytest.param("seed: &a {<<: *a}", id="merged with itself"),
+        *(f"seed: {value}" for value in ("2024-13-45", "!!int abc", "!!float x", "!!bool maybe", "!!timestamp x")),
+        "? [a]\n: b",
+        "1: 2",
+        "method: [wanda]",
+        "seed: 1\n---\nseed: 2",
+        "\0",
+    ],
+)
+def test_yaml_that_grows_or_means_nothing_is_one_short_message(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    for overrides in ([], ["method.name=wanda"], ["method.periods=3"]):
+        with pytest.raises(InputError) as caught:
+            load_recipe(path, overrides)
+        assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", ".", "pipe", "x" * 300, "~nobody-here/a.yaml", "\0"])
+def test_what_is_no_file_is_no_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match="recipe"):
+        load_recipe(Path(name))
+
+
+def test_a_recipe_in_python_is_one_or_the_path_of_one_or_a_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 7")
+    recipe = load_recipe(path)
+    assert recipe_of(recipe) is recipe
+    assert recipe_of(path) == recipe_of(str(path)) == recipe_of({"seed": 7}) == recipe
+    assert recipe_of(None) == load_recipe()
+    for given in (5, [path], recipe.seed):
+        with pytest.raises(InputError, match="is no recipe"):
+            recipe_of(given)
+    with pytest.raises(InputError, match="Unknown key sed"):
+        recipe_of({"sed": 7})

@@ -38,9 +38,14 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
 def test_nothing_is_left_of_what_failed_and_what_was_there_stays(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     write_whole(file, "before")
-    with pytest.raises(ZeroDivisionError), whole(file) as scratch:
-        scratch.write_text("half")
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with whole(file) as scratch:
+            scratch.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert file.read_text() == "before"
 
