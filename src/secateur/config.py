@@ -226,9 +226,9 @@ def recipe_of(given: RecipeLike) -> Recipe:
     if isinstance(given, Recipe):
         return given
     if isinstance(given, str | PathLike):
-        return load_recipe(Path(given))
+        return load_recipe(path_of(given, "The recipe"))
     if given is None or isinstance(given, Mapping):
-        return validate(Recipe, dict(given or {}))
+        return load_recipe(flags={str(key): value for key, value in (given or {}).items()})
     raise InputError(
         f"A {type(given).__name__} is no recipe. Give what secateur.config.load_recipe returns, the path of a YAML "
         "file, or a mapping of sections to keys."

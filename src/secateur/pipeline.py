@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import Recipe, identity, load_recipe, revise
+from secateur.config import Recipe, RecipeLike, identity, load_recipe, recipe_of, revise
 from secateur.data import read_texts
 from secateur.errors import InputError, PlanError
 from secateur.export import ARTEFACTS, FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
@@ -81,7 +81,7 @@ def prune(
     *,
     ratio: float | None = None,
     method: str | None = None,
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    recipe: RecipeLike = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     dry_run: bool = False,
@@ -220,17 +220,6 @@ def _apply(
         rehearse_output(result, output)
     cut(result)
     return result
-
-
-def recipe_of(given: Any) -> Recipe:
-    """A ``Recipe`` from one, from the path of its file, or from a mapping of its keys; InputError for anything else."""
-    if isinstance(given, Recipe):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return load_recipe(path_of(given, "The recipe"))
-    if isinstance(given, Mapping):
-        return load_recipe(flags=given)
-    raise InputError(f"A {type(given).__name__} is no recipe. Give a Recipe, the path of a YAML file, or a dict.")
 
 
 def plan_of(given: Any) -> PruningPlan:

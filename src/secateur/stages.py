@@ -123,7 +123,7 @@ def rehearse_output(result: Result, output: Path) -> None:
     """
     recipe, plan = result.recipe, result.plan
     in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
-    stages = float(METHODS[recipe.method.name].needs == "training")
+    stages = float(METHODS[recipe.method.name].changes_weights)
     if recipe.recovery.steps > 0:
         stages += plan.parameters_after / plan.parameters_before
     rehearse_saving(

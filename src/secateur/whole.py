@@ -87,6 +87,14 @@ def write_whole(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def open_permissions(path: Path) -> None:
+    """Temporary folders and weight files are private; give ``path`` and all below it what any new file would get."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for each in (path, *path.rglob("*")):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -19,6 +19,8 @@ from secateur.progress import say
 from secateur.reading import parse_json, read_json, read_text
 from secateur.types import Scores
 from secateur.whole import beside, place_of, remove, whole, write_whole
+
+T = TypeVar("T")
 
 
 class Workspace:
@@ -109,25 +111,28 @@ class Workspace:
 
     def read_json(self, name: str) -> Any:
         """What ``write_json`` kept; None when it is not there, or damaged."""
+        return self._read(name, read_json)
+
+    def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """What ``read`` makes of a kept file; None when it is not there, or damaged, which is said.
+
+        Lack of memory to read it is raised.
+        """
         path = self.path(name)
         if path is None or not path.exists():
             return None
         try:
-            return read_json(path)
-        except InputError as error:
-            self._damaged(path, error)
+            return read(path)
+        except (InputError, SafetensorError, OSError) as error:
+            if out_of_memory(error):
+                raise
+            say(f"  {path} is damaged: what it held is made again.")
             return None
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of the stages that are finished; those of a damaged file are measured again."""
         found = self.read_json("metrics.json")
         return found if isinstance(found, dict) else {}
-
-    def _damaged(self, path: Path, error: Exception) -> None:
-        """Say that a file is taken for missing; lack of memory to read it is raised instead."""
-        if out_of_memory(error):
-            raise error
-        say(f"  {path} is damaged: what it held is made again.")
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:
@@ -136,14 +141,7 @@ class Workspace:
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What ``write_tensors`` kept; None when it is not there, or damaged."""
-        path = self.path(name)
-        if path is None or not path.exists():
-            return None
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            self._damaged(path, error)
-            return None
+        return self._read(name, load_file)
 
     def write_scores(self, name: str, scores: Scores) -> None:
         if self.folder is not None:
@@ -152,14 +150,7 @@ class Workspace:
 
     def read_scores(self, name: str) -> Scores | None:
         """What ``write_scores`` kept; None when it is not there, or damaged."""
-        path = self.path(name)
-        if path is None or not path.exists():
-            return None
-        try:
-            return Scores.load(path)
-        except (SafetensorError, OSError) as error:
-            self._damaged(path, error)
-            return None
+        return self._read(name, Scores.load)
 
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Keep all weights of ``model``; tied ones once."""
@@ -169,15 +160,7 @@ class Workspace:
 
     def read_weights(self, name: str, model: nn.Module) -> bool:
         """Load what ``write_weights`` kept into a model of the same shapes; False when it is not there, or damaged."""
-        path = self.path(name)
-        if path is None or not path.exists():
-            return False
-        try:
-            load_model(model, str(path))
-        except (SafetensorError, OSError) as error:
-            self._damaged(path, error)
-            return False
-        return True
+        return self._read(name, lambda path: load_model(model, str(path))) is not None
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one event, with the time, to ``run.jsonl``."""

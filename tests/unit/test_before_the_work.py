@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 import secateur
 from secateur import pipeline
 from secateur.errors import InputError, SecateurError
-from secateur.export.huggingface import open_permissions
 from secateur.loading import load
 from secateur.stages import refuse_what_cannot_work
 from secateur.testing.tiny import TINY, build
 from secateur.testing.tokenizer import tiny_tokenizer
+from secateur.whole import open_permissions
 
 
 class _Unsavable(PreTrainedTokenizerFast):

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import InputError, VerificationError
 from secateur.export.agreement import agreement, check_finite, sample_ids
-from secateur.export.huggingface import check_output, check_room, open_permissions, save
+from secateur.export.huggingface import check_output, check_room, save
 from secateur.export.weights import ExportSettings, source_of, written_bytes, written_dtype
 from secateur.graph import trace
 from secateur.progress import say
-from secateur.whole import place_of, whole
+from secateur.whole import open_permissions, place_of, whole
 
 Form = Literal["uniform", "gguf", "onnx"]
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

@@ -38,7 +38,7 @@ from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_cla
 from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
 from secateur.types import DependencyGraph
-from secateur.whole import place_of, whole
+from secateur.whole import open_permissions, place_of, whole
 
 ARTEFACTS = "secateur"
 """Subfolder with what secateur knows about the model."""
@@ -430,14 +430,6 @@ def _answers(
 def _has_eager_experts(module: nn.Module) -> bool:
     """Whether surgery left experts a width that only the eager implementation can read."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
-
-
-def open_permissions(path: Path) -> None:
-    """Weight files are made private; give ``path`` and all below it what any new file would get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for each in (path, *path.rglob("*")):
-        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

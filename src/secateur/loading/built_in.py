@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from secateur.errors import ModelError
 from secateur.loading.library import quiet_transformers
 from secateur.progress import say
-from secateur.whole import cache_folder
+from secateur.whole import cache_folder, open_permissions
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,7 @@ def _convert(packed: Path, source: BuiltInModel, target: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    _open_permissions(target)
-
-
-def _open_permissions(folder: Path) -> None:
-    """Temporary folders and safetensors files are made private; give them what any new file would get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    open_permissions(target)
 
 
 def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:

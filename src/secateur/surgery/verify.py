@@ -193,7 +193,7 @@ def _dense(model: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         logits = plain(sharing_copy(model), ids)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        reason = _first_line(error)
         raise ModelError(
             f"This {type(model).__name__} does not run on {ids.shape[1]} tokens ({type(error).__name__}: {reason}), so "
             "that no cut can be checked."
@@ -290,7 +290,7 @@ def _check(
         for way, ask in asked.others.items():
             others[way], _ = _difference(model, graph, kept, ids, tokens, ask, allowed)
     except Exception as error:  # whatever the code of a family raises when sizes do not fit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        reason = _first_line(error)
         return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}{f' on {way}' if way else ''}: {reason}")
     worst = max(difference, replayed, *others.values())
     # whatever is compared with NaN is false, so that all of these ask for what is good
@@ -371,3 +371,7 @@ def _fills_a_cache(model: Any, ids: torch.Tensor, without: torch.Tensor) -> bool
 
 def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
