@@ -32,7 +32,7 @@ quickstart: install  ## the main job: 20 % off SmolLM2-135M with lorashear, reco
 test: install  ## the default test suite: tiny models, offline
 	$(PYTEST)
 
-slow: install  ## one run of everything at the width of a real model: minutes, and 10 GB of memory
+slow: install  ## everything at the width of a real model, and killed at every moment: an hour, and 10 GB of memory
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
 check: install  ## what CI runs: format, lint, types, documentation, tests

@@ -17,8 +17,10 @@ from secateur.errors import InputError
 from secateur.evaluation import Windows, as_written, compare_speed, machine
 from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import (
+    SUMS,
     Verification,
     check_output,
+    check_sums,
     holds_only_our_code,
     needs_trust,
     verify_saved,
@@ -128,7 +130,7 @@ def analyze(
         chosen,
         batch_size=recipe.evaluation.batch_size,
         autocast=dtype,
-        done=[Trial.model_validate(trial) for trial in work.read_json("trials.json") or ()],
+        done=work.read_json("trials.json", list[Trial]) or (),
         keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
     )
     assert blocks is not None
@@ -154,11 +156,13 @@ def analyze(
 
 
 def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis | None:
-    """What an analysis of the same settings left in ``output``, if there is one; InputError for other weights."""
+    """What an analysis of the same settings left in ``output``, if there is one; InputError for other weights, and for
+    files that are not as it left them."""
     file = place_of(output) / "analysis.json"
     found = Analysis.load(file) if file.is_file() else None
     if found is None or found.recipe != started_as:
         return None
+    check_sums(file.parent, file.parent / SUMS)
     if found.weights != digest(model):
         raise InputError(
             f"The analysis in {output} is finished, and the model's weights are not those that it is of. Name another "

@@ -127,7 +127,7 @@ def _take(file: Path, place: Path) -> int:
         if opened is None:
             continue
         descriptor, is_new = opened
-        taken = False
+        free = taken = False
         try:
             locked = _lock(descriptor)
             if not _is_open(file, descriptor):  # who had it has just removed it
@@ -141,7 +141,9 @@ def _take(file: Path, place: Path) -> int:
             taken = True
             return descriptor
         finally:
-            if not taken:
+            if free and not taken:  # interrupted, or the disk is full
+                _release(file, descriptor)
+            elif not taken:
                 os.close(descriptor)
 
 

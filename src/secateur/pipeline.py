@@ -13,7 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.config import Recipe, RecipeLike, identity, load_recipe, recipe_of, revise
 from secateur.data import read_texts
 from secateur.errors import InputError, PlanError
-from secateur.export import ARTEFACTS, FORMS, Form, check_describes_itself, check_finite, check_output, written_dtype
+from secateur.export import (
+    ARTEFACTS,
+    FORMS,
+    SUMS,
+    Form,
+    check_describes_itself,
+    check_finite,
+    check_output,
+    check_sums,
+    written_dtype,
+)
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone, held
@@ -57,7 +67,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
 def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     """The numbers of a run of this recipe that ended in ``output``; None when there is none.
 
-    What a kill has left of its stages goes.
+    What a kill has left of its stages goes. Raises InputError when a file is not as that run left it.
     """
     folder = place_of(output)
     written, metrics = folder / ARTEFACTS / "recipe.yaml", folder / ARTEFACTS / "metrics.json"
@@ -69,6 +79,7 @@ def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
         same = False
     if not same:
         return None
+    check_sums(folder, folder / ARTEFACTS / SUMS)
     numbers: dict[str, Any] = read_json(metrics)
     Workspace.tidy(folder, identity(recipe))
     return numbers

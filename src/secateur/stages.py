@@ -51,7 +51,7 @@ from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.training import attach_lora
-from secateur.types import DependencyGraph, PruningPlan, Scores, removed_to_kept
+from secateur.types import DependencyGraph, PruningPlan, Scores, Settings, removed_to_kept
 from secateur.workspace import Workspace
 
 _QUANTISED = ("Int8Params", "Params4bit")
@@ -175,6 +175,14 @@ def measure_baseline(result: Result, texts: Texts) -> None:
     result.metrics["baseline"] = {"name": f"{name} without LoRA", "perplexity": perplexity}
 
 
+class _Kept(Settings):
+    """What the files say that are kept of a decision: which tensors there are beside the plan."""
+
+    scores: bool
+    updates: bool
+    weights: bool
+
+
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
     """Let the method choose the units that go, and write the plan. What it changed, or wants to, is kept with it."""
     recipe = result.recipe
@@ -191,8 +199,8 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
         work.write_tensors("updates.safetensors", _on_cpu(result.updates))
     if method.changes_weights:
         work.write_weights("decided.safetensors", result.model)
-    kept = {"scores": result.scores is not None, "updates": bool(result.updates), "weights": method.changes_weights}
-    work.write_json("decided.json", kept)
+    kept = _Kept(scores=result.scores is not None, updates=bool(result.updates), weights=method.changes_weights)
+    work.write_json("decided.json", kept.model_dump())
     work.write_json("metrics.json", result.metrics)
     work.write_json("plan.json", result.plan.model_dump())  # last: it marks the stage as finished
     work.discard("method")
@@ -202,14 +210,14 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
 def _decided(result: Result, work: Workspace) -> bool:
     """Take over what an earlier run decided, all of it; when there is none, or a part is damaged, nothing that follows
     from it stays either."""
-    plan, kept = work.read_json("plan.json"), work.read_json("decided.json")
-    if plan is not None and kept is not None:
-        scores = work.read_scores("scores.safetensors") if kept["scores"] else None
-        updates = work.read_tensors("updates.safetensors") if kept["updates"] else {}
-        tensors_are_there = (scores is not None) == kept["scores"] and updates is not None
-        if tensors_are_there and (not kept["weights"] or work.read_weights("decided.safetensors", result.model)):
-            result.plan = PruningPlan.model_validate(plan)
-            result.plan.check(result.graph)
+    plan, kept = work.read_json("plan.json", PruningPlan), work.read_json("decided.json", _Kept)
+    if plan is not None and kept is not None and "method" in result.metrics:
+        scores = work.read_scores("scores.safetensors") if kept.scores else None
+        updates = work.read_tensors("updates.safetensors") if kept.updates else {}
+        tensors_are_there = (scores is not None) == kept.scores and updates is not None
+        if tensors_are_there and (not kept.weights or work.read_weights("decided.safetensors", result.model)):
+            plan.check(result.graph)
+            result.plan = plan
             result.scores, result.updates = scores, updates or {}
             return True
     for name in ("plan.json", "recovery", "recovered.safetensors"):
@@ -273,7 +281,7 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
     """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
     recipe = result.recipe
     assert texts.recovery is not None
-    if work.read_weights("recovered.safetensors", result.model):
+    if "recovery" in result.metrics and work.read_weights("recovered.safetensors", result.model):
         return
     task = RecoveryTask(
         text=texts.recovery,

@@ -74,7 +74,7 @@ def whole(path: Path) -> Iterator[Path]:
     remove(scratch)
     try:
         yield scratch
-        _store(scratch)
+        store(scratch)
         os.replace(scratch, path)
         _store_names(path.parent)
     finally:
@@ -103,7 +103,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _store(path: Path) -> None:
+def store(path: Path) -> None:
     """Have the disk hold a file, or a folder with all that is in it."""
     if not path.is_dir():
         store_file(path)

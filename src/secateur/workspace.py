@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -109,9 +110,9 @@ class Workspace:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """What ``write_json`` kept; None when it is not there, or damaged."""
-        return self._read(name, read_json)
+    def read_json(self, name: str, kind: type[T]) -> T | None:
+        """What ``write_json`` kept, as pydantic makes a ``kind`` of it; None when it is not there, or damaged."""
+        return self._read(name, lambda path: TypeAdapter(kind).validate_python(read_json(path)))
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
         """What ``read`` makes of a kept file; None when it is not there, or damaged, which is said.
@@ -123,7 +124,7 @@ class Workspace:
             return None
         try:
             return read(path)
-        except (InputError, SafetensorError, OSError) as error:
+        except (InputError, ValidationError, SafetensorError, OSError) as error:
             if out_of_memory(error):
                 raise
             say(f"  {path} is damaged: what it held is made again.")
@@ -131,8 +132,7 @@ class Workspace:
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of the stages that are finished; those of a damaged file are measured again."""
-        found = self.read_json("metrics.json")
-        return found if isinstance(found, dict) else {}
+        return self.read_json("metrics.json", dict[str, Any]) or {}
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:

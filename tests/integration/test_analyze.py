@@ -23,6 +23,8 @@ from secateur.planning import Budget, restrict
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
+FILES = {"analysis.json", "analysis.csv", "heatmap.png", "SHA256SUMS"}
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -46,7 +48,7 @@ def test_the_command_writes_table_file_and_picture(text: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, [*words, "--window", "16", "--tokens", "128", "--set", "budget.protect_share=0.3"])
     assert result.exit_code == 0, result.output
     assert "layers.1.mlp" in result.stdout
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"analysis.json", "analysis.csv", "heatmap.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     analysis = Analysis.load(tmp_path / "out" / "analysis.json")
     assert len(analysis.trials) == 2 * 4  # two ratios of two groups in each of two layers
     rows = list(csv.DictReader((tmp_path / "out" / "analysis.csv").open()))
@@ -143,7 +145,7 @@ def test_interrupted_while_its_folder_is_written_it_goes_on(
             inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out)
     assert not out.exists()
     inspection.analyze(model, tiny_tokenizer(), recipe=_recipe(text), output=out, resume=True)
-    assert {path.name for path in out.iterdir()} == {"analysis.json", "analysis.csv", "heatmap.png"}
+    assert {path.name for path in out.iterdir()} == FILES
 
 
 def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) -> None:

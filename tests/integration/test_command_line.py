@@ -20,7 +20,7 @@ from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.types import PruningPlan
 
-ARTEFACTS = {"graph.json", "metrics.json", "plan.json", "recipe.yaml", "run.jsonl", "verification.json"}
+ARTEFACTS = {"SHA256SUMS", "graph.json", "metrics.json", "plan.json", "recipe.yaml", "run.jsonl", "verification.json"}
 SMALL = """
 calibration: {text: letters.txt, window: 32, tokens: 256}
 method: {name: lorashear, periods: 2, period_steps: 2}

@@ -124,6 +124,16 @@ def test_settings_of_a_method_that_is_not_compared_are_refused(model: Path, tmp_
         compare(recipe_of(model), ["wanda"], [0.2], tmp_path, settings={"wanda": {"nonsense": 3}}, resume=resume)
 
 
+def test_a_kill_before_anything_has_its_name_is_no_comparison_and_a_file_of_the_users_is(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    folder.check_folder(tmp_path, {}, resume=True)
+    (tmp_path / "rows" / ".comparison.json.saving").write_text("{")
+    folder.check_folder(tmp_path, {}, resume=True)
+    (tmp_path / "rows" / "mine").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        folder.check_folder(tmp_path, {}, resume=True)
+
+
 def test_an_infinite_perplexity_is_read_back(tmp_path: Path) -> None:
     row = Row(method="random", ratio=0.5, reached=0.5, pruned={"a": math.inf}, recovered={"a": 9.0})
     (tmp_path / "rows").mkdir()

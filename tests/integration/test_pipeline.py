@@ -80,6 +80,27 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
 
 
+@pytest.mark.parametrize("damage", ["", "null", '{"dense": {'])
+def test_numbers_that_are_damaged_are_made_again_all_of_them(
+    damage: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(recipe, tmp_path / "whole")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save", killed)
+        with pytest.raises(_KilledError):
+            _run(recipe, tmp_path / "out")
+    (tmp_path / ".out.secateur" / "metrics.json").write_text(damage)
+    resumed = _run(recipe, tmp_path / "out", resume=True)
+    assert resumed.metrics.keys() == whole.metrics.keys()
+    assert resumed.metrics["method"] == whole.metrics["method"]
+    for key, value in whole.metrics["recovery"]["log"][-1].items():
+        assert resumed.metrics["recovery"]["log"][-1][key] == pytest.approx(value, abs=1e-6)
+
+
 class _Scales(Method):
     """Reads text only, and leaves other weights: a quarter less of every down projection."""
 

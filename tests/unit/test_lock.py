@@ -101,6 +101,18 @@ def test_a_file_of_somebody_else_is_left_alone(text: str, tmp_path: Path) -> Non
     assert file.read_text() == text
 
 
+def test_an_interruption_while_it_is_taken_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_this_process", interrupted)
+        with pytest.raises(KeyboardInterrupt), held(tmp_path / "out"):
+            pytest.fail("entered")
+    assert list(tmp_path.iterdir()) == []
+    assert enters(tmp_path / "out")
+
+
 @pytest.mark.parametrize("text", ["", "\0\0\0\0"])
 def test_what_a_power_cut_leaves_of_a_lock_is_taken_over(text: str, tmp_path: Path) -> None:
     write(tmp_path / "out").write_text(text)

@@ -18,7 +18,7 @@ def test_without_output_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     space = Workspace.open(None, "recipe", resume=False, contents={})
     space.write_json("metrics.json", {"a": 1})
     space.log({"stage": "dense"})
-    assert space.read_json("metrics.json") is None
+    assert space.read_json("metrics.json", dict[str, int]) is None
     assert not list(tmp_path.iterdir())
     assert space.events[0]["stage"] == "dense"
 
@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         "contents.json",
         "metrics.json",
     }
-    assert space.read_json("metrics.json") == {"a": 1}
+    assert space.read_json("metrics.json", dict[str, int]) == {"a": 1}
 
 
 def test_an_unfinished_run_is_resumed_only_when_asked_and_with_the_same_recipe(tmp_path: Path) -> None:
@@ -84,6 +84,15 @@ def test_a_line_that_was_cut_short_is_forgotten_for_good(cut: str, tmp_path: Pat
     second.log({"stage": "decide"})
     third = Workspace.open(tmp_path / "out", "", resume=True, contents={})
     assert [event["stage"] for event in third.events] == ["dense", "decide"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", '"a"', '["a"]', "[1", "\0\0"])
+def test_what_is_not_of_its_kind_counts_as_missing(text: str, tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "out", "", resume=False, contents={})
+    space.write_json("trials.json", [1, 2])
+    assert space.read_json("trials.json", list[int]) == [1, 2]
+    (tmp_path / ".out.secateur" / "trials.json").write_text(text)
+    assert space.read_json("trials.json", list[int]) is None
 
 
 def test_a_run_that_kept_nothing_is_started_anew(tmp_path: Path) -> None:

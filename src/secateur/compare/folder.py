@@ -60,8 +60,13 @@ def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> Non
         )
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file. Name a new folder.")
-    if not written.exists() and output.exists() and any(output.iterdir()):
+    if not written.exists() and any(path != folder and not _is_scratch(path, folder) for path in output.rglob("*")):
         raise InputError(f"{output} is not empty. Name a new folder.")
+
+
+def _is_scratch(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is what a kill may leave before anything has its name in ``folder``."""
+    return path.parent == folder and path.name.endswith(".saving")
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ from secateur.data.records import render
 from secateur.errors import DataError
 from secateur.progress import Bar, say
 from secateur.reading import parse_json, read_text
-from secateur.whole import cache_folder
+from secateur.whole import cache_folder, store_file
 
 _WRITTEN_TOKENS = 256
 _BATCH = 32
@@ -222,6 +222,7 @@ def _keep(file: Path, documents: list[str]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(lines, encoding="utf-8")
+        store_file(scratch)  # or a power cut would leave fewer lines under the name
         scratch.replace(file)
     except OSError as error:
         say(f"The text is not kept for the next run: cannot write {file} ({error.strerror}).")

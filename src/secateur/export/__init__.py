@@ -16,12 +16,14 @@ from secateur.export.huggingface import (
     verify_saved,
 )
 from secateur.export.story import Comparison, Story, compare_states
+from secateur.export.sums import SUMS, check_sums
 from secateur.export.verify import Verification, holds_only_our_code, needs_trust, verify_folder
 from secateur.export.weights import ExportSettings, written_bytes, written_dtype
 
 __all__ = [
     "ARTEFACTS",
     "FORMS",
+    "SUMS",
     "Architecture",
     "Comparison",
     "ExportSettings",
@@ -34,6 +36,7 @@ __all__ = [
     "check_describes_itself",
     "check_finite",
     "check_output",
+    "check_sums",
     "compare_states",
     "holds_only_our_code",
     "licence_of",

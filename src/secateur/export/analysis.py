@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from secateur.analysis import Analysis, Deviation, percent
+from secateur.export.sums import SUMS, write_sums
 from secateur.whole import whole
 
 _LABEL = {"kl": "KL(dense || cut), nats", "perplexity": "change of perplexity"}
@@ -18,7 +19,8 @@ _LEAST = 1e-4
 
 
 def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: float) -> None:
-    """Write ``analysis.json``, ``analysis.csv`` and ``heatmap.png`` into ``folder``, which appears whole or not at all.
+    """Write ``analysis.json``, ``analysis.csv``, ``heatmap.png`` and their checksums into ``folder``, which appears
+    whole or not at all.
 
     ``folder`` is new, or empty. The picture counts deviation ``by`` KL or perplexity and marks the most sensitive
     ``share`` of the groups.
@@ -29,6 +31,7 @@ def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: fl
         analysis.save(scratch / "analysis.json")
         _write_table(analysis, scratch / "analysis.csv")
         heat_map(analysis, scratch / "heatmap.png", by=by, protected=analysis.sensitive(share, by))
+        write_sums(scratch, scratch / SUMS)
 
 
 def _write_table(analysis: Analysis, path: Path) -> None:

@@ -11,11 +11,14 @@ from secateur.export.card import model_card
 from secateur.export.huggingface import ARTEFACTS
 from secateur.export.report import html_report
 from secateur.export.story import Story
+from secateur.export.sums import SUMS, write_sums
 from secateur.types import Scores
 
 
 def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: Sequence[Mapping[str, Any]]) -> None:
-    """Write the model card into ``folder``, and recipe, graph, plan, scores, numbers, log and report below it."""
+    """Write the model card into ``folder``, and recipe, graph, plan, scores, numbers, log and report below it.
+
+    Last of all the checksums of everything in ``folder``."""
     artefacts = folder / ARTEFACTS
     (artefacts / "recipe.yaml").write_text(story.recipe)
     (artefacts / "graph.json").write_text(json.dumps(story.graph.to_json()) + "\n")
@@ -26,3 +29,4 @@ def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: S
         scores.save(artefacts / "scores.safetensors")
     (folder / "README.md").write_text(model_card(story))
     (artefacts / "report.html").write_text(html_report(story))
+    write_sums(folder, artefacts / SUMS)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from secateur.errors import ModelError
 from secateur.loading.library import quiet_transformers
 from secateur.progress import say
-from secateur.whole import cache_folder, open_permissions
+from secateur.whole import cache_folder, open_permissions, store
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def built_in_folder(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         _convert(packed, source, scratch)
+        store(scratch)  # or a power cut would leave a folder of that name with empty files
         scratch.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster, then its copy is as good
