@@ -10,11 +10,16 @@ from secateur.reading import read_text
 
 SUMS = "SHA256SUMS"
 """The file's name; ``sha256sum -c`` reads it."""
+_PAGES = (".md", ".html")
 
 
 def write_sums(folder: Path, file: Path) -> None:
-    """Write the SHA-256 of every file in ``folder`` to ``file``, which lies in it; the last to be written."""
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    """Write the SHA-256 of every file in ``folder`` to ``file``, which lies in it; the last to be written.
+
+    Pages for people are left out: whoever edits the model card has not damaged the model.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in _PAGES)
+    names = sorted(path.relative_to(folder) for path in files)
     file.write_text("".join(f"{_sum(folder / name)}  {name.as_posix()}\n" for name in names), encoding="utf-8")
 
 
