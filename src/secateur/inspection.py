@@ -19,6 +19,7 @@ from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import (
     SUMS,
     Verification,
+    check_finite,
     check_output,
     check_sums,
     holds_only_our_code,
@@ -53,6 +54,7 @@ def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int |
     check_sources(recipe.evaluation)
     check_tasks(tasks)
     model, tokenizer = load(**recipe.model.model_dump())
+    check_finite(model)
     check_window(recipe.evaluation, model, "evaluation")
     blocks = load_whole(recipe.evaluation, tokenizer, recipe.seed, max_tokens)
     assert tokenizer is not None  # there would be no blocks
@@ -105,6 +107,7 @@ def analyze(
     recipe = revise(recipe_of(recipe), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
     refuse_what_cannot_work(model)
+    check_finite(model)
     settings = recipe.calibration
     ratios = sorted(set(ratios))
     started_as = f"{dump(recipe)}# criterion: {criterion}\n# ratios: {ratios}\n"
@@ -121,18 +124,19 @@ def analyze(
     blocks = texts.calibration
     work = Workspace.open(output, started_as, resume, contents(model, texts))
     dtype = autocast_dtype(recipe.evaluation.precision, model.device)
-    with autocast(recipe.evaluation.precision, model.device):
-        chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
-    dense_loss, trials = measure_cuts(
-        model,
-        graph,
-        blocks,
-        chosen,
-        batch_size=recipe.evaluation.batch_size,
-        autocast=dtype,
-        done=work.read_json("trials.json", list[Trial]) or (),
-        keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
-    )
+    with work.tidied():
+        with autocast(recipe.evaluation.precision, model.device):
+            chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
+        dense_loss, trials = measure_cuts(
+            model,
+            graph,
+            blocks,
+            chosen,
+            batch_size=recipe.evaluation.batch_size,
+            autocast=dtype,
+            done=work.read_json("trials.json", list[Trial]) or (),
+            keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
+        )
     assert blocks is not None
     analysis = Analysis(
         base_model=recipe.model.name,

@@ -361,6 +361,8 @@ def refuse_what_cannot_work(model: PreTrainedModel) -> None:
             f"A {type(model).__name__} is not a model of transformers. Give what secateur.load or "
             "AutoModelForCausalLM.from_pretrained returns."
         )
+    if getattr(model.config, "return_dict", None) is False:
+        raise InputError("This model answers with tuples. Set model.config.return_dict = True.")
     if isinstance(model, PeftModel):
         raise InputError("This model carries adapters. Merge them first: model = model.merge_and_unload().")
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -176,11 +176,22 @@ class Workspace:
             remove(self.folder / name)
 
     @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """When what happens within fails, and nothing of the run is kept yet, leave no folder."""
+        try:
+            yield
+        except BaseException:
+            if self.folder is not None and self.folder.is_dir() and not _begun(self.folder):
+                remove(self.folder)
+            raise
+
+    @contextmanager
     def stage(self, name: str, title: str, metrics: dict[str, Any]) -> Iterator[None]:
         """Say what happens, time it into ``metrics["seconds"]``, and keep the numbers so far."""
         say(title)
         started = time.monotonic()
-        yield
+        with self.tidied():
+            yield
         seconds = metrics.setdefault("seconds", {})
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
         self.write_json("metrics.json", metrics)

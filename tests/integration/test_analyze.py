@@ -22,6 +22,7 @@ from secateur.errors import InputError, PlanError, SecateurError
 from secateur.planning import Budget, restrict
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
+from secateur.workspace import Workspace
 
 FILES = {"analysis.json", "analysis.csv", "heatmap.png", "SHA256SUMS"}
 
@@ -159,16 +160,33 @@ def test_what_cannot_be_analysed_is_refused_early(text: Path, tmp_path: Path) ->
     assert "--ratios 2" in result.stderr
 
 
-@pytest.mark.parametrize(("criterion", "said"), [("taylor", "scores of .* are not finite"), ("magnitude", "is nan")])
-def test_a_damaged_model_is_refused_and_leaves_nothing(criterion: str, said: str, text: Path, tmp_path: Path) -> None:
-    model, recipe = TINY["llama-gqa"](), _recipe(text)
+def test_a_damaged_model_is_refused_and_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    model, recipe, before = TINY["llama-gqa"](), _recipe(text), sorted(tmp_path.iterdir())
     with torch.no_grad():
-        model.lm_head.weight[5] = float("nan")
-    with pytest.raises(SecateurError, match=said):
-        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, criterion=criterion, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    whole = TINY["llama-gqa"]()  # what is left beside it is in nobody's way
-    inspection.analyze(whole, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", ratios=[0.5])
+        model.model.embed_tokens.weight[96] = float("nan")  # of a token that the text does not hold
+    with pytest.raises(SecateurError, match=r"embed_tokens\.weight is not finite"):
+        inspection.analyze(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_fails_before_anything_is_kept_leaves_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise InputError("no scores")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(inspection, "measure_cuts", fail)
+    with pytest.raises(InputError, match="no scores"):
+        inspection.analyze(TINY["llama-gqa"](), tiny_tokenizer(), recipe=_recipe(text), output=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kept", ["{}", '{"a": 1}', "[3]", '[{"group": 3}]', "3"])
+def test_kept_trials_that_are_damaged_are_measured_again(kept: str, text: Path, tmp_path: Path) -> None:
+    work = Workspace(tmp_path)
+    work.write_text("trials.json", kept)
+    assert inspection._kept_trials(work) == []
 
 
 def test_order_and_repeats_of_ratios_mean_nothing_and_a_column_is_called_as_it_was_asked(

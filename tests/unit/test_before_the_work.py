@@ -100,6 +100,12 @@ def _inner() -> Any:
     return model
 
 
+def _tuples() -> Any:
+    model = TINY["llama-gqa"]()
+    model.config.return_dict = False
+    return model
+
+
 ELSEWHERE: dict[str, Any] = {
     "meta device": lambda: TINY["llama-gqa"]().to("meta"),
     "offloaded by device_map": _offloaded,
@@ -108,6 +114,7 @@ ELSEWHERE: dict[str, Any] = {
     "OptimizedModule": _inner,
     "wrapped by DataParallel": lambda: torch.nn.DataParallel(TINY["llama-gqa"]()),
     "is not a model": lambda: "llama",
+    "answers with tuples": _tuples,
 }
 
 

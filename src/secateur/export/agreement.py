@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.finite import first_not_finite
+from secateur.loading.library import explained
 
 
 class Agreement(NamedTuple):
@@ -48,7 +49,8 @@ def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
 
 
 def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Raise ModelError when weights or logits of ``model`` are not finite, or weights would not be in ``dtype``.
+    """Raise ModelError when ``model`` computes nothing, when weights or logits are not finite, or when weights would not
+    be in ``dtype``.
 
     All weights are looked at, and a few tokens go through the model.
     """
@@ -56,15 +58,15 @@ def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> No
         _check_weight(name, weight.detach(), dtype or weight.dtype)
     training = model.training
     model.eval()
+    kind = model.config.model_type
     try:
-        where = first_not_finite(model, sample_ids(model.config).to(model.device))
-    except RuntimeError as error:
-        raise ModelError(f"This {model.config.model_type} model does not compute: {error}") from error
+        with explained(f"This {kind} model does not compute", model.config._name_or_path or f"the {kind} model"):
+            where = first_not_finite(model, sample_ids(model.config).to(model.device))
     finally:
         model.train(training)
     if where is not None:
         raise ModelError(
-            f"The logits of this {model.config.model_type} model are not finite (NaN or infinite); it begins in "
+            f"The logits of this {kind} model are not finite (NaN or infinite); it begins in "
             f"{where}. Nothing that is made of it could be checked: mend the model, or open it in another type "
             "(--set model.dtype=float32)."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from secateur.errors import ModelError
 from secateur.loading.library import explained
 from secateur.loading.weights import read_object
+from secateur.reading import brief
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +28,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Of the files that a model is opened from."""
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
 # What transformers reads besides config.json; some of it, it leaves out without a word when it cannot be read.
 _OBJECTS = (_GENERATION, _TOKENIZER, "special_tokens_map.json", "added_tokens.json")
@@ -37,6 +41,14 @@ _NUMBERS = {
         *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
     ),
 }
+# Of config.json: what no model has none of, and of which kind of value others must be when they are there.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_KINDS: Mapping[type, tuple[str, ...]] = {
+    dict: ("auto_map", "text_config", "id2label", "label2id"),
+    list: ("layer_types",),
+    bool: ("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+}
+_WORDS = {dict: "an object", list: "a list", bool: "true or false"}
 
 
 def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
@@ -47,6 +59,7 @@ def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
         hint = f" Perhaps you mean a folder below it: {', '.join(below[:4])}." if below else ""
         raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.{hint}")
     raw = read_object(path)
+    _check_types(raw, path)
     model_type = raw.get("model_type")
     if str(model_type) not in CONFIG_MAPPING and not trust:
         if raw.get("auto_map"):
@@ -56,7 +69,7 @@ def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
                 "(trust_remote_code=True); nothing from the folder was run."
             )
         raise ModelError(
-            f"transformers {transformers_version} does not know the model type {model_type!r} of {name}. "
+            f"transformers {transformers_version} does not know the model type {model_type!r} in {path}. "
             "A newer transformers may."
         )
     if raw.get("quantization_config"):
@@ -64,16 +77,21 @@ def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
         raise ModelError(
             f"{name} is quantised ({method}); rows and columns cannot be cut out. Give the unquantised model."
         )
-    _check_types(raw, path)
     _check_causal(raw, name)
-    with explained(f"The configuration of {name} is not valid", name):  # config classes raise whatever they like
+    with explained(f"{path} is not valid", name):  # config classes raise whatever they like
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     vars(config).pop("quantization_config", None)  # empty, as seen above; transformers would look into it
     return cast(PreTrainedConfig, config)
 
 
 def check_beside(folder: Path, name: str) -> None:
-    """Raise ModelError for a file with settings of the tokenizer or of generation that is not what it should be."""
+    """Raise ModelError for a file that cannot be read, and for settings of the tokenizer or of generation that are not
+    what they should be."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and (not path.is_dir() or path.suffix in _ENDINGS):
+            raise ModelError(f"{path} is no ordinary file, or a link that leads nowhere. Fetch the model again.")
+        if path.suffix in _ENDINGS and not os.access(path, os.R_OK):
+            raise ModelError(f"{path} cannot be read (permission). Mend its permissions.")
     contents = {file: read_object(folder / file) for file in _OBJECTS if (folder / file).is_file()}
     for file, keys in _NUMBERS.items():
         for key in keys:
@@ -81,7 +99,7 @@ def check_beside(folder: Path, name: str) -> None:
             parts = value if isinstance(value, list) and key == "eos_token_id" else [value]
             if not all(part is None or _is_number(part) for part in parts):
                 raise ModelError(
-                    f"{folder / file}: {key} is {_short(value)}; it must be a number. Mend it or take it out."
+                    f"{folder / file}: {key} is {brief(value)}; it must be a number. Mend it or take it out."
                 )
     if _GENERATION in contents:
         with explained(f"{folder / _GENERATION} is not valid", name):
@@ -96,27 +114,30 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
     """Raise ModelError for keys of config.json whose values are of another type than transformers expects."""
     names, kind = raw.get("architectures"), raw.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        raise ModelError(f"{path}: model_type is {_short(kind)}; it must be the name of a type of model.")
+        raise ModelError(f"{path}: model_type is {brief(kind)}; it must be the name of a type of model.")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ModelError(f"{path}: architectures is {_short(names)}; it must be a list of names of classes.")
+        raise ModelError(f"{path}: architectures is {brief(names)}; it must be a list of names of classes.")
     for key in ("dtype", "torch_dtype"):
         kind = raw.get(key)
         if kind not in (None, "auto") and not isinstance(
             getattr(torch, str(kind).removeprefix("torch."), None), torch.dtype
         ):
-            raise ModelError(
-                f"{path}: {key} is {_short(kind)}; it must be a type such as float32 or bfloat16, or null."
-            )
+            raise ModelError(f"{path}: {key} is {brief(kind)}; it must be a type such as float32 or bfloat16, or null.")
+    for part in (raw, _mapping(raw, "text_config")):
+        for key in _SIZES:
+            if isinstance(part.get(key), int) and part[key] < 1:
+                raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Mend it.")
+    for form, keys in _KINDS.items():
+        for key in keys:
+            if raw.get(key) is not None and not isinstance(raw[key], form):
+                raise ModelError(f"{path}: {key} is {brief(raw[key])}; it must be {_WORDS[form]}. Mend it.")
+    if raw.get("return_dict") is False:
+        raise ModelError(f"{path}: return_dict is false, and what the model answers is read by name. Take it out.")
     if raw.get("transformers_weights") is not None:
         raise ModelError(
             f"{path} says that its weights are elsewhere than usual (transformers_weights). Call the file "
             "model.safetensors and take the key out."
         )
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:60]}…"
 
 
 def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from secateur.errors import ModelError, SecateurError, out_of_memory
 
 def first_line(error: BaseException) -> str:
     """The start of a library's message, for quoting within ours; with what follows a heading that ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = str(error)
+    if isinstance(error, KeyError) and " " not in said:
+        said = f"there is no {said}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     start = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return (start or type(error).__name__)[:300]
 

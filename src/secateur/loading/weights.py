@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.errors import ModelError
 from secateur.loading.library import explained
 from secateur.progress import say
-from secateur.reading import read_json
+from secateur.reading import brief, path_of, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS: Mapping[str, torch.dtype] = {
@@ -130,6 +130,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         refuse_weights(name, [path.name for path in folder.iterdir()])
     if missing:
         raise ModelError(f"{name} lacks {len(missing)} of {len(shards)} weight files ({missing[0]}). Fetch it again.")
+    _refuse_bare(index)
     return [folder / shard for shard in shards]
 
 
@@ -140,8 +141,16 @@ def _shards(index: Path) -> list[str]:
         raise ModelError(f"{index} names no weight files (weight_map). {_FETCH}")
     for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index} names {shard!r}, which is no safetensors file of this folder. {_FETCH}")
+            raise ModelError(f"{index} names {brief(shard)}, which is no safetensors file of this folder. {_FETCH}")
+        path_of(index.with_name(shard), f"{index} names a file that cannot be:", ModelError)
     return shards
+
+
+def _refuse_bare(index: Path) -> None:
+    """Raise ModelError for an index without ``metadata``, which transformers reads from the one that it uses."""
+    found = read_object(index).get("metadata")
+    if not isinstance(found, dict):
+        raise ModelError(f"{index}: metadata is {brief(found)}; it must be an object, such as {{}}. Mend it. {_FETCH}")
 
 
 def _refuse_two_sets(whole: Path, shards: list[Path], name: str) -> None:

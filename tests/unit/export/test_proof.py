@@ -18,7 +18,7 @@ from secateur.export import FORMS, ExportSettings, check_finite, save
 from secateur.export.agreement import agreement, is_small
 from secateur.export.verify import Reference, holds_only_our_code, judge, open_folders
 from secateur.graph import trace
-from secateur.inspection import verify
+from secateur.inspection import analyze, evaluate, verify
 from secateur.surgery.rebuild import code_of, modeling_source
 from secateur.testing.tiny import TINY, build
 from secateur.testing.tokenizer import tiny_tokenizer
@@ -117,6 +117,18 @@ def test_what_is_not_finite_is_named() -> None:
         check_finite(model)
 
 
+def test_a_model_that_raises_is_said_not_to_compute(tmp_path: Path) -> None:
+    """``query_pre_attn_scalar`` below zero makes a complex scale, of which the kernel raises a TypeError."""
+    model: Any = build("gemma3")
+    model.save_pretrained(tmp_path / "bad")
+    content = json.loads((tmp_path / "bad" / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(content | {"query_pre_attn_scalar": -1}))
+    recipe = load_recipe(flags={"model.name": str(tmp_path / "bad"), "model.device": "cpu"})
+    for way in (lambda: verify(recipe), lambda: evaluate(recipe), lambda: pipeline.run(recipe, tmp_path / "out")):
+        with pytest.raises(ModelError, match="does not compute"):
+            way()
+
+
 def test_no_way_leads_past_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = TINY["llama-gqa"]()
     graph = trace(model)
@@ -132,6 +144,8 @@ def test_no_way_leads_past_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "apply_plan": lambda: secateur.apply_plan(plan, model),
         "save": lambda: save(model, None, out, graph=graph, kept={}),
         "verify": lambda: verify(recipe),
+        "evaluate": lambda: evaluate(recipe),
+        "analyze": lambda: analyze(model, None, output=out),
     }
     ways |= {form: lambda form=form: FORMS[form].write(model, None, out, ExportSettings()) for form in FORMS}
     for name, way in ways.items():

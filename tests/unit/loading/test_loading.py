@@ -230,13 +230,74 @@ def test_nonsense_in_config(folder: Path) -> None:
         load(str(folder))
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_nothing_are_refused_by_their_key(key: str, size: int, folder: Path) -> None:
+    change_config(folder, **{key: size})
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=rf"config\.json: {key} is {size}; it must be 1 or more"):
+            opener(str(folder))
+
+
+@pytest.mark.parametrize("kind", [7, ["llama"], {"a": "b"}])
+def test_a_type_that_is_no_name_is_refused_by_its_key(kind: object, folder: Path) -> None:
+    change_config(folder, model_type=kind)
+    with pytest.raises(ModelError, match=r"config\.json: model_type is .*must be the name of a type"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "must"),
+    [
+        ("auto_map", 7, "an object"),
+        ("text_config", 3, "an object"),
+        ("id2label", [1], "an object"),
+        ("layer_types", 3, "a list"),
+        ("output_hidden_states", "x", "true or false"),
+        ("return_dict", 1, "true or false"),
+    ],
+)
+def test_keys_of_another_kind_are_refused_by_name(key: str, value: object, must: str, folder: Path) -> None:
+    change_config(folder, **{key: value})
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=rf"config\.json: {key} is .*it must be {must}"):
+            opener(str(folder))
+
+
+def test_a_model_that_answers_with_tuples_is_refused(folder: Path) -> None:
+    change_config(folder, return_dict=False)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=r"config\.json: return_dict is false"):
+            opener(str(folder))
+
+
+NO_FILES: dict[str, Any] = {
+    "a link that leads nowhere": lambda path: path.symlink_to("gone"),
+    "a link in a circle": lambda path: path.symlink_to(path.name),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": lambda path: os.mkfifo(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NO_FILES))
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
+def test_what_is_there_by_name_only_is_refused(kind: str, name: str, folder: Path) -> None:
+    """Without a word, the model would be opened without its chat template, say, and saved without."""
+    (folder / name).unlink(missing_ok=True)
+    NO_FILES[kind](folder / name)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=rf"{name} is no ordinary file"):
+            opener(str(folder))
+
+
 def test_null_in_config_is_as_good_as_nothing(folder: Path) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"quantization_config": None, "architectures": None}))
     assert load(str(folder))[0].config.model_type == "llama"
     path.write_text(json.dumps(content | {"auto_map": None}))  # which transformers itself cannot read
-    with pytest.raises(ModelError, match=r"configuration of .* is not valid"):
+    with pytest.raises(ModelError, match=r"config\.json is not valid"):
         load(str(folder))
 
 
@@ -246,7 +307,7 @@ def test_null_in_config_is_as_good_as_nothing(folder: Path) -> None:
 def test_values_of_the_wrong_type_in_config(folder: Path, damage: dict[str, object]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    with pytest.raises(ModelError, match=r"quantised|does not know"):
+    with pytest.raises(ModelError, match=r"quantised|does not know|model_type is"):
         load(str(folder))
 
 

@@ -242,6 +242,29 @@ def test_an_index_names_files_of_its_folder_only(name: str, folder: Path) -> Non
         load(str(folder))
 
 
+def test_an_index_names_files_that_can_be(folder: Path) -> None:
+    for beside in (True, False):
+        for name in (f"{'x' * 300}.safetensors", "a\0b.safetensors"):
+            index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            for opener in OPENERS:
+                with pytest.raises(ModelError, match=r"index\.json names a file that cannot be"):
+                    opener(str(folder))
+        if beside:
+            (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("said", [{}, {"metadata": None}, {"metadata": "x"}])
+def test_an_index_without_metadata_is_refused_by_name(said: dict[str, object], folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    shard(folder, build("llama-tied"))
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": json.loads(file.read_text())["weight_map"]} | said))
+    for opener in OPENERS:
+        with pytest.raises(ModelError, match=r"index\.json: metadata is .*must be an object"):
+            opener(str(folder))
+
+
 # Memory
 
 
