@@ -49,8 +49,8 @@ def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
 
 
 def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Raise ModelError when ``model`` computes nothing, when weights or logits are not finite, or when weights would not
-    be in ``dtype``.
+    """Raise ModelError when ``model`` does not compute, or not finite logits, or when a weight is not finite, in its
+    own type or in ``dtype``.
 
     All weights are looked at, and a few tokens go through the model.
     """

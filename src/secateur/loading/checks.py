@@ -124,7 +124,7 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
         ):
             raise ModelError(f"{path}: {key} is {brief(kind)}; it must be a type such as float32 or bfloat16, or null.")
     for part in (raw, _mapping(raw, "text_config")):
-        for key in _SIZES:
+        for key in _SIZES if part.get("use_sliding_window") is False else (*_SIZES, "sliding_window"):
             if isinstance(part.get(key), int) and part[key] < 1:
                 raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Mend it.")
     for form, keys in _KINDS.items():

@@ -230,7 +230,9 @@ def test_nonsense_in_config(folder: Path) -> None:
         load(str(folder))
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "sliding_window"]
+)
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_of_nothing_are_refused_by_their_key(key: str, size: int, folder: Path) -> None:
     change_config(folder, **{key: size})
