@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +16,8 @@ _PLAIN = ("text", "content", "document")
 TEXT_KEYS = (*_PLAIN, "messages", "instruction", "input", "output")
 """Keys of a record that its text is made from."""
 Message = Mapping[str, Any]
+_TEMPLATE_SECONDS = 10.0
+"""A template that takes longer for one conversation has no end."""
 
 
 def record_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,7 +92,27 @@ def sound(text: str) -> str:
 
 def _by_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: bool) -> str:
     conversation = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer))
+    with _at_most(_TEMPLATE_SECONDS):
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer))
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError when what happens within takes longer; in the main thread, where alarms arrive."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:

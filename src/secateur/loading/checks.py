@@ -41,14 +41,22 @@ _NUMBERS = {
         *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
     ),
 }
-# Of config.json: what no model has none of, and of which kind of value others must be when they are there.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_KINDS: Mapping[type, tuple[str, ...]] = {
-    dict: ("auto_map", "text_config", "id2label", "label2id"),
-    list: ("layer_types",),
-    bool: ("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+"""What no model has none of, in config.json."""
+_KINDS: Mapping[str, Mapping[type, tuple[str, ...]]] = {
+    "config.json": {
+        dict: ("auto_map", "text_config", "id2label", "label2id"),
+        list: ("layer_types",),
+        bool: ("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    },
+    _TOKENIZER: {
+        dict: ("added_tokens_decoder",),
+        list: ("model_input_names",),
+        str: ("tokenizer_class", "processor_class", "padding_side", "truncation_side"),
+    },
 }
-_WORDS = {dict: "an object", list: "a list", bool: "true or false"}
+"""What must be of one kind where it is there, as libraries fail at others in words that do not name the key."""
+_WORDS = {dict: "an object", list: "a list", bool: "true or false", str: "a text"}
 
 
 def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
@@ -93,6 +101,8 @@ def check_beside(folder: Path, name: str) -> None:
         if path.suffix in _ENDINGS and not os.access(path, os.R_OK):
             raise ModelError(f"{path} cannot be read (permission). Mend its permissions.")
     contents = {file: read_object(folder / file) for file in _OBJECTS if (folder / file).is_file()}
+    for file, content in contents.items():
+        _check_kinds(content, folder / file)
     for file, keys in _NUMBERS.items():
         for key in keys:
             value = contents.get(file, {}).get(key)
@@ -127,10 +137,7 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
         for key in _SIZES if part.get("use_sliding_window") is False else (*_SIZES, "sliding_window"):
             if isinstance(part.get(key), int) and part[key] < 1:
                 raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Mend it.")
-    for form, keys in _KINDS.items():
-        for key in keys:
-            if raw.get(key) is not None and not isinstance(raw[key], form):
-                raise ModelError(f"{path}: {key} is {brief(raw[key])}; it must be {_WORDS[form]}. Mend it.")
+    _check_kinds(raw, path)
     if raw.get("return_dict") is False:
         raise ModelError(f"{path}: return_dict is false, and what the model answers is read by name. Take it out.")
     if raw.get("transformers_weights") is not None:
@@ -138,6 +145,13 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
             f"{path} says that its weights are elsewhere than usual (transformers_weights). Call the file "
             "model.safetensors and take the key out."
         )
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    for form, keys in _KINDS.get(path.name, {}).items():
+        for key in keys:
+            if content.get(key) is not None and not isinstance(content[key], form):
+                raise ModelError(f"{path}: {key} is {brief(content[key])}; it must be {_WORDS[form]}. Mend it.")
 
 
 def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:

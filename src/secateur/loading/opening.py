@@ -264,7 +264,7 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     """The folder's tokenizer, with a padding token; None when the folder has no tokenizer files."""
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
-    with explained(f"The tokenizer of {name} cannot be opened", name):
+    with explained(f"The tokenizer of {name} cannot be opened, from tokenizer.json or what is beside it", name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token

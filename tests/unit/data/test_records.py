@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,18 @@ def test_a_template_that_refuses_is_one_message(
         load_whole(settings, with_template(template), 0)
     with pytest.raises(DataError, match=rf"source self .*({reason})"):
         write_own_text(build("llama-gqa"), with_template(template), 20, 0)
+
+
+def test_a_template_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.data.records._TEMPLATE_SECONDS", 0.2)
+    tokenizer = tiny_tokenizer()
+    loop = "{% for i in range(99999) %}"
+    tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match="refused by the tokenizer's chat template: it takes longer than 0.2 seconds"):
+        render([{"role": "user", "content": "a"}], tokenizer)
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_the_default_of_several_templates_is_taken() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 from secateur.errors import InputError, ModelError
 from secateur.loading import hub, load, outline, pick_device
 from secateur.testing.tiny import build
+from secateur.testing.tokenizer import tiny_tokenizer
 
 
 def change_config(folder: Path, file: str = "config.json", **changes: object) -> None:
@@ -264,6 +265,17 @@ def test_keys_of_another_kind_are_refused_by_name(key: str, value: object, must:
     for opener in (load, outline):
         with pytest.raises(ModelError, match=rf"config\.json: {key} is .*it must be {must}"):
             opener(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "must"),
+    [("tokenizer_class", 3, "a text"), ("added_tokens_decoder", "x", "an object"), ("model_input_names", 3, "a list")],
+)
+def test_keys_of_the_tokenizer_too(key: str, value: object, must: str, folder: Path) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    change_config(folder, "tokenizer_config.json", **{key: value})
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {key} is .*it must be {must}"):
+        load(str(folder))
 
 
 def test_a_model_that_answers_with_tuples_is_refused(folder: Path) -> None:
