@@ -119,7 +119,7 @@ def test_a_template_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
     handler = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(DataError, match="refused by the tokenizer's chat template: it takes longer than 0.2 seconds"):
+    with pytest.raises(DataError, match=r"chat template: it takes longer than 0\.2 seconds"):
         render([{"role": "user", "content": "a"}], tokenizer)
     assert signal.getsignal(signal.SIGALRM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
