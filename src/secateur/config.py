@@ -28,7 +28,7 @@ from secateur.export import ExportSettings
 from secateur.loading import ModelSettings
 from secateur.methods import METHODS, Method
 from secateur.planning import Budget
-from secateur.reading import DEEPEST, brief, path_of, read_text, shortened
+from secateur.reading import DEEPEST, brief, check_characters, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Settings
@@ -297,11 +297,13 @@ class _Loader(yaml.SafeLoader):
 def parse_value(text: str, where: str) -> Any:
     """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
         # besides its own errors: dates that do not exist, words tagged as numbers, numbers of too many digits
         reason = shortened(" ".join(str(error).split()), 300)
         raise InputError(f"{where} is not YAML that can be read: {reason}") from error
+    check_characters(value, text, where)
+    return value
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -106,8 +106,28 @@ def parse_json(text: str, where: str, *, error: type[SecateurError] = InputError
 
 
 def read_json(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> Any:
-    """``read_text`` and ``parse_json`` of a file."""
-    return parse_json(read_text(path, error=error, advice=advice), str(path), error=error, advice=advice)
+    """``read_text`` and ``parse_json`` of a file; its texts can be written again."""
+    text = read_text(path, error=error, advice=advice)
+    value = parse_json(text, str(path), error=error, advice=advice)
+    check_characters(value, text, str(path), error=error, advice=advice)
+    return value
+
+
+def check_characters(
+    value: Any, text: str, where: str, *, error: type[SecateurError] = InputError, advice: str = ""
+) -> None:
+    """Raise ``error`` when ``value``, parsed from ``text``, holds half of a surrogate pair: no file can hold that.
+
+    JSON and YAML can spell one, as in ``"\\ud800"``.
+    """
+    if r"\u" not in text:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as reason:
+        raise error(f"{where} holds half of a surrogate pair, which is no character. {advice}".strip()) from reason
+    except (TypeError, ValueError):  # keys of a kind that JSON has not; what holds itself
+        return
 
 
 def check_depth(value: Any, where: str, *, error: type[SecateurError] = InputError, advice: str = "") -> None:

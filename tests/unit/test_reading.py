@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from secateur.config import parse_value
 from secateur.errors import DataError, InputError
 from secateur.reading import DEEPEST, parse_json, path_of, read_json, read_text
 
@@ -61,6 +62,17 @@ def test_json_of_usual_depth_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text("[" * (DEEPEST - 1) + "]" * (DEEPEST - 1), encoding="utf-8-sig")
     assert read_json(file) is not None
+
+
+def test_half_a_character_is_refused_before_it_must_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(r'{"method": "\ud83d", "seed": 0}')
+    with pytest.raises(InputError, match=r"plan\.json holds half of a surrogate pair"):
+        read_json(file)
+    file.write_text(r'{"method": "\ud83d\ude00 \u2028", "seed": 0}')
+    assert read_json(file) == {"method": "\U0001f600 \u2028", "seed": 0}
+    with pytest.raises(InputError, match="seed holds half of a surrogate pair"):
+        parse_value(r'"\ud83d"', "seed")
 
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
+from secateur.reading import brief
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NOT_MERGED = {
@@ -19,6 +20,17 @@ _NOT_MERGED = {
     "layer_replication": "it repeats layers of its base model",
 }
 """Settings that merging cannot obey, because the result is no longer the base model with other weights."""
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "r": ((int,), "a whole number"),
+    "lora_alpha": ((int, float), "a number"),
+    "target_modules": ((str, list, type(None)), "a list of names, or a text"),
+    "modules_to_save": ((list, type(None)), "a list of names"),
+    "rank_pattern": ((dict, type(None)), "an object"),
+    "alpha_pattern": ((dict, type(None)), "an object"),
+    "layers_to_transform": ((int, list, type(None)), "a list of whole numbers"),
+    "trainable_token_indices": ((list, dict, type(None)), "a list of whole numbers"),
+}
+"""Settings of an adapter whose values peft looks at when it computes with them."""
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 5e-2
 """Of the largest logit: how far merging may move one, by rounding alone."""
 
@@ -46,6 +58,10 @@ def check_adapter(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
             f"{name} is an adapter of type {kind or '(none)'} (peft_type in {ADAPTER_CONFIG}); only LoRA adapters can "
             f"be merged. {advice}"
         )
+    for key, (kinds, what) in _KINDS.items():
+        value = settings.get(key)
+        if key in settings and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {key} is {brief(value)}; it must be {what}. {advice}")
     for key, reason in _NOT_MERGED.items():
         if settings.get(key):
             raise ModelError(f"{name} is a LoRA adapter that cannot be merged: {reason} ({key}). {advice}")

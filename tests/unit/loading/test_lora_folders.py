@@ -286,10 +286,12 @@ def test_an_adapter_whose_base_lay_elsewhere_says_that_it_is_one(adapter: Path) 
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is .* must be a text"),
         ({"revision": 7}, "revision is 7; it must be a text"),
         ({"base_model_name_or_path": "~nobody-here/x"}, "base model of .* is no path"),
-        ({"r": "many"}, "does not fit its base model"),
-        ({"modules_to_save": 3}, "does not fit its base model"),
-        ({"target_modules": {"a": 1}}, "does not fit its base model"),
-        ({"trainable_token_indices": "all"}, "does not fit its base model"),
+        ({"r": "many"}, "r is 'many'; it must be a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a number"),
+        ({"modules_to_save": 3}, "modules_to_save is 3; it must be a list"),
+        ({"target_modules": {"a": 1}}, "target_modules is .*it must be a list"),
+        ({"trainable_token_indices": "all"}, "trainable_token_indices is 'all'; it must be a list"),
+        ({"alpha_pattern": "x"}, "alpha_pattern is 'x'; it must be an object"),
     ],
 )
 def test_wrong_types_in_an_adapters_settings(changes: dict[str, Any], message: str, adapter: Path) -> None:
