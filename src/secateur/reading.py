@@ -47,9 +47,11 @@ def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[Se
     Args:
         what: begins the message, such as ``The model``.
 
-    The path need not exist. Refused are an empty name, a NUL character, the home of an unknown user, and names that are
-    too long for the file system or go round in a circle of links.
+    The path need not exist. Refused are what is no name at all, an empty name, a NUL character, the home of an unknown
+    user, and names that are too long for the file system or go round in a circle of links.
     """
+    if not isinstance(name, str | os.PathLike):  # callers in Python give what they like
+        raise error(f"{what} is {brief(name)}. Give the path of a file or folder.")
     shown = repr(os.fspath(name))[1:-1]
     shown = shown if len(shown) <= 80 else f"{shown[:60]}…"
     if not os.fspath(name).strip():

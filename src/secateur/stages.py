@@ -322,6 +322,8 @@ def save(result: Result, folder: str | Path) -> None:
     The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
     does, and InputError when it exists and is not empty, or when the model was changed since ``result`` was made.
     """
+    if not isinstance(result, Result):
+        raise InputError(f"A {type(result).__name__} is no result. Give what secateur.prune returns.")
     if parameter_count(result.model) != result.plan.parameters_after:
         raise InputError(
             f"The model has {parameter_count(result.model):,} parameters and this result is about one with "

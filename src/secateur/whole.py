@@ -34,8 +34,6 @@ def place_of(output: str | os.PathLike[str], what: str = "The output") -> Path:
     Raises InputError for what can be the name of none: see ``path_of``; names that are too long, also when the folders
     above them do not exist yet; and names that are not UTF-8, which libraries that open model folders cannot pass on.
     """
-    if not isinstance(output, str | os.PathLike):
-        raise InputError(f"{what} is {brief(output)}. Give the path of a file or folder.")
     try:
         path = path_of(output, what).resolve()
     except (OSError, RuntimeError) as error:  # the working folder is gone; links that go round in a circle

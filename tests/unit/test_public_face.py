@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 import secateur
+from secateur.testing.tiny import TINY
 
 NAMES = """Budget DependencyGraph PruningPlan Recipe Result SecateurError __version__
     apply_plan load load_recipe prune save trace""".split()
@@ -47,3 +49,21 @@ def test_what_is_no_model_is_refused_in_one_sentence() -> None:
             secateur.prune(wrong)  # type: ignore[arg-type]
     with pytest.raises(secateur.SecateurError, match="Linear has no input embedding"):
         secateur.trace(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+NO_PATHS: list[Any] = [3, b"model", ["model"], object()]
+
+
+@pytest.mark.parametrize("given", NO_PATHS)
+def test_what_is_no_path_is_refused_in_one_sentence(given: Any) -> None:
+    for read in (secateur.load_recipe, secateur.PruningPlan.load):
+        with pytest.raises(secateur.SecateurError, match="Give the path of a file"):
+            read(given)
+    with pytest.raises(secateur.SecateurError, match=r"is no result\. Give what secateur\.prune returns"):
+        secateur.save(given, "nowhere")
+
+
+@pytest.mark.parametrize("kinds", [None, 3, "fnn", ["fnn"], [["ffn"]]])
+def test_kinds_that_there_are_none_of_are_refused(kinds: Any) -> None:
+    with pytest.raises(secateur.SecateurError, match=r"no kinds of groups\. Give a list of: ffn, attention"):
+        secateur.trace(TINY["llama-gqa"](), kinds)

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,7 @@ from secateur.finite import all_finite, first_not_finite
 from secateur.graph import Trace, record
 from secateur.graph.replay import NotReplayable, replay
 from secateur.progress import track
+from secateur.reading import brief
 from secateur.surgery.configs import changed_configs
 from secateur.surgery.mask import masked
 from secateur.surgery.slice import sharing_copy, slice_model
@@ -79,11 +80,14 @@ def trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> Dep
     Groups of ``kinds`` that are protected for their kind alone (experts, layers, hidden, vocabulary, states) are tried
     too, and may be cut when they pass.
 
-    Raises ModelError as ``graph.trace`` and ``protect_failing`` do, and InputError for what is no module.
+    Raises ModelError as ``graph.trace`` and ``protect_failing`` do, and InputError for what is no module or no kind.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"A {type(model).__name__} is not a model: open it first, model, _ = secateur.load(name).")
-    return protect_failing(model, record(model).graph.opened(kinds))
+    wanted = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
+    if any(kind not in get_args(Kind) for kind in wanted):
+        raise InputError(f"{brief(kinds)} are no kinds of groups. Give a list of: {', '.join(get_args(Kind))}.")
+    return protect_failing(model, record(model).graph.opened(wanted))
 
 
 def protect_failing(
