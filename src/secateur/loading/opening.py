@@ -32,7 +32,7 @@ from secateur.loading.library import explained
 from secateur.loading.ties import untie
 from secateur.loading.weights import Stored, promises_weights, read_header, read_object, stored_dtype, stored_tensors
 from secateur.progress import say
-from secateur.reading import path_of
+from secateur.reading import brief, path_of
 from secateur.surgery.rebuild import is_uneven, pruned_class_of
 from secateur.types import Settings
 
@@ -83,10 +83,11 @@ def load(
         lie; of a merged adapter both are those of its base.
 
     Raises:
-        InputError: unknown device or dtype.
+        InputError: unknown device or dtype, or a flag that is no bool.
         ModelError: there is no such model, or it is not a causal LM, or its files are damaged, unsafe or hold something
             else than its config says, or there is too little memory.
     """
+    _check_flags(trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     place, precision = pick_device(device), _precision(dtype)
     folder = _find(str(name), revision, trust_remote_code)
     if is_adapter_folder(folder):
@@ -111,6 +112,7 @@ def outline(
     Raises ModelError as ``load`` does, but for what only the numbers in the weight files can tell. A folder with a
     config and no weights at all will do. Of an adapter it is the base model.
     """
+    _check_flags(trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     folder = _find(str(name), revision, trust_remote_code)
     if not is_adapter_folder(folder):
         return _examine(folder, str(name), trust_remote_code, drop_unexpected, needed=False).empty.eval()
@@ -140,6 +142,13 @@ def pick_device(device: str = "auto") -> torch.device:
             f"Device {device!r} cannot be used here ({first}). Use auto, cpu, cuda, cuda:N or mps."
         ) from error
     return place
+
+
+def _check_flags(**flags: object) -> None:
+    """Raise InputError for what is neither True nor False: the text "no" would be taken for a yes."""
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{key} is {brief(value)}; it must be True or False.")
 
 
 def _precision(dtype: str) -> torch.dtype:

@@ -305,6 +305,13 @@ def test_what_is_there_by_name_only_is_refused(kind: str, name: str, folder: Pat
             opener(str(folder))
 
 
+@pytest.mark.parametrize("flag", ["trust_remote_code", "drop_unexpected"])
+def test_no_is_not_taken_for_a_yes(flag: str, folder: Path) -> None:
+    for opener in (load, outline):
+        with pytest.raises(InputError, match=f"{flag} is 'no'; it must be True or False"):
+            opener(str(folder), **{flag: "no"})  # type: ignore[arg-type]
+
+
 def test_null_in_config_is_as_good_as_nothing(folder: Path) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text())
