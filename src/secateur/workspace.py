@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,6 +43,8 @@ class Workspace:
         ``contents`` may be a part of those given to ``open``: the others are not looked at.
         """
         folder = _folder_of(output)
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is in the way: an unfinished run is kept under this name. Move it elsewhere.")
         if not _begun(folder):
             return folder  # there is nothing to lose
         if not resume:

@@ -128,3 +128,28 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Choose another"):
         Workspace.open(tmp_path / "file" / "out", "", resume=False, contents={})
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_has_the_name_of_a_run_and_is_none_stays(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / ".out.secateur"
+    (tmp_path / "mine.txt").write_text("mine")
+    if kind == "file":
+        (tmp_path / "mine.txt").rename(place)
+    else:
+        place.symlink_to("mine.txt")
+    with pytest.raises(InputError, match=r"\.out\.secateur is in the way"):
+        Workspace.open(tmp_path / "out", "recipe", False, {})
+    assert place.read_text() == "mine"
+
+
+def test_a_stage_that_fails_before_anything_is_kept_leaves_nothing(tmp_path: Path) -> None:
+    work = Workspace.open(tmp_path / "out", "recipe", False, {})
+    with pytest.raises(KeyboardInterrupt), work.stage("dense", "Measuring", {}):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    work = Workspace.open(tmp_path / "out", "recipe", False, {})
+    with pytest.raises(KeyboardInterrupt), work.stage("dense", "Measuring", {}):
+        work.write_json("trials.json", [])
+        raise KeyboardInterrupt
+    assert (tmp_path / ".out.secateur" / "trials.json").is_file()

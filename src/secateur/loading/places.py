@@ -6,6 +6,7 @@ a word. Here the names in the files are compared with those of the model without
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Fit:
     """Tensor of the model → tensors of the files that are read into it as they are."""
     merged: dict[str, list[str]] = field(default_factory=dict)
     """The same for tensors that are put together or taken apart while they are read."""
+    complete: set[str] = field(default_factory=set)
+    """Those of ``merged`` that are put together of all the numbers in their tensors, and nothing else."""
     unplaced: list[str] = field(default_factory=list)
     """Tensors of the files that find no place, but for buffers that the model computes itself."""
 
@@ -47,6 +50,7 @@ def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
     converters = [change for change in transforms if isinstance(change, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     computed = {name for name, _ in model.named_buffers()} - state.keys()
+    joined = {source for change in converters if len(change.target_patterns) == 1 for source in change.source_patterns}
     found = Fit()
     for key, tensor in stored.items():
         place, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -54,6 +58,8 @@ def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
             place, pattern = rename_source_key(key, [], [], prefix, state)
         if place in state:
             (found.plain if pattern is None else found.merged).setdefault(place, []).append(key)
+            if pattern in joined:
+                found.complete.add(place)
         elif place not in computed and not _is_computed(key, tensor):
             found.unplaced.append(key)
     return found
@@ -100,7 +106,11 @@ def check_places(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fi
         for place, keys in found.plain.items()
         if stored[keys[0]].shape != tuple(state[place].shape)
     ]
-    # What is put together of several tensors is reported when it is read: only then are its parts known.
+    for place in sorted(found.complete):
+        numbers = sum(math.prod(stored[key].shape) for key in found.merged[place])
+        if numbers != state[place].numel():
+            wrong.append(f"{place}: {numbers:,} numbers in its parts instead of {state[place].numel():,}")
+    # What is taken apart is reported when it is read: only then are its parts known.
     if not found.merged:
         wrong += sorted(_without_tensor(model, found))
     refuse_misfits(wrong, name)

@@ -116,6 +116,21 @@ def test_missing_parameters_cannot_be_hidden_by_the_family(folder: Path, monkeyp
             opener(str(folder))
 
 
+@pytest.mark.parametrize("damage", ["narrower", "missing"])
+def test_experts_whose_parts_do_not_make_a_whole(damage: str, tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in weights if "experts.0" in key)
+    if damage == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:, :-1].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for opener in OPENERS:
+        with pytest.raises(ModelError, match=r"experts.* numbers in its parts instead of"):
+            opener(str(tmp_path))
+
+
 def test_two_tensors_for_one_place(folder: Path) -> None:
     add(folder, **{"norm.weight": torch.ones(48)})
     with pytest.raises(ModelError, match=r"two tensors for model\.norm\.weight"):
