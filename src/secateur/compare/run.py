@@ -26,6 +26,7 @@ from secateur.errors import InputError, SecateurError, out_of_memory
 from secateur.evaluation import machine
 from secateur.evaluation.memory import PeakMemory
 from secateur.evaluation.tasks import chance_levels, check_tasks, evaluate_tasks
+from secateur.export import check_finite
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone
@@ -212,6 +213,7 @@ def _rehearse(
 ) -> tuple[stages.Result, dict[tuple[Kind, ...], DependencyGraph]]:
     """The dense model with the first row's recipe that it can obey, and its graphs; raises when it can obey none."""
     model, tokenizer = load(**recipe.model.model_dump())
+    check_finite(model)
     graphs = {kinds: trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
     failures: list[Exception] = []
     found: stages.Result | None = None

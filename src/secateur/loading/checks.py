@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -138,6 +139,9 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
             if isinstance(part.get(key), int) and part[key] < 1:
                 raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Mend it.")
     _check_kinds(raw, path)
+    for key, value in raw.items():
+        if re.search("dropout|pdrop", key) and _is_number(value) and not 0 <= value <= 1:
+            raise ModelError(f"{path}: {key} is {brief(value)}; it must be a probability, from 0 to 1. Mend it.")
     if raw.get("return_dict") is False:
         raise ModelError(f"{path}: return_dict is false, and what the model answers is read by name. Take it out.")
     if raw.get("transformers_weights") is not None:

@@ -84,7 +84,7 @@ def trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> Dep
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"A {type(model).__name__} is not a model: open it first, model, _ = secateur.load(name).")
-    wanted = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
+    wanted: list[Any] = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
     if any(kind not in get_args(Kind) for kind in wanted):
         raise InputError(f"{brief(kinds)} are no kinds of groups. Give a list of: {', '.join(get_args(Kind))}.")
     return protect_failing(model, record(model).graph.opened(wanted))

@@ -12,6 +12,7 @@ import torch
 
 import secateur
 from secateur import pipeline
+from secateur.compare import compare
 from secateur.config import load_recipe
 from secateur.errors import InputError, ModelError, SecateurError, VerificationError
 from secateur.export import FORMS, ExportSettings, check_finite, save
@@ -146,6 +147,7 @@ def test_no_way_leads_past_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "verify": lambda: verify(recipe),
         "evaluate": lambda: evaluate(recipe),
         "analyze": lambda: analyze(model, None, output=out),
+        "compare": lambda: compare(recipe, ["magnitude"], [0.2], out),
     }
     ways |= {form: lambda form=form: FORMS[form].write(model, None, out, ExportSettings()) for form in FORMS}
     for name, way in ways.items():

@@ -278,6 +278,14 @@ def test_keys_of_the_tokenizer_too(key: str, value: object, must: str, folder: P
         load(str(folder))
 
 
+@pytest.mark.parametrize("value", [2, -1, float("nan")])
+def test_dropout_that_fails_once_something_is_trained_is_refused(value: float, folder: Path) -> None:
+    change_config(folder, attention_dropout=value)
+    for opener in (load, outline):
+        with pytest.raises(ModelError, match=r"config\.json: attention_dropout is .*must be a probability"):
+            opener(str(folder))
+
+
 def test_a_model_that_answers_with_tuples_is_refused(folder: Path) -> None:
     change_config(folder, return_dict=False)
     for opener in (load, outline):
