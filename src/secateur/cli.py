@@ -135,7 +135,7 @@ def prune(
         progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
         _report(finished, output)
         return
-    with resumable(f"What is finished is kept; the same command with --resume goes on to {output}."):
+    with resumable(f"What is finished is kept; the same command with --resume goes on to {output}.", output):
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
     if not dry_run:
         _report(result.metrics, output)
@@ -216,7 +216,7 @@ def analyze(
     }
     settings = _settings(recipe, overrides, flags)
     progress.show()
-    with resumable("What is measured is kept; the same command with --resume goes on." if output else ""):
+    with resumable("What is measured is kept; the same command with --resume goes on." if output else "", output):
         found = inspection.analyze(
             *load(**settings.model.model_dump()),
             ratios=fractions,

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from secateur.errors import SecateurError, out_of_memory
+from secateur.whole import beside, place_of
 
 _ONE_SIGNAL_SECONDS = 10.0
 """A terminal that closes and a scheduler send several: those after the first must not interrupt the tidying."""
@@ -56,13 +58,26 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def resumable(kept: str) -> Iterator[None]:
-    """Say what an interruption leaves, and end with the exit code that shells give it."""
+def resumable(kept: str, output: Path | None = None) -> Iterator[None]:
+    """Say what an interruption leaves, and end with the exit code that shells give it; say what an error leaves of an
+    unfinished run for ``output``."""
     try:
         yield
+    except Exception as error:
+        if output is not None and (left := _unfinished(output)) is not None and str(left) not in str(error):
+            typer.echo(f"What is finished is kept in {left}: --resume goes on, or delete it to start anew.", err=True)
+        raise
     except KeyboardInterrupt as interrupt:
         typer.echo(f"Interrupted. {kept}".strip(), err=True)
         raise typer.Exit(_exit_code(interrupt)) from interrupt
+
+
+def _unfinished(output: Path) -> Path | None:
+    """The folder of an unfinished run for ``output``, if there is one."""
+    with suppress(SecateurError):
+        folder = beside(place_of(output), "secateur")
+        return folder if folder.is_dir() else None
+    return None
 
 
 def debugging() -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from secateur.endings import _message
+from secateur.endings import _message, resumable
+from secateur.errors import ModelError
 
 PROGRAM = """
 import os, signal, subprocess, sys, tempfile, time
@@ -140,3 +141,18 @@ def test_nesting_that_a_library_cannot_read_is_no_bug_and_another_endless_call_i
 
 def test_a_message_is_never_endless() -> None:
     assert len(_message(ValueError("x" * 100_000))) < 2000
+
+
+def test_an_error_says_what_is_left_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(reason: str) -> None:
+        with pytest.raises(ModelError), resumable("", tmp_path / "out"):
+            raise ModelError(reason)
+
+    fail("diverged")
+    assert capsys.readouterr().err == ""
+    left = tmp_path / ".out.secateur"
+    left.mkdir()
+    fail("diverged")
+    assert f"kept in {left}: --resume goes on, or delete it" in capsys.readouterr().err
+    fail(f"{left} is of another recipe")
+    assert capsys.readouterr().err == ""
