@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from secateur.errors import SecateurError, out_of_memory
+from secateur.errors import SecateurError, is_full, out_of_memory
 from secateur.whole import beside, place_of
 
 _ONE_SIGNAL_SECONDS = 10.0
@@ -159,14 +159,6 @@ def _advice(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "This place cannot be written or read. Mend its permissions, or name another one."
     return None
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError):
-        return error.errno in numbers
-    return any(f"(os error {number})" in str(error) for number in numbers) or "inline_container.cc" in str(error)
 
 
 def _was_reading(error: RecursionError) -> bool:

@@ -62,3 +62,11 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         waiting += [cause.__cause__, cause.__context__]
     return False
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers) or "inline_container.cc" in str(error)

@@ -115,6 +115,8 @@ def prune(
     Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
     """
     refuse_what_cannot_work(model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise InputError(f"A {type(tokenizer).__name__} is no tokenizer. Give what secateur.load returns, or None.")
     recipe = _complete(None if recipe is None else recipe_of(recipe), ratio, method, model, tokenizer)
     check_finite(model, written_dtype(model, recipe.export))
     if tokenizer is not None and "vocab" in recipe.budget.kinds:

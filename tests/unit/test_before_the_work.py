@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 import secateur
 from secateur import pipeline
+from secateur.endings import _advice
 from secateur.errors import InputError, SecateurError
+from secateur.export.words import _written
 from secateur.loading import load
 from secateur.stages import refuse_what_cannot_work
 from secateur.testing.tiny import TINY, build
@@ -137,3 +140,14 @@ def test_every_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
     assert modes == {"out": 0o750, "below": 0o750, "one": 0o640, "two": 0o640}
+
+
+def test_a_full_disk_is_not_the_tokenizers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **options: Any) -> Any:
+        raise Exception("File too large (os error 27)")  # as tokenizers says it
+
+    words = tiny_tokenizer()
+    monkeypatch.setattr(type(words), "save_pretrained", full)
+    with pytest.raises(Exception, match="os error 27") as caught:
+        _written(words, tmp_path)
+    assert _advice(caught.value) == _advice(OSError(errno.ENOSPC, "no room"))

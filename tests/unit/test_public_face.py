@@ -67,3 +67,15 @@ def test_what_is_no_path_is_refused_in_one_sentence(given: Any) -> None:
 def test_kinds_that_there_are_none_of_are_refused(kinds: Any) -> None:
     with pytest.raises(secateur.SecateurError, match=r"no kinds of groups\. Give a list of: ffn, attention"):
         secateur.trace(TINY["llama-gqa"](), kinds)
+
+
+@pytest.mark.parametrize("given", [*NO_PATHS, "model"])
+def test_what_is_no_tokenizer_is_refused(given: Any) -> None:
+    with pytest.raises(secateur.SecateurError, match=r"is no tokenizer\. Give what secateur\.load returns"):
+        secateur.prune(TINY["llama-gqa"](), given, method="magnitude")
+
+
+def test_what_is_no_device_is_refused() -> None:
+    for device in (None, [], 3.5):
+        with pytest.raises(secateur.SecateurError, match=r"Device .* cannot be used here"):
+            secateur.load("nowhere", device=device)  # type: ignore[arg-type]

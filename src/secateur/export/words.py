@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import InputError
+from secateur.errors import InputError, is_full
 from secateur.export.weights import source_of
 from secateur.loading import quiet_transformers
 from secateur.reading import parse_json, read_json
@@ -269,6 +269,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Words:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # each tokenizer class raises what it likes
+        if is_full(error):
+            raise
         raise InputError(
             f"The tokenizer cannot be saved ({type(error).__name__}: {error}). Give one that "
             "save_pretrained writes, or none."

@@ -136,10 +136,10 @@ def pick_device(device: str = "auto") -> torch.device:
         if place.type == "meta":
             raise NotImplementedError("it has shapes but no numbers")
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(
-            f"Device {device!r} cannot be used here ({first}). Use auto, cpu, cuda, cuda:N or mps."
+            f"Device {brief(device)} cannot be used here ({first}). Use auto, cpu, cuda, cuda:N or mps."
         ) from error
     return place
 
