@@ -35,6 +35,15 @@ class Ended(KeyboardInterrupt):
 class Commands(TyperGroup):
     """The one place where an exception becomes a message and an exit code."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # of --help and --version, which the parser answers: no room for what they print
+            if debugging():
+                raise
+            typer.echo(f"Error: {_message(error)}", err=True)
+            sys.exit(1)
+
     def invoke(self, ctx: Any) -> Any:
         _open_streams()
         try:

@@ -156,3 +156,12 @@ def test_an_error_says_what_is_left_of_an_unfinished_run(tmp_path: Path, capsys:
     assert f"kept in {left}: --resume goes on, or delete it" in capsys.readouterr().err
     fail(f"{left} is of another recipe")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
+def test_help_that_finds_no_room_is_one_message() -> None:
+    with open("/dev/full", "w") as full, start("--help", stdout=full) as process:
+        said = process.communicate()[1]
+    assert process.returncode == 1
+    assert "The disk is full" in said
+    assert "Traceback" not in said
