@@ -27,34 +27,13 @@ from transformers import (
 from secateur.errors import InputError, is_full
 from secateur.export.weights import source_of
 from secateur.loading import quiet_transformers
+from secateur.loading.beside import LICENCE, PROCESSOR, TOKENIZER
 from secateur.reading import parse_json, read_json
 from secateur.surgery.rebuild import is_uneven
 
 Words = dict[str, bytes]
 """Path in the folder → content."""
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-_PROCESSOR = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "audio_tokenizer_config.json",
-)
-_LICENCE = ("licen[sc]e*", "notice*", "use_policy*", "copying*")
 _NAMES_CODE = ("auto_map", "custom_pipelines")
 """Keys of JSON files under which code is named that whoever trusts the folder runs."""
 _KERNELS = "experts_implementation"
@@ -90,9 +69,9 @@ def words_of(
         if tokenizer is not None:
             words |= _tokenizer(tokenizer, source, scratch)
     if source is not None:
-        words |= carried(source, _LICENCE)
+        words |= carried(source, LICENCE)
         if before is None or before.get_text_config().vocab_size == config.get_text_config().vocab_size:
-            words |= _without_code(carried(source, _PROCESSOR))
+            words |= _without_code(carried(source, PROCESSOR))
     return words
 
 
@@ -230,13 +209,13 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path | None, scratch:
         if folder is None:
             continue
         if _is_that_of(tokenizer, written, folder, scratch):
-            return _without_code(carried(folder, _TOKENIZER))
+            return _without_code(carried(folder, TOKENIZER))
     return written if type(tokenizer)._auto_class is not None else _without_code(written)
 
 
 def _is_that_of(tokenizer: PreTrainedTokenizerBase, written: Words, folder: Path, scratch: Path) -> bool:
     """Whether the folder's tokenizer would write the same, with the padding token that ``loading.load`` sets or not."""
-    if type(tokenizer)._auto_class is not None or not carried(folder, _TOKENIZER):
+    if type(tokenizer)._auto_class is not None or not carried(folder, TOKENIZER):
         return False
     try:
         fresh = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

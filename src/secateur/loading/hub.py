@@ -17,17 +17,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects
 
 from secateur.errors import ModelError
+from secateur.loading.beside import LICENCE, TEMPLATES
 from secateur.loading.built_in import BUILT_IN
 from secateur.loading.library import first_line
 from secateur.loading.weights import refuse_weights
 from secateur.progress import say
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+_NEEDED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _CODE = ["*.py"]  # fetched only for those who trust it
 # Subfolders hold other formats (onnx, original checkpoints), "consolidated" files the same weights a second time.
 _IGNORED = ["*/*", "consolidated*"]
+_ALONG = [re.sub("[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", name) for name in (*LICENCE, *TEMPLATES)]
+"""What opening a model does not need, and a result takes along; the hub tells small letters from capitals."""
 _TIMEOUT_SECONDS = 10.0
 
 
@@ -37,7 +41,7 @@ def hub_folder(name: str, revision: str | None, trust: bool) -> Path:
     Where the hub cannot be reached, or fails, what was fetched earlier is used if it is complete. Raises ModelError
     with what to do, for whatever goes wrong at the hub, on the way, or on the disk.
     """
-    wanted = _FILES + (_CODE if trust else [])
+    needed = _NEEDED + (_CODE if trust else [])
     try:
         info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
     except HFValidationError as error:
@@ -45,26 +49,26 @@ def hub_folder(name: str, revision: str | None, trust: bool) -> Path:
     except Exception as error:  # the client library changes its classes between versions
         if (refusal := _refusal(name, revision, error)) is not None:
             raise refusal from error
-        return _cached_folder(name, revision, wanted, error)
+        return _cached_folder(name, revision, needed, error)
     files = [sibling.rfilename for sibling in info.siblings or []]
     if "config.json" in files and not any(file.endswith(".safetensors") and "/" not in file for file in files):
         refuse_weights(name, files)
     say(f"Fetching {name} from {constants.ENDPOINT}")
     try:
         # by the name of the revision, not by its commit: the cache then finds it again by that name, offline too
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_IGNORED))
+        if any(filter_repo_objects(files, allow_patterns=_ALONG)):
+            snapshot_download(name, revision=revision, allow_patterns=_ALONG)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=needed, ignore_patterns=_IGNORED))
     except Exception as error:
         raise (_refusal(name, revision, error) or _broken_off(name, error)) from error
 
 
-def _cached_folder(name: str, revision: str | None, wanted: list[str], failure: Exception) -> Path:
+def _cached_folder(name: str, revision: str | None, needed: list[str], failure: Exception) -> Path:
     """What the hub's cache holds of a model, if that is complete; ``failure`` is why the hub was not asked."""
     try:
         commit = _whole_commit(name, revision)
-        return Path(
-            snapshot_download(
-                name, revision=commit, allow_patterns=wanted, ignore_patterns=_IGNORED, local_files_only=True
-            )
+        folder = snapshot_download(
+            name, revision=commit, allow_patterns=needed, ignore_patterns=_IGNORED, local_files_only=True
         )
     except Exception as error:
         reason = f"the hub ({constants.ENDPOINT}) cannot be reached"
@@ -72,10 +76,9 @@ def _cached_folder(name: str, revision: str | None, wanted: list[str], failure: 
             reason = "HF_HUB_OFFLINE forbids to ask the hub"
         elif (status := _status(failure)) is not None:
             reason = f"the hub ({constants.ENDPOINT}) answers with an error ({status})"
-        missing = re.search(r"are missing \((.*?)\)\.", str(error))
-        if missing:  # the listing was kept by the download that left off
+        if missing := _missing(error):  # the listing was kept by the download that left off
             raise ModelError(
-                f"The hub's cache holds {name} only in part: {missing[1]} missing; and {reason} to fetch the rest. Let "
+                f"The hub's cache holds {name} only in part: {missing} missing; and {reason} to fetch the rest. Let "
                 f"it finish where there is network: `hf download {name}`."
             ) from error
         at = f" at revision {revision}" if revision else ""
@@ -85,6 +88,17 @@ def _cached_folder(name: str, revision: str | None, wanted: list[str], failure: 
             f"cache. Download it where there is network (`hf download {name} --local-dir DIR`) and give that "
             f"folder.{hint}"
         ) from error
+    try:
+        snapshot_download(name, revision=commit, allow_patterns=_ALONG, local_files_only=True)
+    except Exception as error:  # such as a cache that was filled by something that fetches less
+        say(f"The hub's cache lacks {_missing(error)} of {name}, and so will a result.")
+    return Path(folder)
+
+
+def _missing(error: Exception) -> str | None:
+    """The files that a complete folder would have, where the cache knows."""
+    found = re.search(r"are missing \((.*?)\)\.", str(error))
+    return None if found is None else found[1]
 
 
 def _whole_commit(name: str, revision: str | None) -> str | None:

@@ -14,11 +14,15 @@ import pytest
 from huggingface_hub import constants
 
 from secateur.errors import ModelError
+from secateur.export import save
+from secateur.graph import trace
 from secateur.loading import hub, load, outline
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
 SHA = "ab12" * 10
+ALONG = ("LICENSE", "Licence.md", "NOTICE", "USE_POLICY.md", "additional_chat_templates/tools.jinja")
+LEFT = ("README.md", "code.py", "consolidated.safetensors", "onnx/config.json", "original/tokenizer.model")
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -38,8 +42,11 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
+    def files(self) -> Iterator[str]:
+        return (file.relative_to(self.source).as_posix() for file in self.source.rglob("*") if file.is_file())
+
     def do_GET(self) -> None:
-        path, files = self.path.split("?")[0], sorted(file.name for file in self.source.iterdir())
+        path, files = self.path.split("?")[0], sorted(self.files())
         if self.mode.startswith("all "):
             return self.answer(int(self.mode[4:]), b"{}")
         if "/tree/" in path:
@@ -52,7 +59,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
         if self.mode == "gated":
             return self.answer(403, b"restricted", X_Error_Code="GatedRepo", X_Error_Message="restricted")
-        file = path.rsplit("/", 1)[1]
+        file = path.split(f"/resolve/{SHA}/")[1]
         broken = file == "model.safetensors"
         if broken and self.mode.isdigit():
             return self.answer(int(self.mode), b"no")
@@ -68,6 +75,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     _Hub.source = tmp_path_factory.mktemp("source")
     build("llama-tied").save_pretrained(_Hub.source)
     tiny_tokenizer().save_pretrained(_Hub.source)
+    for name in (*ALONG, *LEFT):
+        (_Hub.source / name).parent.mkdir(exist_ok=True)
+        (_Hub.source / name).write_text(name)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -104,6 +114,35 @@ def test_what_was_fetched_once_opens_offline(how: str, cache: Path, monkeypatch:
         assert load("org/name", revision=revision, device="cpu")[1] is not None
     with pytest.raises(ModelError, match=r"at revision v2\.0, nor is it in the hub's cache"):
         load("org/name", revision="v2.0")
+
+
+@pytest.mark.parametrize("how", ["well", "HF_HUB_OFFLINE"])
+def test_what_a_result_takes_along_is_fetched_and_nothing_else(
+    how: str, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load("org/name", device="cpu")
+    go_offline(monkeypatch, how)
+    model, tokenizer = load("org/name", device="cpu")
+    assert tokenizer is not None
+    assert tokenizer.chat_template["tools"] == "additional_chat_templates/tools.jinja"
+    there = {file.relative_to(model.source_folder).as_posix() for file in model.source_folder.rglob("*")}
+    assert there >= set(ALONG)
+    assert not there & set(LEFT)
+    save(model, tokenizer, tmp_path / "out", graph=trace(model), kept={})
+    for name in ALONG:
+        assert (tmp_path / "out" / name).read_text() == name
+
+
+def test_a_cache_that_something_else_filled_opens_offline_and_says_what_it_lacks(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("org/name", device="cpu")
+    (cache / "models--org--name" / "snapshots" / SHA / "LICENSE").unlink()
+    go_offline(monkeypatch)
+    said: list[str] = []
+    monkeypatch.setattr(hub, "say", said.append)
+    assert load("org/name", device="cpu")[1] is not None
+    assert said == ["The hub's cache lacks LICENSE of org/name, and so will a result."]
 
 
 @pytest.mark.parametrize(
