@@ -31,6 +31,7 @@ from secateur.export.weights import ExportSettings, written_bytes, written_dtype
 from secateur.export.words import words_of, write_words
 from secateur.finite import all_finite
 from secateur.loading import quiet_transformers
+from secateur.loading.places import promise_nothing_absent
 from secateur.progress import say
 from secateur.surgery import slice_model
 from secateur.surgery.blocks import without_layers
@@ -209,12 +210,16 @@ def describes_itself(model: PreTrainedModel) -> bool:
 
 
 def empty_model(form: StandardForm, like: PreTrainedModel) -> PreTrainedModel:
-    """A model in standard form without weights, that reads experts with the kernels that ``like`` needs."""
+    """A model in standard form without weights, that reads experts with the kernels that ``like`` needs.
+
+    Its config promises no parts that the model does not have.
+    """
     config = copy.deepcopy(form.config)
     config._experts_implementation = None  # so that it has what a reader would get
     standard = on_meta(form.model_class, config)
     if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, like.modules())):
         standard.config.experts_implementation = "eager"
+    promise_nothing_absent(standard)
     return standard
 
 
@@ -334,7 +339,8 @@ def rehearse_saving(
         tokenizer = None
     try:
         form = standard_form(outline, graph, kept)
-        words = words_of(model, tokenizer, form.model_class, form.config, written_dtype(model, settings))
+        standard = empty_model(form, like=outline)
+        words = words_of(model, tokenizer, form.model_class, standard.config, written_dtype(model, settings))
         with tempfile.TemporaryDirectory(prefix="secateur-rehearsal-") as scratch, quiet_transformers():
             write_words(Path(scratch), words)
             config = type(form.config).from_pretrained(scratch, local_files_only=True)

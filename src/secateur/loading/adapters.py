@@ -81,13 +81,10 @@ def check_adapter(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         raise ModelError(f"{name} is an adapter without {ADAPTER_WEIGHTS}; pickled adapters are not opened.")
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
-    """``model`` with the LoRA adapter in ``folder`` merged into its weights.
+def attach_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """``model``, in place, with the LoRA adapter in ``folder`` beside its weights, of which there need not be any.
 
-    Tensors that the model holds once and uses twice (head and embedding) become two where the adapter changes one of
-    the uses; the config then says so. Raises ValueError when a tensor of either finds no partner, or when the merged
-    model computes something else than peft's own with the adapter beside the weights; peft itself raises whatever it
-    does for other shapes.
+    Raises ValueError when a tensor of either finds no partner; peft itself raises whatever it does for other shapes.
     """
     from peft import PeftModel
 
@@ -99,19 +96,32 @@ def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, A
                 f"{module} was trained in full (modules_to_save in {ADAPTER_CONFIG}), and {ADAPTER_WEIGHTS} has no "
                 "weights for it: what it learned is lost. Save the adapter again from where it was trained."
             )
+    place = "cpu" if model.device.type == "meta" else str(model.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about missing keys, which are an error here
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=place)
+        # A second time, because only this tells what found no place.
+        names = getattr(model, "_checkpoint_conversion_mapping", None)
+        result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=place)
+    for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
+        if keys:
+            raise ValueError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
+    return adapted.eval()
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """``model`` with the LoRA adapter in ``folder`` merged into its weights.
+
+    Tensors that the model holds once and uses twice (head and embedding) become two where the adapter changes one of
+    the uses; the config then says so. Raises what ``attach_adapter`` does, and ValueError when the merged model
+    computes something else than peft's own with the adapter beside the weights.
+    """
     ties, shared = dict(getattr(model, "all_tied_weights_keys", {})), _uses(model)
     parts = {id(part): part for part in (model.config, model.config.get_text_config())}.values()
     said = [(part, part.tie_word_embeddings) for part in parts if hasattr(part, "tie_word_embeddings")]
+    adapted = attach_adapter(model, folder, settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about missing keys, which are an error here
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        # A second time, because only this tells what found no place.
-        names = getattr(model, "_checkpoint_conversion_mapping", None)
-        result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=str(model.device))
-        for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
-            if keys:
-                raise ValueError(f"{len(keys)} of its tensors have no counterpart in {where}; the first is {keys[0]}.")
-        adapted.eval()
+        warnings.simplefilter("ignore")  # about head and embedding, which are told apart here
         _give_each_use_its_own(model, shared)
         ids = _probe(model, settings)
         with torch.no_grad():

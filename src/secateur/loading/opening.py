@@ -24,7 +24,14 @@ from transformers import (
 
 from secateur.errors import InputError, ModelError
 from secateur.loading import places
-from secateur.loading.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, is_adapter_folder, merge_adapter
+from secateur.loading.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    attach_adapter,
+    check_adapter,
+    is_adapter_folder,
+    merge_adapter,
+)
 from secateur.loading.built_in import BUILT_IN, built_in_folder
 from secateur.loading.checks import TOKENIZER_FILES, check_beside, check_config
 from secateur.loading.hub import hub_folder
@@ -115,13 +122,18 @@ def outline(
     _check_flags(trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     folder = _find(str(name), revision, trust_remote_code)
     if not is_adapter_folder(folder):
-        return _examine(folder, str(name), trust_remote_code, drop_unexpected, needed=False).empty.eval()
+        model = _examine(folder, str(name), trust_remote_code, drop_unexpected, needed=False).empty.eval()
+        _open_tokenizer(folder, str(name), trust_remote_code)
+        return model
     base, revision = _adapter_base(folder, str(name))
     try:
         model = outline(base, revision=revision, trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     except ModelError as error:
         raise _without_base(str(name), base, error) from error
     _check_adapter_weights(folder, str(name))
+    with explained(f"The adapter {name} does not fit its base model {base}", str(name)):
+        attach_adapter(copy.deepcopy(model), folder, read_object(folder / ADAPTER_CONFIG))
+    _open_tokenizer(folder, str(name), trust_remote_code)
     return model
 
 

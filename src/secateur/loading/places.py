@@ -6,16 +6,24 @@ a word. Here the names in the files are compared with those of the model without
 
 from __future__ import annotations
 
-import math
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
 from secateur.errors import ModelError
+from secateur.loading.library import explained
 from secateur.loading.weights import FLOATS, Stored, same_numbers
 
 _COMPUTED = re.compile(
@@ -100,20 +108,28 @@ def check_places(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fi
                 f"{name} holds two tensors for {place}: {both[0]} and {both[1]}; which is meant cannot be known. Save "
                 "the model again."
             )
-    state = model.state_dict()
-    wrong = [
-        f"{place}: {list(stored[keys[0]].shape)} instead of {list(state[place].shape)}"
-        for place, keys in found.plain.items()
-        if stored[keys[0]].shape != tuple(state[place].shape)
-    ]
-    for place in sorted(found.complete):
-        numbers = sum(math.prod(stored[key].shape) for key in found.merged[place])
-        if numbers != state[place].numel():
-            wrong.append(f"{place}: {numbers:,} numbers in its parts instead of {state[place].numel():,}")
-    # What is taken apart is reported when it is read: only then are its parts known.
-    if not found.merged:
-        wrong += sorted(_without_tensor(model, found))
+    with explained(f"The weights of {name} do not fit its config.json", name):
+        wrong = _misfits(model, stored)
     refuse_misfits(wrong, name)
+
+
+def _misfits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> list[str]:
+    """What ``model`` would lack, found by reading tensors of the same shapes that hold no numbers.
+
+    So transformers itself puts together and takes apart what is stored in another form, such as one tensor an expert.
+    """
+    empty = copy.deepcopy(model)
+    transforms = get_model_conversion_mapping(empty)
+    for change in transforms:
+        if isinstance(change, WeightConverter):
+            change.force_cpu = False  # set for tensors that are too large for a GPU
+    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=transforms)
+    tensors = {key: torch.empty(tensor.shape, device="meta") for key, tensor in stored.items()}
+    info, _ = convert_and_load_state_dict_in_model(empty, tensors, options)
+    shapes = [f"{place}: {list(given)} instead of {list(wanted)}" for place, given, wanted in info.mismatched_keys]
+    lacking = _without_tensor(model, model.state_dict().keys() - info.missing_keys)
+    empty._adjust_missing_and_unexpected_keys(info)  # of buffers, a family knows which it computes
+    return sorted(shapes) + sorted(lacking | (info.missing_keys & {buffer for buffer, _ in model.named_buffers()}))
 
 
 def refuse_misfits(wrong: list[str], name: str) -> None:
@@ -124,13 +140,13 @@ def refuse_misfits(wrong: list[str], name: str) -> None:
         )
 
 
-def _without_tensor(model: PreTrainedModel, found: Fit) -> set[str]:
-    """Parameters that the files hold nothing for, under none of their names."""
+def _without_tensor(model: PreTrainedModel, given: Set[str]) -> set[str]:
+    """Parameters that are ``given`` under none of their names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     ties = getattr(model, "all_tied_weights_keys", {})
-    given = set(found.plain) | {ties[name] for name in found.plain if name in ties}
+    given = given | {ties[name] for name in given if name in ties}
     given |= {one for one, other in ties.items() if other in given}
     return {alike[0] for alike in names.values() if not given & set(alike)}
 
@@ -152,12 +168,13 @@ def promise_nothing_absent(model: PreTrainedModel) -> None:
     """Let the config of ``model`` promise no layers for multi-token prediction when the model has none."""
     if any(re.search(r"(^|[._])(mtp|nextn)", name) for name in model.state_dict()):
         return
-    config = model.config
-    parts = {id(part): part for part in (config, config.get_text_config())}
-    for part in parts.values():
+    for part in (model.config, model.config.get_text_config()):
         for key in _PREDICT_MORE:
             if getattr(part, key, None):
                 setattr(part, key, 0)
+        nested = getattr(part, "mtp_config", None)
+        if isinstance(nested, dict):
+            part.mtp_config = {key: 0 if key in _PREDICT_MORE else value for key, value in nested.items()}
 
 
 def check_layers(config: PreTrainedConfig, tensors: int, name: str) -> None:

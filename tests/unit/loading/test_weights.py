@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import secateur
+from secateur import export
 from secateur.errors import ModelError, out_of_memory
+from secateur.graph import trace
 from secateur.loading import load, opening, outline
 from secateur.testing.tiny import SPECS, build
 
@@ -80,6 +84,25 @@ def test_no_config_promises_layers_that_predict_more_tokens(tmp_path: Path) -> N
     assert not any(written.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
 
 
+def test_what_a_model_from_python_becomes_promises_none_either(tmp_path: Path) -> None:
+    model = build("deepseek-v3")
+    assert model.config.num_mtp_layers == 1
+    model.config.mtp_config = {"num_nextn_predict_layers": 2, "depth": 3}
+    graph = trace(model)
+    export.save(model, None, tmp_path / "whole", graph=graph, kept={})
+    assert model.config.num_mtp_layers == 1  # it is not changed
+    secateur.prune(
+        model,
+        method="magnitude",
+        recipe={"budget": {"kinds": ["ffn"]}, "recovery": {"steps": 0}},
+        output=tmp_path / "cut",
+    )
+    for name in ("whole", "cut"):
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        assert not any(written.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
+        assert written["mtp_config"] == {"num_nextn_predict_layers": 0, "depth": 3}
+
+
 def test_buffers_that_the_model_computes_itself_are_no_loss(tmp_path: Path) -> None:
     write(tmp_path / "llama", "llama-gqa")
     add(
@@ -127,7 +150,31 @@ def test_experts_whose_parts_do_not_make_a_whole(damage: str, tmp_path: Path) ->
         weights[name] = weights[name][:, :-1].contiguous()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for opener in OPENERS:
-        with pytest.raises(ModelError, match=r"experts.* numbers in its parts instead of"):
+        with pytest.raises(ModelError, match=r"no fitting weights for .*experts"):
+            opener(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (r"experts\.1\.", r"experts\.down_proj: \[\d, 48, \d+\] instead of"),
+        (r"experts\.2\.(w3|up_proj)", r"experts\.gate_up_proj"),
+        (r"experts\.\d+\.(w2|down_proj)", r"experts\.down_proj"),
+        (r"gate\.weight", r"gate\.weight"),
+        (r"o_proj", r"o_proj\.weight"),
+        (r"gate\.e_score_correction_bias", r"e_score_correction_bias"),
+    ],
+)
+def test_what_is_missing_among_experts_that_are_put_together(
+    lost: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(write(tmp_path, "deepseek-v3"))
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_missing", [r"o_proj", r"gate\.weight"])  # the family hides it
+    weights = load_file(tmp_path / "model.safetensors")
+    left = {key: tensor for key, tensor in weights.items() if not re.search(rf"layers\.1\..*{lost}", key)}
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for opener in OPENERS:
+        with pytest.raises(ModelError, match=rf"no fitting weights for .* the first is model\.layers\.1\..*{words}"):
             opener(str(tmp_path))
 
 
