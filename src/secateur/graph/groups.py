@@ -108,6 +108,8 @@ def find_groups(
         group.name: (candidate.atom,) for candidate, group in zip(chosen, groups, strict=True) if group.runs == 1
     }
     groups = [replace(group, fixed=_special_tokens(model)) if group.kind == "vocab" else group for group in groups]
+    unread = [name for name in shapes if name not in table.used]
+    groups = [_unless_unread(group, unread, shapes) if group.kind == "hidden" else group for group in groups]
     groups = _with_query_heads(groups, chosen, candidates, unused, norms, units)
     layers = find_blocks(model, table, places, calls, spans)
     if layers is not None:
@@ -285,13 +287,15 @@ def _name(candidate: Candidate, kind: Kind) -> str:
 
 def _special_tokens(model: nn.Module) -> tuple[tuple[int, str], ...]:
     """Ids of tokens that the config, or the generation config, has a use for, each with that use."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: dict[int, str] = {}
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        for name, value in vars(config).items() if config is not None else ():
-            if name.endswith("_token_id") and value is not None:
+    for part in (config, text, getattr(model, "generation_config", None)):
+        for name, value in vars(part).items() if part is not None else ():
+            if name.endswith(("_token_id", "_token_index")) and value is not None:
                 for token in value if isinstance(value, list | tuple) else (value,):
                     found.setdefault(int(token), f"it is the {name} of the config")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0) or 0
+    vocabulary = getattr(text, "vocab_size", 0) or 0
     return tuple(sorted((token, use) for token, use in found.items() if 0 <= token < vocabulary))
 
 
@@ -338,6 +342,17 @@ def _protection(candidate: Candidate, kind: Kind, unused: Mapping[tuple[str, ...
     if len(candidate.layers) > 1 or candidate.layers == [None]:
         return "it is shared between layers" if len(candidate.layers) > 1 else "it lies outside of the decoder layers"
     return None
+
+
+def _unless_unread(group: NodeGroup, unread: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> NodeGroup:
+    """The hidden width ``group``, protected when a parameter that the run did not use may have that width as well.
+
+    So it is with what turns pictures or sounds into hidden states: text alone does not run it.
+    """
+    name = next((name for name in unread if any(size % group.size == 0 for size in shapes[name])), None)
+    if name is None or not group.on_request:
+        return group
+    return replace(group, protected=f"the parameter {name} was not used in the recorded pass", on_request=False)
 
 
 def _statistics(candidate: Candidate, kind: Kind, norms: Container[tuple[str, ...]]) -> str | None:

@@ -45,8 +45,6 @@ class Fit:
     """Tensor of the model → tensors of the files that are read into it as they are."""
     merged: dict[str, list[str]] = field(default_factory=dict)
     """The same for tensors that are put together or taken apart while they are read."""
-    complete: set[str] = field(default_factory=set)
-    """Those of ``merged`` that are put together of all the numbers in their tensors, and nothing else."""
     unplaced: list[str] = field(default_factory=list)
     """Tensors of the files that find no place, but for buffers that the model computes itself."""
 
@@ -58,7 +56,6 @@ def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
     converters = [change for change in transforms if isinstance(change, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     computed = {name for name, _ in model.named_buffers()} - state.keys()
-    joined = {source for change in converters if len(change.target_patterns) == 1 for source in change.source_patterns}
     found = Fit()
     for key, tensor in stored.items():
         place, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -66,8 +63,6 @@ def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
             place, pattern = rename_source_key(key, [], [], prefix, state)
         if place in state:
             (found.plain if pattern is None else found.merged).setdefault(place, []).append(key)
-            if pattern in joined:
-                found.complete.add(place)
         elif place not in computed and not _is_computed(key, tensor):
             found.unplaced.append(key)
     return found

@@ -48,7 +48,7 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
             _list_what_is_there(base, config)
     except _REFUSALS as error:
         raise ModelError(f"The config of a {type(base).__name__} cannot have fewer layers: {error}") from error
-    wide = _on_meta(type(base), config)
+    config, wide = _with_low_towers(type(base), config)
     if sum(parameter.numel() for parameter in wide.parameters()) > NARROW_FROM:
         try:
             family = family_of(base) if is_listed(config) else type(base)
@@ -57,6 +57,24 @@ def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreT
             if sum(parameter.numel() for parameter in wide.parameters()) > WIDE_UP_TO:
                 raise ModelError(f"No small model stands for this {graph.model_type} model: {error}") from error
     return _built(model, type(base), config, graph, sizes=True)
+
+
+def _with_low_towers(family: Any, config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
+    """``config`` with one layer in each part that is not for text, where the family can be built so; and that model.
+
+    What reads pictures or sounds does not run when a cut is checked, and may be most of a stand-in.
+    """
+    low = copy.deepcopy(config)
+    text = low.get_text_config()
+    for name in low.sub_configs if text is not low else ():
+        part = getattr(low, name, None)
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(part, PretrainedConfig) and part is not text and isinstance(layers, int):
+            _first_layers(part, layers, 1)
+    try:
+        return low, _on_meta(family, low)
+    except ModelError:
+        return config, _on_meta(family, config)
 
 
 def _on_meta(family: Any, config: PretrainedConfig) -> Any:
@@ -156,10 +174,7 @@ def _fewer_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
         raise ModelError(f"The config of this {config.model_type} model does not count its layers.")
     sizes = text.to_dict().get("per_layer_config")
     text.per_layer_config = None
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == whole:  # such as layer_types
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = min(whole, layers)
+    _first_layers(text, whole, layers)
     if sizes is not None:
         text.per_layer_config = {layer: own for layer, own in sizes.items() if int(layer) < layers}
     if text is config and not is_listed(config):  # ids of images lie beyond a small vocabulary, and lists name sizes
@@ -168,6 +183,13 @@ def _fewer_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
             if getattr(config, name, None) is not None:
                 setattr(config, name, 0)
     return config
+
+
+def _first_layers(config: PretrainedConfig, whole: int, layers: int) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == whole:  # such as layer_types
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = min(whole, layers)
 
 
 def _short_windows(config: PretrainedConfig) -> PretrainedConfig:

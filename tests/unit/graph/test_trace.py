@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.graph import trace
+from secateur.testing import zoo
 from secateur.testing.tiny import FFN, HEADS, HIDDEN, TINY, VOCAB, build
 from secateur.types import DependencyGraph
 
@@ -300,6 +301,24 @@ def test_an_unused_parameter_protects_its_module() -> None:
     graph = trace(model)
     assert "was not used" in (graph["layers.1.mlp"].protected or "")
     assert graph["layers.0.mlp"].protected is None
+
+
+def test_what_makes_hidden_states_of_pictures_keeps_the_hidden_width() -> None:
+    """Text alone does not run it, so that it would go on with the old width."""
+    model = zoo.build("gemma3", zoo.Shape.draw(0, "joined"))
+    hidden = next(group for group in trace(model) if group.kind == "hidden")
+    assert "was not used in the recorded pass" in (hidden.protected or "")
+    assert not hidden.on_request
+    assert trace(model).prunable  # the rest of the text model can be cut
+    alone = next(group for group in trace(build("gemma3")) if group.kind == "hidden")
+    assert alone.on_request
+
+
+def test_special_tokens_of_a_model_of_several_parts_stay() -> None:
+    model = zoo.build("gemma3", zoo.Shape.draw(0, "joined"))
+    model.config.image_token_id, model.config.get_text_config().eos_token_id = 7, 11
+    vocabulary = next(group for group in trace(model) if group.kind == "vocab")
+    assert {7, 11} <= dict(vocabulary.fixed).keys()
 
 
 def test_layers_that_share_a_module_are_not_cut_apart() -> None:

@@ -122,6 +122,34 @@ def test_results_that_list_their_tensors_have_stand_ins(monkeypatch: pytest.Monk
     assert all(check.ok and "on random weights and 2 layers" in check.message for check in verify_cuts(model))
 
 
+def test_what_reads_pictures_has_one_layer_in_a_stand_in() -> None:
+    model = build("gemma3", Shape.draw(0, "joined"))
+    config = model.config
+    config.vision_config.num_hidden_layers = 5
+    model = type(model)(config).eval()
+    small: Any = stand_in(model, trace(model))
+    assert small.config.vision_config.num_hidden_layers == 1
+    assert model.config.vision_config.num_hidden_layers == 5
+    assert protect_failing(model, trace(model)).prunable
+
+
+def test_what_cannot_have_a_tower_of_one_layer_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gemma3", Shape.draw(0, "joined"))
+    config = model.config
+    config.vision_config.num_hidden_layers = 5
+    model, graph = type(model)(config).eval(), trace(model)
+    built = STAND_IN._on_meta
+
+    def picky(family: Any, config: Any) -> Any:
+        if config.vision_config.num_hidden_layers == 1:
+            raise ModelError("too few layers")
+        return built(family, config)
+
+    monkeypatch.setattr(STAND_IN, "_on_meta", picky)
+    small: Any = stand_in(model, graph)
+    assert small.config.vision_config.num_hidden_layers == 5
+
+
 @pytest.mark.parametrize("family", ["dots3_note_text", "gemma4_text"])
 def test_a_family_whose_layers_differ_by_design_has_a_narrow_stand_in(
     monkeypatch: pytest.MonkeyPatch, family: str
