@@ -100,6 +100,18 @@ def test_equal_widths_when_not_all_combinations_are_tried(monkeypatch: pytest.Mo
         assert abs(left - target) <= min(steps.values())
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.35])
+def test_equal_widths_when_the_class_with_most_widths_is_a_small_one(ratio: float) -> None:
+    """As in DeepSeek-V3: three dense layers of 18432 channels, and many of 2048."""
+    graph = llama_graph([300] + [256] * 60, [1] * 61, hidden=48)
+    generator = torch.Generator().manual_seed(0)
+    scores = Scores({group.name: torch.rand(group.size, generator=generator) for group in graph})
+    removed = allocate(graph, scores, Budget(ratio=ratio, ranking="layer"))
+    left = graph.parameter_count(removed_to_kept(graph, removed))
+    channel = sum(graph.unit_cost(group) for group in graph if group.kind == "ffn" and group.size == 256)
+    assert abs(left - (1 - ratio) * graph.parameter_count()) <= channel / 2
+
+
 def test_inspect_of_a_model_that_is_too_large_to_be_checked_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

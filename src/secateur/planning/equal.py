@@ -17,6 +17,8 @@ _COMBINATIONS = 256
 """How many combinations of widths of the smaller classes are tried at most."""
 _EXACT = 0.005
 """Fraction of all parameters: combinations that miss the target by no more than this are as good as exact."""
+_LARGE = 0.1
+"""Of the parameters that the largest class can lose: what a class must be able to lose to settle the rest."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> 
 
 
 def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> list[Combination]:
-    """Every combination of the other classes, each with the two widths of the finest class around the target."""
-    finest = max(range(len(classes)), key=lambda index: len(classes[index].counts))
+    """Some combinations of the other classes, each with the two widths of the finest class around the target."""
+    finest = _finest(count, classes)
     others = [item for index, item in enumerate(classes) if index != finest]
     most = max(2, int(_COMBINATIONS ** (1 / max(len(others), 1))))
     found = []
@@ -132,6 +134,17 @@ def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> l
             whole = {**kept, **classes[finest].kept(width)}
             found.append(Combination(whole, count(whole), loss + classes[finest].loss(width)))
     return found
+
+
+def _finest(count: Count, classes: Sequence[WidthClass]) -> int:
+    """Index of the class with the most widths, of those that hold enough parameters to make up for the others.
+
+    The feed-forward layers of three layers before sixty with experts have many widths, and a share of nothing.
+    """
+    start = {name: width for item in classes for name, width in item.kept(item.counts[0]).items()}
+    spans = [count(start) - count({**start, **item.kept(item.counts[-1])}) for item in classes]
+    large = [index for index, span in enumerate(spans) if span >= _LARGE * max(spans)]
+    return max(large, key=lambda index: len(classes[index].counts))
 
 
 def _around(count: Count, kept: Mapping[str, int], item: WidthClass, target: float) -> tuple[int, ...]:

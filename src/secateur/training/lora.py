@@ -30,7 +30,7 @@ class LoraSettings(Settings):
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """Wrap the model's linears in fresh adapters (B = 0, so the function is unchanged); only A and B train.
 
-    Raises InputError when ``settings.targets`` matches nothing.
+    The adapters of a model without weights have none either. Raises InputError when ``settings.targets`` matches nothing.
     """
     targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
     config = LoraConfig(
@@ -44,7 +44,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
         except ValueError as error:
             raise InputError(
                 f"lora.targets={list(settings.targets)} finds no linear module in {type(model).__name__}: {error} "
