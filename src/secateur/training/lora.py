@@ -30,7 +30,8 @@ class LoraSettings(Settings):
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """Wrap the model's linears in fresh adapters (B = 0, so the function is unchanged); only A and B train.
 
-    The adapters of a model without weights have none either. Raises InputError when ``settings.targets`` matches nothing.
+    The adapters of a model without weights have none either. Raises InputError when ``settings.targets`` matches
+    nothing.
     """
     targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
     config = LoraConfig(
