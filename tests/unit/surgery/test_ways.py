@@ -79,6 +79,22 @@ def test_every_way_is_open_to_an_ordinary_model(family: str) -> None:
     assert list(other_ways(lambda: sharing_copy(model), ids)) == EVERY
 
 
+def test_a_way_in_which_the_model_draws_numbers_is_none() -> None:
+    """Two copies answer differently then, whatever is cut."""
+    model = TINY["llama-gqa"]()
+
+    def noisy(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + torch.randn_like(output) if output.shape[1] > 12 else output
+
+    def copied() -> Any:
+        copy = sharing_copy(model)
+        copy.model.layers[0].mlp.register_forward_hook(noisy)
+        return copy
+
+    ways = other_ways(copied, torch.arange(24).reshape(2, 12))
+    assert list(ways) == [name for name in EVERY if name != "longer text"]
+
+
 def test_windows_of_a_stand_in_are_shorter_than_a_long_text() -> None:
     config = TINY["mistral"]().config
     config.sliding_window, config.max_position_embeddings = 4096, 32768
