@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -287,7 +288,7 @@ def _name(candidate: Candidate, kind: Kind) -> str:
 
 def _special_tokens(model: nn.Module) -> tuple[tuple[int, str], ...]:
     """Ids of tokens that the config, or the generation config, has a use for, each with that use."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: dict[int, str] = {}
     for part in (config, text, getattr(model, "generation_config", None)):

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -114,7 +115,7 @@ def _misfits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> list[str]:
     So transformers itself puts together and takes apart what is stored in another form, such as one tensor an expert.
     """
     empty = copy.deepcopy(model)
-    transforms = get_model_conversion_mapping(empty)
+    transforms: list[Any] = [*get_model_conversion_mapping(empty)]
     for change in transforms:
         if isinstance(change, WeightConverter):
             change.force_cpu = False  # set for tensors that are too large for a GPU
