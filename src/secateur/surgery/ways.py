@@ -78,7 +78,7 @@ def other_ways(whole: Callable[[], Any], ids: torch.Tensor) -> dict[str, Way]:
 def works(way: Way, whole: Callable[[], Any], ids: torch.Tensor) -> bool:
     """Whether the model that ``whole`` makes copies of answers by numbers when it is asked in this way.
 
-    They must be the same numbers again: Reformer hashes a long text by numbers that it draws.
+    They must be the same numbers again: where a model draws some, two copies differ, whatever is cut.
     """
     try:
         first, second = way(whole(), ids), way(whole(), ids)
