@@ -46,10 +46,10 @@ check: install  ## what CI runs: format, lint, types, documentation, tests
 sweep: install  ## every causal LM that transformers knows, tiny: cut, checked, saved, opened; writes docs/architectures.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m secateur.testing.sweep --out out/sweep --docs docs/architectures.md
 
-format: install  ## format the code and mend what the linter can mend, rewrite docs/keys.md
+format: install  ## format the code and mend what the linter can mend, rewrite the lists in docs/
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/python docs/write_keys.py
+	$(BIN)/python docs/write_lists.py
 
 docs: install  ## show the documentation at http://127.0.0.1:8000
 	$(BIN)/mkdocs serve

@@ -28,8 +28,8 @@ from secateur.analysis import Trial
 from secateur.data import TextSettings, TokenBlocks, load_blocks
 from secateur.importance import CRITERIA
 from secateur.importance.knowledge import cuts, measure_cuts
-from secateur.importance.stack import LayerStack
-from secateur.precision import autocast_dtype
+from secateur.walk import Calibration
+from secateur.walk.stack import LayerStack
 
 
 def tiny() -> Any:
@@ -79,10 +79,10 @@ def _size(module: torch.nn.Module) -> int:
 
 
 def one_way(model: Any, graph: Any, blocks: TokenBlocks, chosen: Any, cached: bool) -> tuple[dict[str, float], Any]:
-    counts, dtype = Counts(model, LayerStack.find(model, graph)), autocast_dtype("auto", model.device)
+    counts, text = Counts(model, LayerStack.find(model, graph)), Calibration(blocks, precision="auto")
     started = time.monotonic()
     with counts:
-        _, trials = measure_cuts(model, graph, blocks, chosen, cached=cached, autocast=dtype)
+        _, trials = measure_cuts(model, graph, text, chosen, cached=cached)
     seconds = time.monotonic() - started
     return {"passes": round(counts.passes(blocks.ids.numel()), 2), "seconds": round(seconds, 1)}, trials
 
@@ -110,7 +110,7 @@ def main() -> None:
         text = TextSettings(tokens=arguments.tokens, window=arguments.window)
         blocks = load_blocks(text, "calibration", tokenizer, 0)
     graph = secateur.trace(model)
-    scores = CRITERIA["magnitude"].score(model, graph, None, 0)
+    scores = CRITERIA["magnitude"]().score(model, graph, None, 0)
     chosen = cuts(graph, scores, [float(ratio) for ratio in arguments.ratios.split(",")])
     cost, trials = one_way(model, graph, blocks, chosen, cached=True)
     tried = len({cut.made for cut in chosen})

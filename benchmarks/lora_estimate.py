@@ -30,15 +30,15 @@ from torch import nn
 
 import secateur
 from secateur import progress
-from secateur.data import TokenBlocks, read_texts
-from secateur.importance.adapters import Options, row_sums
-from secateur.importance.base import borrowed, calibration, mean_loss_backward
+from secateur.data import read_texts
+from secateur.importance.lora import LoRA, row_sums
 from secateur.methods.loraprune import LoRAPruneSettings
 from secateur.planning import countable, restrict
 from secateur.planning.stacks import comparable
 from secateur.training import attach_lora, train
 from secateur.types import DependencyGraph, Member, NodeGroup
 from secateur.units import adapter_of, base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
+from secateur.walk import Calibration, borrowed
 
 SIDES = ("out", "in", "both", "out for both")
 ALL = "all"
@@ -72,20 +72,19 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare_with_true_gradient(
-    model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks, options: Options | None = None, batch_size: int = 4
+    model: nn.Module, graph: DependencyGraph, text: Calibration, criterion: LoRA | None = None
 ) -> list[Agreement]:
     """Score every prunable group of a model with adapters by the estimate and by the true ``∂L/∂W``, and compare.
 
-    Both see the same mean loss over ``blocks``, the same effective weight ``W + s B A`` and the same form and
-    normalisation. The last agreement is that between groups, whatever ``options`` normalise. Memory: a gradient for
+    Both see the same mean loss over ``text``, the same effective weight ``W + s B A`` and the same form and
+    normalisation. The last agreement is that between groups, whatever ``criterion`` normalises. Memory: a gradient for
     every wrapped weight. The model is left as it was.
     """
-    options = options or Options()
-    blocks = calibration(blocks, "lora")
+    options = criterion or LoRA(normalise=True)
     adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
     frozen = {member.parameter for group in graph.prunable for member, _ in _members(model, group)}
     with borrowed(model, [*adapters, *frozen]) as trained:
-        mean_loss_backward(model, blocks, batch_size)
+        text.backward(model)
         sums = {group.name: _unit_sums(group, _members(model, group), trained, options) for group in graph.prunable}
     found = [item for group in graph.prunable for item in _within(group, sums[group.name], options.normalise)]
     return found + _between(graph, sums)
@@ -104,7 +103,7 @@ def _unit_sums(
     group: NodeGroup,
     members: Sequence[tuple[Member, LoraLayer]],
     trained: dict[str, nn.Parameter],
-    options: Options,
+    options: LoRA,
 ) -> UnitSums:
     sums: UnitSums = []
     for member, layer in members:
@@ -147,7 +146,7 @@ def _between(graph: DependencyGraph, sums: Mapping[str, UnitSums]) -> list[Agree
     return [Agreement(ALL, ALL, "out", spearman(guess, truth), _overlap(guess, truth))]
 
 
-def true_row_sums(layer: LoraLayer, gradient: torch.Tensor, axis: int, options: Options) -> torch.Tensor:
+def true_row_sums(layer: LoraLayer, gradient: torch.Tensor, axis: int, options: LoRA) -> torch.Tensor:
     """``row_sums`` with the gradient itself instead of its estimate."""
     adapter = adapter_of(layer)
     delta = adapter.scaling * (adapter.b.detach().float() @ adapter.a.detach().float())
@@ -190,9 +189,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         found = compare_with_true_gradient(
             adapted,
             graph,
-            texts.calibration,
-            Options(method.form, method.normalise),
-            batch_size=arguments.batch_size,
+            Calibration(texts.calibration, arguments.batch_size),
+            LoRA(form=method.form, normalise=method.normalise),
         )
         moments[f"{done} steps"] = [asdict(item) for item in found]
         print(f"after {done} steps ({time.monotonic() - started:.0f} s): {summary(found)}", flush=True)

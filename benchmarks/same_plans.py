@@ -7,7 +7,6 @@
 a digest of the plan and one of the weights after the run. ``check`` does the same again and lists what differs; it
 ends with 1 when a plan does. The same seed gives the same plan on the same machine only, so a file is checked where it
 was recorded. Weights may differ where a rewritten sum rounds otherwise; such a difference is shown and does not fail.
-``benchmarks/plans.json`` was recorded at 37b7e14 on an Intel Xeon with AMX, torch 2.13, OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

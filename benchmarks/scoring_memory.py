@@ -68,26 +68,29 @@ def prepare(arguments: argparse.Namespace, adapters: bool) -> tuple[Any, Any, An
 def score(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, score one batch by ``arguments.what``, and report memory."""
     from secateur.data import TokenBlocks
-    from secateur.importance import Adapters, Taylor
-    from secateur.importance.base import borrowed, mean_loss_backward, recomputed
+    from secateur.importance import Taylor
+    from secateur.importance.lora import AdapterGradients, LoRA
     from secateur.training import attach_lora  # noqa: F401  what it imports is no memory of the model
+    from secateur.walk import Calibration, borrowed, recomputed
 
     before = resident()
     model, graph, ids = prepare(arguments, adapters=arguments.what == "lora")
-    blocks = TokenBlocks(ids, ("noise",) * len(ids))
+    size = arguments.batch if arguments.way == "plainly" else 1
+    text = Calibration(TokenBlocks(ids, ("noise",) * len(ids)), size)
     gc.collect()
     loaded = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew, without what loading took
     started = time.monotonic()
-    size = arguments.batch if arguments.way == "plainly" else 1
     with recomputed(model, arguments.way == "frugally"):
         if arguments.what == "taylor, all weights":
             with borrowed(model, [name for name, _ in model.named_parameters()]):
-                mean_loss_backward(model, blocks, size)
-        elif arguments.what == "lora":
-            _check(Adapters(batch_size=size, recompute=False).score(model, graph, blocks, 0))
+                text.backward(model)
+        elif arguments.what == "lora":  # not by LoRA().score, which always recomputes
+            with borrowed(model, [name for name, _ in model.named_parameters() if ".lora_" in name]):
+                text.backward(model)
+                _check(AdapterGradients(model, graph, LoRA()).scores())
         else:
-            _check(Taylor(batch_size=size).score(model, graph, blocks, 0))
+            _check(Taylor().score(model, graph, text, 0))
     seconds = time.monotonic() - started
     peak = resident()["peak"]
     return {

@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import secateur
 from secateur.importance import CRITERIA
-from secateur.importance.adapters import Options
 from secateur.methods.guided import GuidedPruning
 from secateur.methods.lhspg import Decay, HalfSpace
 from secateur.methods.loraprune import LoRAPruneSettings
@@ -72,13 +71,12 @@ def callback_of(arm: str, model: Any, arguments: argparse.Namespace) -> Any:
     graph = restrict(secateur.trace(model), budget)
     if arm == "loraprune":
         own = LoRAPruneSettings()
-        options = Options(own.form, own.normalise, own.sides)
         # a schedule that goes on all the time, so that decisions are part of the measurement
         callback: Any = GuidedPruning(
-            graph, budget, lambda step: min(0.99, 0.5 + step / LONG), every=own.every, options=options
+            graph, budget, lambda step: min(0.99, 0.5 + step / LONG), every=own.every, criterion=own
         )
     else:
-        scores = CRITERIA["random"].score(model, graph, None, 0)
+        scores = CRITERIA["random"]().score(model, graph, None, 0)
         kind = Decay if arm.endswith("decay") else HalfSpace
         callback = kind(graph, allocate(graph, scores, budget), {}, steps=LONG)
     callback.on_train_begin(SimpleNamespace(max_grad_norm=0.0), SimpleNamespace(global_step=0), None, model=model)

@@ -26,12 +26,13 @@ from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
 from secateur.loading import ModelSettings
-from secateur.methods import METHODS, Method
+from secateur.methods import METHODS, method_class
 from secateur.planning import Budget
 from secateur.reading import DEEPEST, brief, check_characters, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Settings
+from secateur.walk import CalibrationSettings
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -55,7 +56,7 @@ class MethodChoice(Settings):
             return value
         own = {key: item for key, item in value.items() if key != "name"}
         name = value.get("name", DEFAULT_METHOD)
-        return {"name": name, "settings": validate(_settings_of(name), own, "method")}
+        return {"name": name, "settings": validate(method_class(name).Settings, own, "method")}
 
     @model_serializer
     def _to_yaml(self) -> dict[str, Any]:
@@ -69,8 +70,8 @@ class Recipe(Settings):
     """The model to prune and how it is loaded."""
     budget: Budget = Budget()
     """How much must go, and from where."""
-    calibration: TextSettings = TextSettings()
-    """Text that importance is measured on."""
+    calibration: CalibrationSettings = CalibrationSettings()
+    """Text that importance is measured on, and how it is run through the model."""
     method: MethodChoice = Field(default_factory=lambda: MethodChoice.model_validate(DEFAULT_METHOD))
     """How the units that go are chosen."""
     lora: LoraSettings = LoraSettings()
@@ -102,7 +103,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _kinds_of_the_method(self) -> Recipe:
         """The kinds that the method is bound to, unless the budget names some; ``revise`` finds them unset again."""
-        kinds = METHODS[self.method.name].kinds
+        kinds = method_class(self.method.name).kinds
         if kinds and "kinds" not in self.budget.model_fields_set:
             budget = self.budget.model_copy(update={"kinds": kinds})
             budget.model_fields_set.discard("kinds")
@@ -112,14 +113,14 @@ class Recipe(Settings):
     @property
     def baseline(self) -> str | None:
         """The one-shot method to compare with; None when the run is one-shot itself."""
-        return self.evaluation.baseline if METHODS[self.method.name].needs == "training" else None
+        return self.evaluation.baseline if method_class(self.method.name).needs == "training" else None
 
     @property
     def texts(self) -> dict[Purpose, TextSettings]:
         """The text that a run reads, by what it is for."""
-        method = METHODS[self.method.name]
+        method = method_class(self.method.name)
         used: dict[Purpose, TextSettings] = {"evaluation": self.evaluation}
-        baseline = METHODS[self.baseline] if self.baseline else method
+        baseline = method_class(self.baseline) if self.baseline else method
         if (method.needs, baseline.needs) != ("nothing", "nothing") or self.recovery.repair:
             used["calibration"] = self.calibration
         if method.needs == "training" or self.recovery.steps > 0:
@@ -380,20 +381,6 @@ def _keys_of(section: str, settings: type[BaseModel]) -> list[str]:
     return ["name", *keys] if section == "method" and "name" not in keys else keys
 
 
-def _settings_of(name: Any) -> type[Settings]:
-    """The settings class of the method ``name``; raises InputError with the nearest known one."""
-    if isinstance(name, str) and name in METHODS:
-        if not issubclass(METHODS[name], Method):
-            raise InputError(
-                f"METHODS[{name!r}] is no method: its class must be a subclass of secateur.methods.Method."
-            )
-        return METHODS[name].Settings
-    shown = shortened(name if isinstance(name, str) else brief(name))
-    near = difflib.get_close_matches(shown, METHODS, 1)
-    guess = f" (did you mean {near[0]}?)" if near else ""
-    raise InputError(f"Unknown method {shown}{guess}. Known methods: {', '.join(METHODS)}.")
-
-
 # Writing: YAML with a line of meaning above each key
 
 
@@ -436,7 +423,15 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Path: "path"}
+_TYPES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+    Path: "path",
+    Any: "value",
+}
 
 
 def _type_text(annotation: Any) -> str:

@@ -28,13 +28,12 @@ from secateur.export import (
     write_analysis,
     written_dtype,
 )
-from secateur.importance import CRITERIA, Criterion
+from secateur.importance import CRITERIA, Criterion, criterion_class
 from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.inputs import refuse_inputs
 from secateur.loading import is_adapter_folder, load
 from secateur.lock import alone
 from secateur.planning import versions
-from secateur.precision import autocast, autocast_dtype
 from secateur.progress import say
 from secateur.reading import path_of
 from secateur.stages import contents, losses, refuse_what_cannot_work, size
@@ -95,9 +94,10 @@ def analyze(
     Args:
         ratios: fractions of a group's units to take away, each strictly between 0 and 1; order and repeats mean
             nothing.
-        criterion: what chooses them within the group; a name from ``importance.CRITERIA``.
-        recipe: its sections ``calibration`` (the text), ``evaluation`` (batch size and precision) and ``seed`` are
-            used, ``budget.kinds`` for which groups, and ``budget.protect_by`` and ``protect_share`` for what the
+        criterion: what chooses them within the group; a name from ``importance.CRITERIA``, or
+            ``package.module:Class``.
+        recipe: its sections ``calibration`` (the text, batch size and precision) and ``seed`` are used,
+            ``budget.kinds`` for which groups, and ``budget.protect_by`` and ``protect_share`` for what the
             picture marks.
         output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
             ``heatmap.png``. Until it is finished, what was measured is kept beside it.
@@ -123,17 +123,14 @@ def analyze(
     texts = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed)
     blocks = texts.calibration
     work = Workspace.open(output, started_as, resume, contents(model, texts))
-    dtype = autocast_dtype(recipe.evaluation.precision, model.device)
+    calibration = settings.of(blocks)
     with work.tidied():
-        with autocast(recipe.evaluation.precision, model.device):
-            chosen = cuts(graph, chooser.score(model, graph, blocks, recipe.seed), ratios)
+        chosen = cuts(graph, chooser.score(model, graph, calibration, recipe.seed), ratios)
         dense_loss, trials = measure_cuts(
             model,
             graph,
-            blocks,
+            calibration,
             chosen,
-            batch_size=recipe.evaluation.batch_size,
-            autocast=dtype,
             done=work.read_json("trials.json", list[Trial]) or (),
             keep=lambda trials: work.write_json("trials.json", [trial.model_dump() for trial in trials]),
         )
@@ -177,10 +174,11 @@ def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis
 
 def _one_shot_criterion(name: str) -> Criterion:
     """The criterion ``name``, which must not need adapters: there are none."""
-    known = [key for key, criterion in CRITERIA.items() if criterion.needs != "adapters"]
-    if name not in known:
-        raise InputError(f"Unknown criterion {name!r} for an analysis. Known: {', '.join(known)}.")
-    return CRITERIA[name]
+    criterion = criterion_class(name)
+    if criterion.needs == "adapters":
+        known = [key for key, one in CRITERIA.items() if one.needs != "adapters"]
+        raise InputError(f"The criterion {name!r} reads adapters, and an analysis has none. Known: {', '.join(known)}.")
+    return criterion()
 
 
 def verify(recipe: RecipeLike) -> Verification:

@@ -27,7 +27,7 @@ from secateur.export import (
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone, held
-from secateur.methods import METHODS
+from secateur.methods import method_class
 from secateur.planning import restrict
 from secateur.progress import say
 from secateur.reading import path_of, read_json
@@ -265,7 +265,7 @@ def _complete(
         flags["recovery.steps"] = 0
     recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
     if tokenizer is None:
-        needs = METHODS[recipe.method.name].needs
+        needs = method_class(recipe.method.name).needs
         if needs != "nothing" or recipe.recovery.steps > 0 or recipe.recovery.repair:
             what = f"the method {recipe.method.name} reads text" if needs != "nothing" else "recovery reads text"
             raise InputError(

@@ -42,9 +42,9 @@ from secateur.export import (
 )
 from secateur.export import save as save_folder
 from secateur.graph.twin import twin_of
-from secateur.importance import CRITERIA
+from secateur.importance import Random
 from secateur.lock import alone
-from secateur.methods import METHODS, Decision, Method, PruningTask
+from secateur.methods import Decision, Method, PruningTask, method_class
 from secateur.planning import describe_plan, make_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
@@ -90,7 +90,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
     """
     task = PruningTask(model, None, graph, recipe.budget, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
-    scores = CRITERIA["random"].score(model, task.restricted, None, recipe.seed)
+    scores = Random().score(model, task.restricted, None, recipe.seed)
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
     plan = _plan(graph, recipe, task.allocate(scores))
@@ -98,7 +98,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
         check_repairable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
-    method = METHODS[recipe.method.name](recipe.method.settings)
+    method = method_class(recipe.method.name)(recipe.method.settings)
     if method.needs == "training" or recipe.recovery.steps > 0:
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
     if method.compensates and recipe.recovery.repair:
@@ -109,7 +109,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     method.check(task)
     if recipe.baseline:
         try:
-            METHODS[recipe.baseline]().check(task)
+            method_class(recipe.baseline)().check(task)
         except SecateurError as error:
             raise InputError(
                 f"The baseline {recipe.baseline} cannot be measured (evaluation.baseline): {error}"
@@ -123,7 +123,7 @@ def rehearse_output(result: Result, output: Path) -> None:
     """
     recipe, plan = result.recipe, result.plan
     in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
-    stages = float(METHODS[recipe.method.name].changes_weights)
+    stages = float(method_class(recipe.method.name).changes_weights)
     if recipe.recovery.steps > 0:
         stages += plan.parameters_after / plan.parameters_before
     rehearse_saving(
@@ -167,7 +167,7 @@ def measure_baseline(result: Result, texts: Texts) -> None:
         return
     assert name is not None
     assert texts.evaluation is not None
-    decision = _run(METHODS[name](), _task(result, texts, Workspace(None)))
+    decision = _run(method_class(name)(), _task(result, texts, Workspace(None)))
     kept = removed_to_kept(result.graph, decision.removed)
     with updated(result.model, decision.updates), masked(result.model, result.graph, kept):
         measured = losses(result.model, result.recipe, texts.evaluation)
@@ -186,7 +186,7 @@ class _Kept(Settings):
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
     """Let the method choose the units that go, and write the plan. What it changed, or wants to, is kept with it."""
     recipe = result.recipe
-    method = METHODS[recipe.method.name](recipe.method.settings)
+    method = method_class(recipe.method.name)(recipe.method.settings)
     if _decided(result, work):
         return
     decision = _run(method, _task(result, texts, work))
@@ -239,16 +239,8 @@ def _run(method: Method, task: PruningTask) -> Decision:
 def mend(result: Result, texts: Texts) -> None:
     """Refit what consumes the units that stay, before the others are cut out."""
     recipe = result.recipe
-    dtype = autocast_dtype(recipe.evaluation.precision, result.model.device)
-    refits = repair(
-        result.model,
-        result.graph,
-        result.plan.kept,
-        texts.calibration,
-        ridge=recipe.recovery.repair_ridge,
-        batch_size=recipe.evaluation.batch_size,
-        autocast=dtype,
-    )
+    calibration = recipe.calibration.of(texts.calibration)
+    refits = repair(result.model, result.graph, result.plan.kept, calibration, ridge=recipe.recovery.repair_ridge)
     result.metrics["repair"] = {name: {"before": refit.before, "after": refit.after} for name, refit in refits.items()}
 
 
@@ -478,7 +470,7 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
         tokenizer=result.tokenizer,
         graph=result.graph,
         budget=recipe.budget,
-        calibration=texts.calibration,
+        calibration=recipe.calibration.of(texts.calibration),
         training_blocks=texts.recovery,
         lora=recipe.lora,
         training=recipe.training,

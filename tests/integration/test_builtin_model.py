@@ -42,7 +42,7 @@ def test_every_layer_has_its_channels_and_kv_heads(graph: secateur.DependencyGra
 def test_slicing_is_masking(real: tuple[Any, Any], graph: secateur.DependencyGraph) -> None:
     model = copy.deepcopy(real[0])
     budget = Budget(ratio=0.2)
-    scores = CRITERIA["random"].score(model, restrict(graph, budget), None, 0)
+    scores = CRITERIA["random"]().score(model, restrict(graph, budget), None, 0)
     kept = removed_to_kept(graph, allocate(graph, scores, budget))
     ids = real[1]("The quick brown fox jumps over the lazy dog.", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -318,13 +318,13 @@ def test_rows_of_a_changed_method_of_ones_own_are_made_anew(
     recipe, out, path = recipe_of(model, "recovery.steps=0"), tmp_path / "out", tmp_path / "own_method.py"
     source = """
 from secateur.importance import CRITERIA
-from secateur.methods.base import Method, one_shot
+from secateur.methods.base import Decision, Method
 
 class Own(Method):
     name, summary, needs = "own", "", "text"
 
     def run(self, task):
-        return one_shot(task, CRITERIA["{criterion}"])
+        return Decision(task.allocate(task.score(CRITERIA["{criterion}"]())))
 """
     found = []
     for criterion in ("magnitude", "taylor", "taylor"):

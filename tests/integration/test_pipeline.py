@@ -16,7 +16,6 @@ from secateur.config import Recipe, load_recipe, revise
 from secateur.errors import InputError, ModelError, PlanError
 from secateur.importance import CRITERIA
 from secateur.methods import METHODS, Decision, Method, PruningTask
-from secateur.methods.base import one_shot
 from secateur.methods.flap import FLAP
 from secateur.methods.lhspg import Shrinking
 from secateur.testing.tiny import TINY
@@ -111,7 +110,8 @@ class _Scales(Method):
             for path, weight in task.model.named_parameters():
                 if path.endswith("down_proj.weight"):
                     weight.mul_(0.75)
-        return one_shot(task, CRITERIA["magnitude"])
+        scores = task.score(CRITERIA["magnitude"]())
+        return Decision(task.allocate(scores), scores)
 
 
 @pytest.mark.parametrize("method", [_Scales, FLAP])

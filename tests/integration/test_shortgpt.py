@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 
 import secateur
-from secateur.methods import PruningTask
-from secateur.methods.shortgpt import ShortGPT
+from secateur.methods import METHODS, PruningTask
 from secateur.planning import Budget, make_plan
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
+from secateur.walk import Calibration
 
 
 def test_layers_go_and_the_folder_is_plain(tmp_path: Path) -> None:
     model = build("llama-odd")
     graph = secateur.trace(model)
     budget = Budget(ratio=0.25, kinds=("layer",))
-    decision = ShortGPT().run(PruningTask(model, None, graph, budget, calibration=noise(6, 1)))
+    decision = METHODS["shortgpt"]().run(PruningTask(model, None, graph, budget, calibration=Calibration(noise(6, 1))))
     [gone] = decision.removed["layers"]
     plan = make_plan(graph, decision.removed, budget, method="shortgpt")
 

@@ -139,7 +139,7 @@ def test_the_cost_of_an_analysis_is_counted_by_the_layers_that_run(family: str) 
     """Whatever a family calls its attention."""
     cost, model = script("analysis_cost"), build(family)
     graph = trace(model)
-    chosen = cuts(graph, CRITERIA["magnitude"].score(model, graph, None, 0), [0.5])
+    chosen = cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), [0.5])
     blocks = TokenBlocks(torch.arange(384).view(8, 48) % VOCAB, ("a",) * 8)
     forwards = [dict(module.__dict__) for module in model.modules()]
     naive, _ = cost.one_way(model, graph, blocks, chosen, cached=False)

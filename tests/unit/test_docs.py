@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -15,10 +16,12 @@ from typer.testing import CliRunner
 from secateur.cli import app
 from secateur.config import load_recipe
 from secateur.methods import METHODS
+from secateur.methods.one_shot import OneShot
 from secateur.testing.tiny import build
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+METHODS_FILE = ROOT / "src" / "secateur" / "methods" / "__init__.py"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -76,7 +79,10 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=name)
-def test_examples_run(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(path.parent)  # as when it is run by its name
     build("llama-gqa").save_pretrained(tmp_path / "tiny")
     runpy.run_path(str(path))["main"](str(tmp_path / "tiny"))
     assert "parameters" in capsys.readouterr().out
@@ -117,9 +123,29 @@ def test_recipes_in_the_pages_parse(tmp_path: Path) -> None:
                 load_recipe(path)
 
 
-def test_the_page_of_keys_is_up_to_date() -> None:
-    write_keys = runpy.run_path(str(ROOT / "docs" / "write_keys.py"))
-    assert (ROOT / "docs" / "keys.md").read_text() == write_keys["page"](), "run: python docs/write_keys.py"
+def test_the_lists_in_the_pages_are_up_to_date() -> None:
+    write_lists = runpy.run_path(str(ROOT / "docs" / "write_lists.py"))
+    for path, text in write_lists["pages"]().items():
+        assert path.read_text() == text, f"{name(path)} is old; run: python docs/write_lists.py"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_five_places_and_no_sixth(method: str) -> None:
+    """Its code, its line in ``METHODS``, a test that inherits the contract, a recipe and a page; lists are written."""
+    row = METHODS[method]
+    code = Path(inspect.getfile(row.criterion if issubclass(row, OneShot) else row))
+    tests = [
+        path
+        for path in (ROOT / "tests" / "unit" / "methods").glob("*.py")
+        if re.search(rf"    method = (METHODS\[\"{method}\"\]|{row.__name__})$", path.read_text(), re.MULTILINE)
+    ]
+    recipes = [path for path in RECIPES if load_recipe(path).method.name == method]
+    assert tests, "no test inherits MethodContract"
+    assert recipes, "no recipe"
+    assert (ROOT / "docs" / "methods" / f"{method}.md").is_file(), "no page"
+    if method not in ("lorashear", "wanda", "fisher", "taylor", "random", "magnitude"):  # which are defaults somewhere
+        places = {path for path in (ROOT / "src").rglob("*.py") if f'"{method}"' in path.read_text()}
+        assert {path for path in places if path.parent.name != "importance"} <= {METHODS_FILE, code}
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -9,12 +9,13 @@ import torch
 from scripts import script
 
 from secateur.graph import trace
-from secateur.importance.adapters import Adapters, Options
+from secateur.importance import LoRA
 from secateur.planning.stacks import comparable
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
 from secateur.units import sum_rows
+from secateur.walk import Calibration
 
 estimate = script("lora_estimate")
 ALL, compare_with_true_gradient, spearman = estimate.ALL, estimate.compare_with_true_gradient, estimate.spearman
@@ -38,7 +39,7 @@ def test_ranks() -> None:
 
 def test_at_the_start_producers_are_estimated_well_and_consumers_hardly() -> None:
     """With B = 0 the estimate is G AᵀA: rows keep their size, columns are mixed by A."""
-    found = compare_with_true_gradient(model := adapted(rank=8), trace(model), noise(8, 1))
+    found = compare_with_true_gradient(model := adapted(rank=8), trace(model), Calibration(noise(8, 1)))
     assert mean(found, "out") > 0.8
     assert mean(found, "in") < mean(found, "out") - 0.2
     assert mean(found, "out for both") > mean(found, "both")  # why LoRAPrune leaves the input side out by default
@@ -49,7 +50,8 @@ def test_a_whole_basis_gives_the_true_ranking() -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             torch.nn.init.orthogonal_(parameter)
-    found = [item for item in compare_with_true_gradient(model, trace(model), noise(4, 1)) if item.side == "in"]
+    every = compare_with_true_gradient(model, trace(model), Calibration(noise(4, 1)))
+    found = [item for item in every if item.side == "in"]
     # down_proj takes in 40 channels and o_proj 48, so that 48 rows of A span both
     assert found
     assert all(item.correlation > 0.99 for item in found if item.kind == "ffn")
@@ -58,12 +60,12 @@ def test_a_whole_basis_gives_the_true_ranking() -> None:
 
 def test_between_groups_it_is_the_ranking_that_planning_would_make() -> None:
     """One number for all units, by the scores that LoRAPrune has by default, each by the parameters it frees."""
-    model, text = adapted(rank=8), noise(8, 1)
+    model, text = adapted(rank=8), Calibration(noise(8, 1))
     graph = trace(model)
-    for options in (Options(), Options(normalise=False)):
+    for options in (LoRA(normalise=True), LoRA()):
         *_, last = compare_with_true_gradient(model, graph, text, options)
         assert (last.group, last.kind, last.side) == (ALL, ALL, "out")
-    scores = Adapters(Options(sides="out", normalise=False)).score(model, graph, text, 0)
+    scores = LoRA().score(model, graph, text, 0)
     assert scores.of_loss
     plain = trace(build("llama-gqa"))
     guess = torch.cat(
@@ -94,7 +96,7 @@ def test_training_teaches_the_consumers_side() -> None:
     """Once B has grown, B Bᵀ G adds what A alone cannot see."""
     model = adapted(rank=8)
     graph = trace(model)
-    before = mean(compare_with_true_gradient(model, graph, noise(8, 1)), "in")
+    before = mean(compare_with_true_gradient(model, graph, Calibration(noise(8, 1))), "in")
     train(
         model,
         noise(16, 2).ids,
@@ -103,13 +105,13 @@ def test_training_teaches_the_consumers_side() -> None:
         seed=0,
         description="",
     )
-    assert mean(compare_with_true_gradient(model, graph, noise(8, 1)), "in") > before
+    assert mean(compare_with_true_gradient(model, graph, Calibration(noise(8, 1))), "in") > before
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = adapted(rank=4)
     before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
-    compare_with_true_gradient(model, trace(model), noise(4, 1), Options("squared", normalise=False))
+    compare_with_true_gradient(model, trace(model), Calibration(noise(4, 1)), LoRA(form="squared"))
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name][0])
         assert value.requires_grad == before[name][1]

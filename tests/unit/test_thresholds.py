@@ -35,7 +35,7 @@ IDS = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))
 def test_losses_of_an_analysis_by_chunks_of_positions(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     model = TINY["llama-gqa"]()
     graph, blocks = trace(model), TokenBlocks(IDS, ("noise",) * 4)
-    cuts = knowledge.cuts(graph, CRITERIA["magnitude"].score(model, graph, None, 0), (0.5,))
+    cuts = knowledge.cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), (0.5,))
     dense, whole = knowledge.measure_cuts(model, graph, blocks, cuts)
     monkeypatch.setattr(knowledge, "_POSITIONS_PER_CHUNK", positions)
     again, parts = knowledge.measure_cuts(model, graph, blocks, cuts)

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur import token_loss
-from secateur.importance.base import borrowed, recomputed
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.token_loss import TokenLoss, split
 from secateur.training import LoraSettings, attach_lora
+from secateur.walk import borrowed, recomputed
 
 CONFIGS: dict[str, dict[str, Any]] = {
     # logits are scaled or capped after the head, by amounts that change gradients visibly at these sizes

@@ -11,7 +11,7 @@ from pathlib import Path
 from secateur.config import Recipe
 from secateur.errors import InputError
 from secateur.inputs import task_files
-from secateur.methods import METHODS
+from secateur.methods import method_class
 
 _PIECES = 64
 _PIECE = 1 << 16
@@ -50,7 +50,7 @@ def code_of(method: str) -> str:
 
     The whole file, as what the method calls may have changed; empty also where there is none (an interactive session).
     """
-    one = METHODS[method]
+    one = method_class(method)
     if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return ""
     try:

@@ -30,7 +30,7 @@ from secateur.export import check_finite
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone
-from secateur.methods import METHODS
+from secateur.methods import METHODS, method_class
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
 from secateur.reading import brief, read_json
@@ -124,10 +124,19 @@ def compare(
 
 def _of_this_code(rows: dict[tuple[str, float], Row]) -> dict[tuple[str, float], Row]:
     """Without the rows of methods of one's own whose file has changed since."""
-    changed = {row.method for row in rows.values() if row.method in METHODS and row.code != code_of(row.method)}
+    changed = {row.method for row in rows.values() if _has_changed(row)}
     for name in sorted(changed):
         say(f"The file that defines {name} has changed since its rows were made: they are left out.")
     return {key: row for key, row in rows.items() if row.method not in changed}
+
+
+def _has_changed(row: Row) -> bool:
+    if row.method not in METHODS and ":" not in row.method:
+        return False
+    try:
+        return row.code != code_of(row.method)
+    except InputError:  # its module is not here; the row stays, as those of other methods that are not named again
+        return False
 
 
 def _place(row: Row) -> tuple[float, bool, int, str]:
@@ -140,9 +149,8 @@ def schedule_of(
     recipe: Recipe, methods: Sequence[str], ratios: Sequence[float], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[Recipe]:
     """The recipe of every row, in order; the steps of pruning and recovery add up to the same in all."""
-    unknown = [name for name in [*methods, *settings] if name not in METHODS]
-    if unknown:
-        raise InputError(f"Unknown method {unknown[0]}. Known methods: {', '.join(METHODS)}.")
+    for name in [*methods, *settings]:
+        method_class(name)  # InputError when there is none
     idle = [name for name in settings if name not in methods]
     if idle:
         raise InputError(f"{idle[0]} has settings and is not compared. Add it to --methods, or leave them out.")
@@ -175,13 +183,16 @@ def _recovery_of(recipe: Recipe, more: int) -> dict[str, Any]:
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """``--set`` texts for all rows, and by method those that begin with a method's name (``lorashear.periods=4``)."""
+    """``--set`` texts for all rows, and by method those that begin with a method's name (``lorashear.periods=4``).
+
+    A class of one's own is named in full: ``package.module:Class.key=value``.
+    """
     shared: list[str] = []
     own: dict[str, dict[str, Any]] = {}
     for text in overrides:
         key, _, value = text.partition("=")
-        method, _, name = key.strip().partition(".")
-        if method in METHODS and name:
+        method, _, name = key.strip().rpartition(".") if ":" in key else key.strip().partition(".")
+        if name and (method in METHODS or ":" in method):
             own.setdefault(method, {})[name] = parse_value(value, f"--set {brief(text)}")
         else:
             shared.append(text)
@@ -191,15 +202,15 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
 def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Recipe:
     given = recipe.method.settings.model_dump(mode="json") if recipe.method.name == name else {}
     own: dict[str, Any] = {"method": {"name": name, **given, **settings}, "evaluation.baseline": None}
-    if METHODS[name].kinds:
-        own["budget.kinds"] = list(METHODS[name].kinds)
+    if method_class(name).kinds:
+        own["budget.kinds"] = list(method_class(name).kinds)
     return revise(recipe, own)
 
 
 def pruning_steps(recipe: Recipe) -> int:
     """Optimiser steps that the recipe's method trains for while it prunes; InputError when it does not say."""
     name = recipe.method.name
-    method = METHODS[name](recipe.method.settings)
+    method = method_class(name)(recipe.method.settings)
     if method.training_steps == 0 and method.needs == "training":
         raise InputError(
             f"{name} trains, and says no training_steps (optimiser steps before the cut), so that it would get more "

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from secateur.importance.activation import Activation
-from secateur.importance.adapters import Adapters
+from typing import Any
+
 from secateur.importance.base import Criterion
+from secateur.importance.block_influence import BlockInfluence
 from secateur.importance.fisher import Fisher
+from secateur.importance.flap import Fluctuation
 from secateur.importance.hesso import HESSO, Hesso
+from secateur.importance.llm_pruner import LLMPruner
+from secateur.importance.lora import LoRA
 from secateur.importance.magnitude import Magnitude
 from secateur.importance.random import Random
 from secateur.importance.taylor import Taylor
+from secateur.importance.wanda import Wanda
+from secateur.plugins import find
 
-CRITERIA: dict[str, Criterion] = {
-    "random": Random(),
-    "magnitude": Magnitude(),
-    "wanda": Activation(),
-    "taylor": Taylor(),
-    "fisher": Fisher(),
-    "lora": Adapters(),
-    **{criterion.name: criterion for criterion in HESSO},
-}
-"""Every criterion by name, with its default options."""
+_ALL: tuple[type[Criterion], ...] = (
+    Random,
+    Magnitude,
+    Wanda,
+    Fluctuation,
+    Taylor,
+    Fisher,
+    LLMPruner,
+    BlockInfluence,
+    LoRA,
+    *HESSO,
+)
 
-__all__ = ["CRITERIA", "Activation", "Adapters", "Criterion", "Fisher", "Hesso", "Magnitude", "Random", "Taylor"]
+CRITERIA: dict[str, type[Criterion]] = {criterion.name: criterion for criterion in _ALL}
+"""Every criterion by name. Its fields are its options."""
+
+
+def criterion_class(name: Any) -> type[Criterion]:
+    """The criterion ``name``, one of ``CRITERIA`` or ``package.module:Class``; InputError for any other."""
+    return find(name, CRITERIA, Criterion)
+
+
+__all__ = [
+    "CRITERIA",
+    "BlockInfluence",
+    "Criterion",
+    "Fisher",
+    "Fluctuation",
+    "Hesso",
+    "LLMPruner",
+    "LoRA",
+    "Magnitude",
+    "Random",
+    "Taylor",
+    "Wanda",
+    "criterion_class",
+]

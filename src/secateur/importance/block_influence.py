@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from secateur.importance.base import Needs, borrowed, calibration, input_device, unscorable
-from secateur.progress import track
-from secateur.types import DependencyGraph, Scores
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.importance.base import Criterion, Needs, unscorable
+from secateur.types import DependencyGraph, Kind, Scores
+from secateur.walk import Calibration, borrowed, calibration_for
 
 
-@dataclass(frozen=True)
-class BlockInfluence:
+class BlockInfluence(Criterion):
     """``BI_i = 1 − E[cos(x_i, x_{i+1})]`` over all tokens, x_i being the hidden state that layer i takes in (eq. 1).
 
     For groups whose units are whole modules (kind ``layer``); raises ModelError for any other prunable group.
     """
 
-    batch_size: int = 4
-    name: str = "block-influence"
-    needs: Needs = "activations"
+    name: ClassVar[str] = "block-influence"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.03853"
+    summary: ClassVar[str] = "whole layers, those that turn the hidden state least"
+    needs: ClassVar[Needs] = "activations"
+    kinds: ClassVar[tuple[Kind, ...]] = ("layer",)
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        blocks = calibration(blocks, self.name)
-        for group in graph.prunable:
-            if not group.modules:
-                raise unscorable(group, self.name, f"it ranks whole layers (budget.kinds=[layer]), not {group.kind}")
+        text = calibration_for(calibration, self.name)
+        self.check(model, graph)
         found = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in graph.prunable}
-        tokens = 0
         hooks = [
             model.get_submodule(path).register_forward_hook(_watch(found[group.name], unit), with_kwargs=True)
             for group in graph.prunable
             for unit, path in enumerate(group.modules)
         ]
         try:
-            steps = -(-len(blocks) // self.batch_size)
-            with borrowed(model), torch.no_grad():
-                for ids in track(blocks.batches(self.batch_size), "block influence", steps):
-                    model(input_ids=ids.to(input_device(model)), use_cache=False)
-                    tokens += ids.numel()
+            with borrowed(model):
+                text.run(model, "block influence")
         finally:
             for hook in hooks:
                 hook.remove()
-        return Scores({name: (1 - total / tokens).float() for name, total in found.items()})
+        return Scores({name: (1 - total / text.ids.numel()).float() for name, total in found.items()})
+
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """See ``Criterion.check``: units are whole layers."""
+        for group in graph.prunable:
+            if not group.modules:
+                raise unscorable(group, self.name, f"it ranks whole layers (budget.kinds=[layer]), not {group.kind}")
 
 
 def _watch(total: torch.Tensor, unit: int) -> Any:

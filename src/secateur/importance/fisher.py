@@ -6,25 +6,19 @@ heads and channels of transformers Kwon et al. 2022 (arXiv 2204.09656, equation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, input_device, require_gradients, unscorable
+from secateur.importance.base import Criterion, Needs, require_gradients, unscorable
 from secateur.importance.taylor import first_order
-from secateur.progress import track
-from secateur.token_loss import TokenLoss
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 from secateur.units import base_members, effective_weight, sum_units
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration, borrowed, calibration_for
 
 
-@dataclass(frozen=True)
-class Fisher:
+class Fisher(Criterion):
     """``mean over blocks of (∂L_block/∂m)²``, where the switch m = 1 multiplies what the unit hands on.
 
     That derivative is ``Σ w · ∂L/∂w`` over the weights that consume the unit (role ``in``): exact, and without a
@@ -33,12 +27,14 @@ class Fisher:
     weights alone; one block is run at a time, so that every block has a gradient of its own.
     """
 
-    name: str = "fisher"
-    needs: Needs = "gradients"
+    name: ClassVar[str] = "fisher"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1906.10771"
+    summary: ClassVar[str] = "squared derivative of each text's loss by a switch on the unit"
+    needs: ClassVar[Needs] = "gradients"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        blocks = calibration(blocks, self.name)
+        text = calibration_for(calibration, self.name)
         if not graph.prunable:
             return Scores({})
         parameters = dict(model.named_parameters())
@@ -46,15 +42,11 @@ class Fisher:
         wanted = {member.parameter for members in consumers.values() for member in members}
         require_gradients(graph, parameters, wanted, self.name)
         total = {group.name: torch.zeros(group.size) for group in graph.prunable}
-        with borrowed(model, wanted) as trained, torch.enable_grad():
-            loss = TokenLoss(model, blocks.ids.to(input_device(model)))
-            for ids in track(blocks.batches(1), "gradients", len(blocks)):
-                loss.backward(ids.to(input_device(model)))
+        with borrowed(model, wanted) as trained:
+            for _ in text.window_gradients(model, trained.values()):
                 for name, members in consumers.items():
                     total[name] += _switch_gradient(model, trained, members, graph[name].size).square()
-                for parameter in trained.values():
-                    parameter.grad = None
-        return Scores({name: scores / len(blocks) for name, scores in total.items()}, of_loss=True)
+        return Scores({name: scores / len(text) for name, scores in total.items()}, of_loss=True)
 
     def _consumers(self, group: NodeGroup, parameters: dict[str, nn.Parameter]) -> list[Member]:
         members = [member for member in base_members(group, parameters) if member.role == "in"]

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, input_device, unscorable
-from secateur.progress import track
+from secateur.importance.base import Criterion, Needs, unscorable
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 from secateur.units import base_members, effective_weight, sum_rows
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
-
-
-@dataclass
-class Moments:
-    """Mean and variance of what a linear takes in, over all tokens so far; fp64 sums, fp32 out."""
-
-    count: int = 0
-    total: torch.Tensor | float = 0.0
-    squares: torch.Tensor | float = 0.0
-
-    def add(self, x: torch.Tensor) -> None:
-        """Add inputs ``[..., channels]``."""
-        x = x.detach().flatten(0, -2).double()
-        self.count += len(x)
-        self.total = self.total + x.sum(0)
-        self.squares = self.squares + x.square().sum(0)
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """``[channels]``."""
-        return (torch.as_tensor(self.total) / max(self.count, 1)).float()
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """``[channels]``, with n − 1 below."""
-        total, squares = torch.as_tensor(self.total), torch.as_tensor(self.squares)
-        spread = squares - total.square() / max(self.count, 1)
-        return (spread.clamp_min(0) / max(self.count - 1, 1)).float()
+from secateur.walk import Calibration, Moments, borrowed, calibration_for, watched
 
 
 def fluctuation(weight: torch.Tensor, axis: int, variance: torch.Tensor) -> torch.Tensor:
@@ -63,38 +31,28 @@ def standardise(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
 
 
-@dataclass(frozen=True)
-class Fluctuation:
+class Fluctuation(Criterion):
     """FLAP's criterion: z-scored fluctuation of the inputs of ``o_proj`` and ``down_proj``, its mean over a unit.
 
     All groups are measured on the dense model, as FLAP does. Scores of different groups are comparable as they are.
     """
 
-    batch_size: int = 4
-    name: str = "flap"
-    needs: Needs = "activations"
+    name: ClassVar[str] = "flap"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
+    summary: ClassVar[str] = "how much a channel fluctuates around its mean, which a bias replaces"
+    needs: ClassVar[Needs] = "activations"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        return self.from_moments(model, graph, self.measure(model, graph, blocks))
+        return self.from_moments(model, graph, self.measure(model, graph, calibration))
 
-    def measure(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None) -> dict[str, Moments]:
+    def measure(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None) -> dict[str, Moments]:
         """Moments of the inputs of every matrix that consumes a prunable group, by parameter."""
-        blocks = calibration(blocks, self.name)
+        text = calibration_for(calibration, self.name)
         members = [member for group in graph.prunable for member in consumers(model, group, self.name)]
-        moments = {member.parameter: Moments() for member in members}
-        hooks = []
-        try:
-            for name, found in moments.items():
-                module = model.get_submodule(name.rpartition(".")[0])
-                hooks.append(module.register_forward_pre_hook(lambda _, args, into=found: into.add(args[0])))
-            steps = -(-len(blocks) // self.batch_size)
-            with borrowed(model), torch.no_grad():
-                for ids in track(blocks.batches(self.batch_size), "activations", steps):
-                    model(input_ids=ids.to(input_device(model)), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        moments = {member.parameter: Moments.of(model, member) for member in members}
+        with borrowed(model), watched(model, moments):
+            text.run(model, "activations")
         return moments
 
     def from_moments(self, model: nn.Module, graph: DependencyGraph, moments: Mapping[str, Moments]) -> Scores:
@@ -104,10 +62,16 @@ class Fluctuation:
             total = torch.zeros(group.size)
             for member in consumers(model, group, self.name):
                 weight = effective_weight(model, member.parameter)
-                channels = standardise(fluctuation(weight, member.axis, moments[member.parameter].variance))
+                variance = moments[member.parameter].variance[0].to(weight.device)
+                channels = standardise(fluctuation(weight, member.axis, variance))
                 total += sum_rows(channels, member, group.size).cpu() / member.rows_per_unit
             found[group.name] = total
         return Scores(found, on_one_scale=True)
+
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """See ``Criterion.check``: linears consume every group."""
+        for group in graph.prunable:
+            consumers(model, group, self.name)
 
 
 def compensation(
@@ -123,7 +87,7 @@ def compensation(
         for member in consumers(model, graph[name], "flap"):
             weight = effective_weight(model, member.parameter).float()
             rows = member.rows(sorted(units)).flatten().to(weight.device)
-            mean = moments[member.parameter].mean.to(weight.device)[rows]
+            mean = moments[member.parameter].mean[0].to(weight.device)[rows]
             lost = weight.index_select(member.axis, rows).movedim(member.axis, 1) @ mean
             path = f"{member.parameter.rpartition('.')[0]}.bias"
             biases[path] = biases[path] + lost.cpu() if path in biases else lost.cpu()

@@ -14,21 +14,13 @@ that it stands in for a gradient that is never computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.importance.base import (
-    Needs,
-    borrowed,
-    calibration,
-    mean_loss_backward,
-    require_gradients,
-    unscorable,
-)
+from secateur.importance.base import Criterion, Needs, require_gradients, unscorable
 from secateur.types import DependencyGraph, NodeGroup, Scores
 from secateur.units import (
     active_adapters,
@@ -40,12 +32,9 @@ from secateur.units import (
     stored_weight,
     sum_units,
 )
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration, borrowed, calibration_for
 
 Proxy = Literal["magnitude", "average-magnitude", "cosine", "first-order", "second-order"]
-Direction = Literal["gradient", "adapters"]
 Direct = Callable[[str], torch.Tensor | None]
 """Parameter → d, of its shape; None where nothing is known, which counts as zero."""
 
@@ -64,28 +53,16 @@ def proxy_scores(
     return xd.abs() if proxy == "first-order" else 0.5 * xd.square()
 
 
-@dataclass(frozen=True)
-class Hesso:
+class Hesso(Criterion):
     """One proxy, by the gradient of text or by adapters; ``magnitude`` and ``average-magnitude`` need neither.
 
     Memory: by gradients, one for each weight that produces units; by adapters, one ``γ B A`` at a time.
     """
 
-    proxy: Proxy
-    direction: Direction = "gradient"
-    batch_size: int = 4
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.09085"
+    proxy: ClassVar[Proxy]
 
-    @property
-    def name(self) -> str:
-        return f"hesso-{'lora-' if self.direction == 'adapters' else ''}{self.proxy}"
-
-    @property
-    def needs(self) -> Needs:
-        if self.proxy in ("magnitude", "average-magnitude"):
-            return "nothing"
-        return "gradients" if self.direction == "gradient" else "adapters"
-
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``; by adapters no text is looked at."""
         if not graph.prunable:
             return Scores({})
@@ -98,12 +75,12 @@ class Hesso:
             return self._scores(
                 model, graph, lambda name: stored_weight(model, name), lambda name: adapter_delta(model, name), of_loss
             )
-        blocks = calibration(blocks, self.name)
+        text = calibration_for(calibration, self.name)
         parameters = dict(model.named_parameters())
         wanted = {name for group in graph.prunable for name in _names(graph, group) if name in parameters}
         require_gradients(graph, parameters, wanted, self.name)
         with borrowed(model, wanted) as trained:
-            mean_loss_backward(model, blocks, self.batch_size)
+            text.backward(model)
 
             def downhill(name: str) -> torch.Tensor | None:
                 gradient = trained[name].grad if name in trained else None  # None: no token reached it
@@ -137,15 +114,74 @@ class Hesso:
         return Scores(found, of_loss)
 
 
-HESSO = (
-    Hesso("magnitude"),
-    Hesso("average-magnitude"),
-    Hesso("cosine"),
-    Hesso("first-order"),
-    Hesso("second-order"),
-    Hesso("cosine", "adapters"),
-    Hesso("first-order", "adapters"),
-    Hesso("second-order", "adapters"),
+class HessoMagnitude(Hesso):
+    """See ``proxy_scores``."""
+
+    name: ClassVar[str] = "hesso-magnitude"
+    proxy: ClassVar[Proxy] = "magnitude"
+
+
+class HessoAverageMagnitude(Hesso):
+    """See ``proxy_scores``."""
+
+    name: ClassVar[str] = "hesso-average-magnitude"
+    proxy: ClassVar[Proxy] = "average-magnitude"
+
+
+class HessoCosine(Hesso):
+    """See ``proxy_scores``."""
+
+    name: ClassVar[str] = "hesso-cosine"
+    proxy: ClassVar[Proxy] = "cosine"
+    needs: ClassVar[Needs] = "gradients"
+
+
+class HessoFirstOrder(Hesso):
+    """See ``proxy_scores``."""
+
+    name: ClassVar[str] = "hesso-first-order"
+    proxy: ClassVar[Proxy] = "first-order"
+    needs: ClassVar[Needs] = "gradients"
+
+
+class HessoSecondOrder(Hesso):
+    """See ``proxy_scores``."""
+
+    name: ClassVar[str] = "hesso-second-order"
+    proxy: ClassVar[Proxy] = "second-order"
+    needs: ClassVar[Needs] = "gradients"
+
+
+class HessoLoRACosine(HessoCosine):
+    """``HessoCosine`` by what the adapters learned."""
+
+    name: ClassVar[str] = "hesso-lora-cosine"
+    needs: ClassVar[Needs] = "adapters"
+
+
+class HessoLoRAFirstOrder(HessoFirstOrder):
+    """``HessoFirstOrder`` by what the adapters learned."""
+
+    name: ClassVar[str] = "hesso-lora-first-order"
+    needs: ClassVar[Needs] = "adapters"
+
+
+class HessoLoRASecondOrder(HessoSecondOrder):
+    """``HessoSecondOrder`` by what the adapters learned."""
+
+    name: ClassVar[str] = "hesso-lora-second-order"
+    needs: ClassVar[Needs] = "adapters"
+
+
+HESSO: tuple[type[Hesso], ...] = (
+    HessoMagnitude,
+    HessoAverageMagnitude,
+    HessoCosine,
+    HessoFirstOrder,
+    HessoSecondOrder,
+    HessoLoRACosine,
+    HessoLoRAFirstOrder,
+    HessoLoRASecondOrder,
 )
 """The whole family."""
 

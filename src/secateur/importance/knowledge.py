@@ -16,13 +16,11 @@ import torch
 from torch import nn
 
 from secateur.analysis import Trial
-from secateur.data import TokenBlocks
 from secateur.errors import InputError, ModelError
-from secateur.importance.base import borrowed, calibration, input_device
-from secateur.importance.stack import LayerStack
 from secateur.progress import Bar, say
 from secateur.surgery import masked
 from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.walk import Calibration, LayerStack, Walker, borrowed, calibration_for
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
 Kept = dict[str, list[int]]
@@ -85,11 +83,9 @@ def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> lis
 def measure_cuts(
     model: nn.Module,
     graph: DependencyGraph,
-    blocks: TokenBlocks | None,
+    calibration: Calibration | None,
     chosen: Sequence[Cut],
     *,
-    batch_size: int = 4,
-    autocast: torch.dtype | None = None,
     cached: bool = True,
     done: Sequence[Trial] = (),
     keep: Callable[[list[Trial]], None] | None = None,
@@ -102,9 +98,8 @@ def measure_cuts(
     tokens and a vocabulary of 49,152), and the hidden states of the trials of one layer.
 
     Args:
-        blocks: calibration text; every token but the first of a window is predicted.
-        batch_size: windows per forward pass (of one trial or of several).
-        autocast: type to compute matrix products in, or None for the weights' own.
+        calibration: text; every token but the first of a window is predicted. A pass holds ``batch_size`` windows, of
+            one trial or of several.
         cached: run only what comes after the cut. Where the layers are no plain stack (``LayerStack.find``) every trial
             runs the whole model, and that is said; False does so in any case, as the reference.
         done: trials of an earlier, interrupted call, which are not made again.
@@ -117,16 +112,16 @@ def measure_cuts(
         ModelError: a loss or a KL is not finite, which says nothing about where knowledge sits; the dense model's is
             looked at before the first trial.
     """
-    blocks = calibration(blocks, "analyze")
+    text = calibration_for(calibration, "analyze")
     finished = {(trial.group, trial.removed): (trial.loss, trial.kl) for trial in done}
     once = list({cut.made: cut for cut in chosen}.values())
     stack = _stack(model, graph) if cached else None
     with borrowed(model), Bar("analysing", _passes(once, stack)) as bar:
-        run = _Run(model, graph, blocks, batch_size, autocast, stack, bar)
+        run = _Run(model, graph, text, stack, bar)
         if not math.isfinite(run.reference.loss):
             raise ModelError(
                 f"The model's own loss on the calibration text is {run.reference.loss}, so that no cut can be compared "
-                "with it. Set evaluation.precision=fp32; if that does not help, its weights are damaged."
+                "with it. Set calibration.precision=fp32; if that does not help, its weights are damaged."
             )
         for layer, together in _by_layer(once, stack):
             waiting = [cut for cut in together if cut.made not in finished]
@@ -138,7 +133,7 @@ def measure_cuts(
                     raise ModelError(
                         f"Without {cut.made[1]} of the {cut.group.size} units of {cut.group.name} the model's loss is "
                         f"{measured[0]} and its KL {measured[1]}, which cannot be ranked. Set "
-                        "evaluation.precision=fp32, other --ratios or another --criterion."
+                        "calibration.precision=fp32, other --ratios or another --criterion."
                     )
                 finished[cut.made] = measured
             if keep is not None:
@@ -175,89 +170,47 @@ class _Run:
     """The text, the dense model's answer to it, and the hidden states at the input of the layer that is looked at."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        graph: DependencyGraph,
-        blocks: TokenBlocks,
-        batch_size: int,
-        autocast: torch.dtype | None,
-        stack: LayerStack | None,
-        bar: Bar,
+        self, model: nn.Module, graph: DependencyGraph, text: Calibration, stack: LayerStack | None, bar: Bar
     ) -> None:
-        self.model, self.graph, self.ids, self.stack, self.bar = model, graph, blocks.ids, stack, bar
-        self.batch_size, self.autocast = batch_size, autocast
-        self.layer = 0
-        self.here: list[torch.Tensor] = []
-        self.reference = _Reference(
-            (ids, logits) for rows in self._batches() for ids, logits in [(self.ids[rows], self._whole(rows))]
-        )
+        self.model, self.graph, self.text, self.bar = model, graph, text, bar
+        self.walker = None if stack is None else Walker(stack, text)
+        self.reference = _Reference(zip(text.batches(), text.logits(model), strict=True))
 
     def try_out(self, chosen: Sequence[Cut], layer: int) -> list[tuple[float, float]]:
         """Loss and KL of trials that change nothing before ``layer``."""
         totals = torch.zeros(len(chosen), 2, dtype=torch.float64)
         for number, row, logits in self._answers(chosen, layer):
-            totals[number] += self.reference.compare(row, self.ids[row], logits)
+            totals[number] += self.reference.compare(row, self.text.ids[row], logits)
         return [(loss, kl) for loss, kl in (totals / self.reference.tokens).tolist()]
 
     def _answers(self, chosen: Sequence[Cut], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(number of the trial, window, logits ``[window, vocabulary]``) for all trials and windows."""
-        stack = self.stack
-        if stack is None or not all(stack.inside(cut.group) for cut in chosen):
+        walker = self.walker
+        if walker is None or not all(walker.stack.inside(cut.group) for cut in chosen):
             for number, cut in enumerate(chosen):
-                for rows in self._batches():
-                    with masked(self.model, self.graph, cut.plan):
-                        logits = self._whole(rows)
-                    yield from ((number, row, found) for row, found in zip(rows, logits, strict=True))
-                self.bar.advance(len(stack) if stack is not None else 1, note=cut.group.name)
+                with masked(self.model, self.graph, cut.plan):
+                    rows = (found for logits in self.text.logits(self.model) for found in logits)
+                    yield from ((number, row, found) for row, found in enumerate(rows))
+                self.bar.advance(len(walker.stack) if walker is not None else 1, note=cut.group.name)
             return
-        self._go_to(layer, stack)
-        after = [self._after_the_cut(cut, stack) for cut in chosen]
-        pairs = [(number, row) for number in range(len(chosen)) for row in range(len(self.ids))]
-        done = 0
-        for start in range(0, len(pairs), self.batch_size):
-            some = pairs[start : start + self.batch_size]
+        walker.go_to(layer)
+        after = [self._after_the_cut(cut, walker) for cut in chosen]
+        pairs = [(number, row) for number in range(len(chosen)) for row in range(len(self.text))]
+        done, batch_size = 0, self.text.batch_size
+        for start in range(0, len(pairs), batch_size):
+            some = pairs[start : start + batch_size]
             states = torch.stack([after[number][row] for number, row in some])
-            with self._precision():
-                logits = stack.logits(self.ids[[row for _, row in some]], layer + 1, states)
+            with self.text.autocast(self.model):
+                logits = walker.stack.logits(self.text.ids[[row for _, row in some]], layer + 1, states)
             yield from ((number, row, found) for (number, row), found in zip(some, logits, strict=True))
-            now = (start + len(some)) * (len(stack) - layer) // len(self.ids)
+            now = (start + len(some)) * (len(walker.stack) - layer) // len(self.text)
             self.bar.advance(now - done, note=chosen[some[-1][0]].group.name)
             done = now
 
-    def _go_to(self, layer: int, stack: LayerStack) -> None:
-        """Move the kept states on to the input of ``layer`` (they only move forwards)."""
-        if layer > self.layer:
-            self.here = self._moved(stack, layer)
-            self.layer = layer
-
-    def _after_the_cut(self, cut: Cut, stack: LayerStack) -> list[torch.Tensor]:
-        """Hidden states after the layer of the cut, which runs under its mask; one tensor a window."""
+    def _after_the_cut(self, cut: Cut, walker: Walker) -> torch.Tensor:
+        """Hidden states after the layer of the cut, which runs under its mask: ``[windows, window, hidden]``."""
         with masked(self.model, self.graph, cut.plan):
-            return self._moved(stack, self.layer + 1)
-
-    def _moved(self, stack: LayerStack, stop: int) -> list[torch.Tensor]:
-        moved: list[torch.Tensor] = []
-        for rows in self._batches():
-            states = torch.stack([self.here[row] for row in rows]) if self.layer > 0 else None
-            with self._precision():
-                out = stack.states(self.ids[rows], self.layer, states, stop)
-            moved += out.unbind()
-        return moved
-
-    def _whole(self, rows: list[int]) -> torch.Tensor:
-        with self._precision(), torch.no_grad():
-            ids = self.ids[rows].to(input_device(self.model))
-            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
-
-    def _batches(self) -> Iterator[list[int]]:
-        rows = list(range(len(self.ids)))
-        return (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
-
-    def _precision(self) -> torch.autocast:
-        # entered anew for every pass: autocast may keep copies of weights, which masks change
-        device = input_device(self.model).type
-        return torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+            return torch.cat(walker.through())
 
 
 class _Reference:

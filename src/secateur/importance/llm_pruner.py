@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from secateur.importance.base import (
-    Needs,
-    borrowed,
-    calibration,
-    input_device,
-    mean_loss_backward,
-    require_gradients,
-    unscorable,
-)
-from secateur.progress import track
-from secateur.token_loss import TokenLoss
+from secateur.importance.base import Criterion, Needs, require_gradients, unscorable
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 from secateur.units import base_members, effective_weight, other_axes, sum_rows
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration, borrowed, calibration_for
 
 Form = Literal["vector", "first", "second", "mixed"]
 Aggregate = Literal["sum", "product", "max", "last"]
@@ -59,8 +46,7 @@ def aggregate(scores: Sequence[torch.Tensor], consumers: Sequence[torch.Tensor],
     return stacked.max(0).values if how == "max" else stacked.sum(0)
 
 
-@dataclass(frozen=True)
-class LLMPruner:
+class LLMPruner(Criterion):
     """Gradients times weights in four forms; a score for each row (or column), summed over the rows of a unit.
 
     L is the mean next-token loss. ``second`` and ``mixed`` run one block at a time, so that every sample has a gradient
@@ -68,15 +54,20 @@ class LLMPruner:
     copies of them (the sum of gradients, and of their squares).
     """
 
-    form: Form = "first"
-    members: Aggregate = "sum"
-    batch_size: int = 4
-    name: str = "llm-pruner"
-    needs: Needs = "gradients"
+    name: ClassVar[str] = "llm-pruner"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2305.11627"
+    summary: ClassVar[str] = "weights times gradients, first and second order, by vector or by element"
+    needs: ClassVar[Needs] = "gradients"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    form: Form = "first"
+    """``vector``; ``first``: Element¹, the default of the code; ``second``: Element², squared gradients of single
+    samples for the Hessian; ``mixed``: both orders."""
+    members: Aggregate = "sum"
+    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: what consumes it."""
+
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        blocks = calibration(blocks, self.name)
+        text = calibration_for(calibration, self.name)
         if not graph.prunable:
             return Scores({})
         parameters = dict(model.named_parameters())
@@ -85,9 +76,9 @@ class LLMPruner:
         with borrowed(model, wanted) as trained:
             squares: dict[str, torch.Tensor] = {}
             if self.form in ("second", "mixed"):
-                squares = _gradients_and_squares(model, blocks, trained)
+                squares = _gradients_and_squares(model, text, trained)
             else:
-                mean_loss_backward(model, blocks, self.batch_size)
+                text.backward(model)
             found = {group.name: self._unit_scores(model, group, trained, squares) for group in graph.prunable}
             return Scores(found, of_loss=self.members == "sum")
 
@@ -123,22 +114,18 @@ def _matrices(group: NodeGroup, trained: dict[str, nn.Parameter]) -> list[Member
 
 
 def _gradients_and_squares(
-    model: nn.Module, blocks: TokenBlocks, trained: dict[str, nn.Parameter]
+    model: nn.Module, text: Calibration, trained: dict[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """Leave the gradient of the mean loss in ``.grad``, and return the mean of the blocks' squared gradients."""
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, torch.Tensor] = {}
-    loss = TokenLoss(model, blocks.ids.to(input_device(model)))
-    with torch.enable_grad():
-        for ids in track(blocks.batches(1), "gradients", len(blocks)):
-            loss.backward(ids.to(input_device(model)))
-            for name, parameter in trained.items():
-                gradient = parameter.grad
-                if gradient is not None:
-                    part = gradient.float() / len(blocks)
-                    squares[name] = squares.get(name, torch.zeros_like(part)).addcmul_(gradient.float(), part)
-                    sums[name] = sums.get(name, torch.zeros_like(part)).add_(part)
-                    parameter.grad = None
+    for _ in text.window_gradients(model, trained.values()):
+        for name, parameter in trained.items():
+            gradient = parameter.grad
+            if gradient is not None:
+                part = gradient.float() / len(text)
+                squares[name] = squares.get(name, torch.zeros_like(part)).addcmul_(gradient.float(), part)
+                sums[name] = sums.get(name, torch.zeros_like(part)).add_(part)
     for name, total in sums.items():
         trained[name].grad = total.to(trained[name].dtype)
     return squares

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs
+from secateur.importance.base import Criterion
 from secateur.types import DependencyGraph, NodeGroup, Scores
 from secateur.units import base_members, base_parameters, effective_weight, other_axes, sum_rows, sum_units
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration
 
 
 def column_norms(weight: torch.Tensor, axis: int) -> torch.Tensor:
@@ -21,8 +18,7 @@ def column_norms(weight: torch.Tensor, axis: int) -> torch.Tensor:
     return weight.float().square().sum(dim=other_axes(weight, axis)).sqrt()
 
 
-@dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Criterion):
     """L2 norm of the weights of a unit; no text.
 
     ``consumers`` is magnitude-sp as FLAP (arXiv 2312.11983) compares with it: the norm of each column of the consuming
@@ -31,11 +27,15 @@ class Magnitude:
     no matrix consumes: experts, tokens, whole layers.
     """
 
-    over: Literal["consumers", "all"] = "consumers"
-    name: str = "magnitude"
-    needs: Needs = "nothing"
+    name: ClassVar[str] = "magnitude"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
+    summary: ClassVar[str] = "L2 norm of the weights that consume a unit; needs no text"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    over: Literal["consumers", "all"] = "consumers"
+    """``consumers``: columns of the matrices that consume the unit (magnitude-sp of the FLAP paper); ``all``: every
+    weight of the unit (the "L2" of the LLM-Pruner paper)."""
+
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
         return Scores({group.name: self._score(model, graph, group).cpu() for group in graph.prunable})
 

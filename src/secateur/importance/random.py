@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs
+from secateur.importance.base import Criterion
 from secateur.types import DependencyGraph, Scores
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration
 
 
-@dataclass(frozen=True)
-class Random:
+class Random(Criterion):
     """Uniform in [0, 1), from the seed and the group's name: other groups do not change a group's scores."""
 
-    name: str = "random"
-    needs: Needs = "nothing"
+    name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "units drawn at random; the floor for every comparison"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
         return Scores({group.name: _uniform(seed, group.name, group.size) for group in graph.prunable})
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, require_gradients
+from secateur.importance.base import Criterion, Needs, require_gradients
 from secateur.types import DependencyGraph, NodeGroup, Scores
 from secateur.units import base_members, base_parameters, effective_weight, sum_units
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration, borrowed, calibration_for
 
 Form = Literal["element", "vector"]
 
@@ -24,8 +21,7 @@ def first_order(weight: torch.Tensor, gradient: torch.Tensor, form: Form) -> tor
     return product.abs() if form == "element" else product
 
 
-@dataclass(frozen=True)
-class Taylor:
+class Taylor(Criterion):
     """``Σ |w · ∂L/∂w|`` over all members and elements of a unit: LLM-Pruner's Element¹, its default.
 
     ``vector`` is its vector-wise form ``|Σ w · ∂L/∂w|``: the first-order change of the loss when exactly this unit
@@ -34,14 +30,17 @@ class Taylor:
     beside the model; the other weights get none. With LoRA the weight is ``W + s B A``, and so is its gradient's place.
     """
 
-    form: Form = "element"
-    batch_size: int = 4
-    name: str = "taylor"
-    needs: Needs = "gradients"
+    name: ClassVar[str] = "taylor"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2305.11627"
+    summary: ClassVar[str] = "weights times gradients of the loss (LLM-Pruner, first order)"
+    needs: ClassVar[Needs] = "gradients"
 
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
+    form: Form = "element"
+    """``element``: sum of absolute values (Element¹); ``vector``: absolute value of the sum."""
+
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
-        blocks = calibration(blocks, self.name)
+        text = calibration_for(calibration, self.name)
         if not graph.prunable:
             return Scores({})
         parameters = dict(model.named_parameters())
@@ -49,7 +48,7 @@ class Taylor:
         wanted |= {name for group in graph.prunable for unit in base_parameters(graph, group) for name in unit}
         require_gradients(graph, parameters, wanted, self.name)
         with borrowed(model, wanted) as trained:
-            mean_loss_backward(model, blocks, self.batch_size)
+            text.backward(model)
             values = {
                 group.name: self._unit_scores(model, group, trained)
                 if group.members

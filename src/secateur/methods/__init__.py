@@ -1,35 +1,49 @@
-"""The methods by name. To add one: its file, its line in ``METHODS``, its test, a recipe, a page in docs/methods."""
+"""The methods by name. To add one: its file, its line in ``METHODS``, its test, a recipe, a page in docs/methods.
+
+A method that scores once and cuts once is a line alone: ``one_shot`` of its criterion.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from secateur import importance
+from secateur.importance import Criterion
 from secateur.methods.base import Decision, Method, PruningTask
-from secateur.methods.fisher import Fisher
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
-from secateur.methods.magnitude import Magnitude
+from secateur.methods.one_shot import one_shot
 from secateur.methods.periods import Period, Periods, PeriodSettings
-from secateur.methods.random import Random
 from secateur.methods.saliency import Saliency
-from secateur.methods.shortgpt import ShortGPT
-from secateur.methods.taylor import Taylor
 from secateur.methods.transfer import Transfer
 from secateur.methods.wanda import Wanda
+from secateur.plugins import find
 
 METHODS: dict[str, type[Method]] = {
     "lorashear": LoRAShear,
     "loraprune": LoRAPrune,
-    "random": Random,
-    "magnitude": Magnitude,
+    "random": one_shot("random", importance.Random),
+    "magnitude": one_shot("magnitude", importance.Magnitude),
     "wanda": Wanda,
-    "taylor": Taylor,
-    "fisher": Fisher,
+    "taylor": one_shot("taylor", importance.Taylor),
+    "fisher": one_shot("fisher", importance.Fisher),
     "llm-pruner": LLMPruner,
     "flap": FLAP,
-    "shortgpt": ShortGPT,
+    "shortgpt": one_shot("shortgpt", importance.BlockInfluence),
 }
 """Every method by name."""
+
+
+def method_class(name: Any) -> type[Method]:
+    """The method ``name``: one of ``METHODS``, or ``package.module:Class``; a criterion there is cut by in one shot.
+
+    Raises InputError for any other.
+    """
+    found: type[Method] | type[Criterion] = find(name, METHODS, Method, Criterion)
+    return one_shot(name, found) if issubclass(found, Criterion) else found
+
 
 __all__ = [
     "METHODS",
@@ -41,4 +55,6 @@ __all__ = [
     "PruningTask",
     "Saliency",
     "Transfer",
+    "method_class",
+    "one_shot",
 ]

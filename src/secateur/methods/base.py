@@ -18,9 +18,9 @@ from secateur.errors import InputError
 from secateur.graph import trace
 from secateur.importance import Criterion
 from secateur.planning import Budget, Problem, restrict, solve
-from secateur.precision import autocast
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import DependencyGraph, Kind, NodeGroup, Scores, Settings
+from secateur.walk import Calibration
 
 MethodNeeds = Literal["nothing", "text", "training"]
 
@@ -37,7 +37,7 @@ class PruningTask:
     tokenizer: PreTrainedTokenizerBase | None
     graph: DependencyGraph
     budget: Budget
-    calibration: TokenBlocks | None = None
+    calibration: Calibration | None = None
     """Text to measure importance on; None when the method needs nothing."""
     training_blocks: TokenBlocks | None = None
     """Text to train on; None when the method does not train."""
@@ -58,6 +58,10 @@ class PruningTask:
     def prunable(self) -> tuple[NodeGroup, ...]:
         """The groups that the budget may cut."""
         return self.restricted.prunable
+
+    def score(self, criterion: Criterion, seed: int | None = None) -> Scores:
+        """Scores of what the budget may cut, by the model as it is now; with the task's seed unless one is given."""
+        return criterion.score(self.model, self.restricted, self.calibration, self.seed if seed is None else seed)
 
     def allocate(
         self, scores: Scores, removed: Mapping[str, Iterable[int]] | None = None, ratio: float | None = None
@@ -135,18 +139,6 @@ class Method(ABC):
     @abstractmethod
     def run(self, task: PruningTask) -> Decision:
         """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
-
-
-def one_shot(task: PruningTask, criterion: Criterion) -> Decision:
-    """Score once, cut once: the whole of every one-shot method."""
-    scores = score(task, criterion, task.seed)
-    return Decision(task.allocate(scores), scores)
-
-
-def score(task: PruningTask, criterion: Criterion, seed: int) -> Scores:
-    """Scores of what the budget may cut, computed in the precision that the task trains in."""
-    with autocast(task.training.precision, task.model.device):
-        return criterion.score(task.model, task.restricted, task.calibration, seed)
 
 
 def adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
 from secateur.errors import InputError
-from secateur.importance.flap import Fluctuation, compensation, consumers
+from secateur.importance.flap import Fluctuation, compensation
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.planning.shapes import needs_equal_widths
-from secateur.precision import autocast
 from secateur.types import Settings
 
 
-class FLAPSettings(Settings):
-    """How the calibration text is run through the model, and whether the mean of what goes is kept as a bias."""
+class FLAPSettings(Fluctuation):
+    """The criterion, and whether the mean of what is removed becomes a bias."""
 
     compensate: bool = True
     """Add what the removed channels contribute on average to the bias of the linear that consumed them; the linear gets
-    a bias if it has none, so that the folder needs its modelling file."""
-    batch_size: int = Field(default=4, ge=1)
-    """Windows in one forward pass; changes memory, not the result."""
+    a bias if it has none, and the folder then needs its modelling file."""
 
 
 class FLAP(Method):
@@ -49,11 +44,9 @@ class FLAP(Method):
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         self.check(task)
-        criterion = Fluctuation(self.settings.batch_size)
         graph = task.restricted
-        with autocast(task.training.precision, task.model.device):
-            moments = criterion.measure(task.model, graph, task.calibration)
-        scores = criterion.from_moments(task.model, graph, moments)
+        moments = self.settings.measure(task.model, graph, task.calibration)
+        scores = self.settings.from_moments(task.model, graph, moments)
         removed = task.allocate(scores)
         updates = compensation(task.model, graph, moments, removed) if self.settings.compensate else {}
         return Decision(removed, scores, updates)
@@ -66,5 +59,4 @@ class FLAP(Method):
                 f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
                 "method.compensate=false, or budget.runs_on=transformers."
             )
-        for group in task.prunable:
-            consumers(task.model, group, self.name)
+        self.settings.check(task.model, task.restricted)

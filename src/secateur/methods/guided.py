@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerControl, TrainerState
 
 from secateur.errors import InputError, ModelError
-from secateur.importance.adapters import AdapterGradients, Options
+from secateur.importance.lora import AdapterGradients, LoRA
 from secateur.methods.transfer import Transfer
 from secateur.planning import Budget, Problem, countable, solve
 from secateur.surgery import InputMasks
@@ -35,7 +35,7 @@ class GuidedPruning(Transfer):
         schedule: number of finished optimiser steps → fraction of the budget that is spent, rising from 0 to 1.
         every: optimiser steps between two decisions.
         moving_average: λ of Ḡ ← λ Ḡ + (1 − λ) Ĝ.
-        options: the form of the criterion.
+        criterion: its options; None for the defaults.
 
     The masks stay on when training ends, until ``release``. Use it with ``secateur.training.train``, or with a Trainer
     of your own whose ``max_grad_norm`` is 0 (it clips before callbacks look; clip in a later callback).
@@ -49,11 +49,11 @@ class GuidedPruning(Transfer):
         *,
         every: int = 10,
         moving_average: float = 0.9,
-        options: Options | None = None,
+        criterion: LoRA | None = None,
     ) -> None:
         self.graph, self.budget, self.schedule = countable(graph), budget, schedule
         """The graph is without the shapes of the adapters, which will be merged and do not count."""
-        self.every, self.moving_average, self.options = every, moving_average, options or Options()
+        self.every, self.moving_average, self.criterion = every, moving_average, criterion or LoRA()
         self.removed: Removed = {}
         """Group name → units that are masked now, ascending."""
         self.average: dict[str, torch.Tensor] = {}
@@ -74,7 +74,7 @@ class GuidedPruning(Transfer):
         Beginning from the first scores instead would give those, which see least (B = 0), the most weight for long.
         """
         share = 1 - self.moving_average**self.observed
-        return Scores({name: value / share for name, value in self.average.items()}, self.options.of_loss)
+        return Scores({name: value / share for name, value in self.average.items()}, self.criterion.of_loss)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -89,7 +89,7 @@ class GuidedPruning(Transfer):
 
     def begin(self, model: PeftModel) -> None:
         """Check that gradients can be read, and put the masks of a restored checkpoint on."""
-        self._gradients = AdapterGradients(model, self.graph, self.options)
+        self._gradients = AdapterGradients(model, self.graph, self.criterion)
         self._parameters = list(model.parameters())
         self._masks = InputMasks(model, self.graph)
         self._masks.remove(self.removed)

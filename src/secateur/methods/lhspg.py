@@ -27,11 +27,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.importance.base import input_device
 from secateur.methods.transfer import Transfer
 from secateur.surgery import norms_over, scales_with_zeros, set_epsilon, unproduced
 from secateur.types import DependencyGraph, removed_to_kept
 from secateur.units import UnitRows, rows_of, squared_norms
+from secateur.walk import input_device
 
 
 def decay_factor(step: int, steps: int) -> float:

@@ -6,26 +6,18 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from secateur.importance.llm_pruner import Aggregate, Form
-from secateur.importance.llm_pruner import LLMPruner as Criterion
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, score
+from secateur import importance
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.planning import by_period
 from secateur.surgery import masked
 from secateur.types import Scores, Settings, removed_to_kept
 
 
-class LLMPrunerSettings(Settings):
-    """The paper's choices; which layers stay whole, and whether units compete across layers, is the budget's."""
+class LLMPrunerSettings(importance.LLMPruner):
+    """The criterion, and in how many rounds. Protected layers and the ranking are the budget's."""
 
-    form: Form = "first"
-    """``vector``; ``first``: Element¹, the default of the code; ``second``: Element², squared gradients of single
-    samples for the Hessian; ``mixed``: both orders."""
-    members: Aggregate = "sum"
-    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: what consumes it."""
     rounds: int = Field(default=1, ge=1)
     """In how many equal rounds the units go, scored anew in each (``iterative_steps`` of the code)."""
-    batch_size: int = Field(default=4, ge=1)
-    """Windows in one backward pass (``second`` and ``mixed`` take one); changes memory, not the result."""
 
 
 class LLMPruner(Method):
@@ -41,12 +33,11 @@ class LLMPruner(Method):
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         settings = self.settings
-        criterion = Criterion(settings.form, settings.members, settings.batch_size)
         removed: dict[str, list[int]] = {}
         scores: Scores | None = None
         for index in range(settings.rounds):
             with masked(task.model, task.graph, removed_to_kept(task.graph, removed)):
-                scores = score(task, criterion, task.seed)
+                scores = task.score(settings)
             last = index == settings.rounds - 1
             ratio = None if last else by_period(index, settings.rounds) * task.budget.ratio
             removed = task.allocate(scores, removed, ratio)

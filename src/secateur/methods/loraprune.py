@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
-from secateur.importance.adapters import AdapterGradients, Form, Options, Sides
+from secateur.importance.lora import AdapterGradients, LoRA
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic
@@ -19,8 +19,8 @@ from secateur.training.quantised import BaseWeights, check_quantisable, quantise
 from secateur.types import Settings
 
 
-class LoRAPruneSettings(Settings):
-    """Schedule and criterion. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
+class LoRAPruneSettings(LoRA):
+    """Criterion and schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
 
     steps: int = Field(default=40, ge=1)
     """T: steps of LoRA training in which the masks grow."""
@@ -35,14 +35,6 @@ class LoRAPruneSettings(Settings):
     """λ: weight of the past in the moving average of the scores."""
     schedule: Schedule = "constant"
     """Learning-rate schedule while pruning; recovery, which ends the training, has ``training.schedule``."""
-    form: Form = "absolute"
-    """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
-    normalise: bool = False
-    """Divide the scores of each module by their norm before those of a unit are added, as the paper's code does. That
-    takes away which layers matter more; it is needed to add the two ``sides``, whose estimates differ in scale."""
-    sides: Sides = "out"
-    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both`` (the paper); the
-    estimate for the consuming ones is mostly noise until B has been trained for long."""
     base: BaseWeights = "as-is"
     """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
 
@@ -87,7 +79,7 @@ class LoRAPrune(Method):
             partial(cubic, steps=settings.steps, warm_up=settings.warm_up, cool_down=settings.cool_down),
             every=settings.every,
             moving_average=settings.moving_average,
-            options=self._options,
+            criterion=settings,
         )
         with quantised_base(adapted, settings.base):
             log = train(
@@ -117,8 +109,4 @@ class LoRAPrune(Method):
         require_maskable(task.prunable)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         check_quantisable(adapted, self.settings.base)
-        AdapterGradients(adapted, adapted_graph(adapted, task), self._options)
-
-    @property
-    def _options(self) -> Options:
-        return Options(self.settings.form, self.settings.normalise, self.settings.sides)
+        AdapterGradients(adapted, adapted_graph(adapted, task), self.settings)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import partial
-from typing import ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from transformers import PreTrainedModel
 
+from secateur.errors import InputError
 from secateur.graph.twin import twin_of
-from secateur.importance import CRITERIA
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_heard
 from secateur.methods.periods import Period, Periods, PeriodSettings
@@ -29,16 +28,21 @@ class LoRAShearSettings(PeriodSettings):
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
     """ε of the half-space projection: bigger zeroes earlier. Above 0 only with ``half-space``."""
-    saliency: dict[str, float] = Field(default={"fisher": 1.0}, min_length=1)
-    """Criteria that rank the units anew in every period, with their weights."""
+    saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
+    """Criteria that rank the units anew in every period, with their weights. A mapping in place of a weight gives a
+    criterion's own options: ``{lora: {weight: 0.5, sides: both}}``."""
 
     @field_validator("saliency")
     @classmethod
-    def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        if not set(value) <= set(CRITERIA) or not all(weight > 0 for weight in value.values()):
-            raise ValueError(f"give positive weights to some of {', '.join(CRITERIA)}")
-        if not math.isfinite(sum(value.values())):
-            raise ValueError(f"weights must be finite, and their sum as well; got {value}")
+    def _known(cls, value: dict[str, float | dict[str, Any]]) -> dict[str, float | dict[str, Any]]:
+        try:
+            Saliency(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(map(str, fault["loc"]))
+            raise ValueError(f"the criterion's option {key}: {fault['msg']}") from error
+        except InputError as error:
+            raise ValueError(str(error)) from error
         return value
 
     @model_validator(mode="after")

@@ -2,54 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
-from secateur.importance import CRITERIA
-from secateur.importance.base import Checked
-from secateur.methods.base import PruningTask, adapted_graph, score
-from secateur.precision import autocast
+from secateur.importance import Criterion, criterion_class
+from secateur.methods.base import PruningTask, adapted_graph
 from secateur.types import DependencyGraph, Scores
 
+Weights = Mapping[str, float | Mapping[str, Any]]
+"""Criterion → its weight, or a mapping of ``weight`` (1 if left out) and the criterion's own options."""
 
-@dataclass(frozen=True)
+
 class Saliency:
-    """Criteria of ``CRITERIA`` with their weights."""
+    """Criteria with their weights, ``Saliency({"fisher": 1.0, "lora": {"weight": 0.5, "sides": "both"}})``.
 
-    weights: Mapping[str, float]
+    Raises InputError for an unknown criterion, and ValueError for options that it does not have or weights that are not
+    positive and finite.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.criteria: dict[str, Criterion] = {}
+        self.weights: dict[str, float] = {}
+        for name, given in weights.items():
+            options = dict(given) if isinstance(given, Mapping) else {"weight": given}
+            weight = options.pop("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+                raise ValueError(f"the weight of {name} must be a positive number; got {weight!r}")
+            self.weights[name] = float(weight)
+            self.criteria[name] = criterion_class(name).model_validate(options)
+        if not self.weights or not math.isfinite(sum(self.weights.values())):
+            raise ValueError(f"give at least one weight; weights and their sum must be finite; got {dict(weights)}")
 
     @property
     def readers(self) -> list[str]:
         """The criteria that read trained adapters."""
-        return [name for name in self.weights if CRITERIA[name].needs == "adapters"]
+        return [name for name, criterion in self.criteria.items() if criterion.needs == "adapters"]
 
     def check(self, adapted: PeftModel, graph: DependencyGraph) -> None:
         """Raise the ModelError that scoring would end with; ``graph`` is that of the model with fresh adapters."""
-        for criterion in map(CRITERIA.__getitem__, self.weights):
-            if isinstance(criterion, Checked):
-                criterion.check(adapted, graph)
+        for criterion in self.criteria.values():
+            criterion.check(adapted, graph)
 
     def of_adapters(self, task: PruningTask, adapted: PeftModel, seed: int) -> dict[str, Scores]:
         """The scores of the criteria that read adapters, while these are still on the task's model."""
         if not self.readers:
             return {}
         graph = adapted_graph(adapted, task)
-        with autocast(task.training.precision, task.model.device):
-            return {name: CRITERIA[name].score(adapted, graph, task.calibration, seed) for name in self.readers}
+        return {name: self.criteria[name].score(adapted, graph, task.calibration, seed) for name in self.readers}
 
     def scores(self, task: PruningTask, found: Mapping[str, Scores], seed: int) -> Scores:
         """All criteria together: those in ``found``, and the others as the task's model is now."""
-        every = {name: found[name] if name in found else score(task, CRITERIA[name], seed) for name in self.weights}
+        every = {
+            name: found[name] if name in found else task.score(criterion, seed)
+            for name, criterion in self.criteria.items()
+        }
         return combine(every, self.weights)
 
 
 def combine(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
     """``Σ weight · score / ‖score‖`` over criteria, with norms over the units of all groups.
 
-    Each is divided by its norm so that none drowns the others (HESSO).
+    Each is divided by its norm, or one would drown the others (HESSO).
     """
     total: dict[str, torch.Tensor] = {}
     for name, scores in found.items():

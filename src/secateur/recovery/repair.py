@@ -12,24 +12,21 @@ parameters. (Reconstruction after pruning: SlimGPT, FLAP and others; see docs/me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.data import TokenBlocks
 from secateur.errors import ModelError
-from secateur.importance.base import borrowed, calibration, input_device
-from secateur.importance.stack import LayerStack
 from secateur.progress import Bar
 from secateur.surgery import masked
 from secateur.surgery.mask import MASKABLE
 from secateur.surgery.rows import removed_rows
 from secateur.types import DependencyGraph
 from secateur.units import Rows
+from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -70,23 +67,20 @@ def repair(
     model: nn.Module,
     graph: DependencyGraph,
     kept: Kept,
-    blocks: TokenBlocks | None,
+    calibration: Calibration | None,
     *,
     ridge: float = 0.01,
-    batch_size: int = 4,
-    autocast: torch.dtype | None = None,
 ) -> dict[str, Refit]:
     """Refit in place what consumes the units of the groups in ``kept``; the model is whole still, and is cut after it.
 
     The columns of the units that go are left as they are. Stacked experts are not refitted. Costs about four forward
-    passes over ``blocks``; memory for the hidden states of both models and the inputs of one layer's consumers.
+    passes over the text; memory for the hidden states of both models and the inputs of one layer's consumers.
 
     Args:
         model: the dense model.
         kept: as in ``PruningPlan.kept``.
-        blocks: calibration text; more tokens than a consumer has inputs, or the ridge decides.
+        calibration: text; more tokens than a consumer has inputs, or the ridge decides.
         ridge: see ``ridge_refit``.
-        autocast: type to compute the passes in, or None.
 
     Returns:
         Parameter → how far its output was and is from the dense one.
@@ -94,27 +88,27 @@ def repair(
     Raises:
         ModelError: the layers are no plain stack (``LayerStack``), or units of another kind go.
     """
-    blocks = calibration(blocks, "repair")
+    text = calibration_for(calibration, "repair")
     cut = {name: units for name, units in kept.items() if len(units) < graph[name].size}
     stack = check_repairable(model, graph, cut)
-    walk = _Walk(stack, blocks.ids, batch_size, autocast)
+    dense, pruned = Walker(stack, text), Walker(stack, text)
     found: dict[str, Refit] = {}
-    dense: list[torch.Tensor] = []
-    pruned: list[torch.Tensor] = []
     with borrowed(model), torch.no_grad(), Bar("repairing", len(stack)) as bar:
         for layer in range(len(stack)):
             here = {name: units for name, units in cut.items() if graph[name].layer == layer}
             consumers = _consumers(model, graph, here)
-            with _inputs_of(model, consumers) as wanted:
-                dense = walk.through(layer, dense)
+            wanted = {name: Inputs() for name in consumers}
+            with watched(model, wanted):
+                dense.go_to(layer + 1)
             done: dict[str, Sequence[int]] = {}
-            for name in wanted:  # in the order in which they are called
-                with masked(model, graph, done), _inputs_of(model, {name: consumers[name]}) as now:
-                    walk.through(layer, pruned)
-                found[name] = _refit(consumers[name], wanted[name], now[name], ridge)
+            for name in sorted(consumers, key=lambda name: wanted[name].turn):
+                now = Inputs()
+                with masked(model, graph, done), watched(model, {name: now}):
+                    pruned.through()
+                found[name] = _refit(consumers[name], wanted[name].values, now.values, ridge)
                 done |= {group: here[group] for group in here if _consumes(graph, group, name)}
             with masked(model, graph, here):
-                pruned = walk.through(layer, pruned)
+                pruned.go_to(layer + 1)
             bar.advance()
     return found
 
@@ -139,24 +133,6 @@ def check_repairable(model: nn.Module, graph: DependencyGraph, groups: Iterable[
     return stack
 
 
-class _Walk:
-    """Runs one layer at a time over all windows."""
-
-    def __init__(self, stack: LayerStack, ids: torch.Tensor, batch_size: int, autocast: torch.dtype | None) -> None:
-        self.stack, self.ids, self.batch_size, self.autocast = stack, ids, batch_size, autocast
-
-    def through(self, layer: int, states: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Hidden states after ``layer``, one tensor a batch, from those before it (none for the first layer)."""
-        device = input_device(self.stack.model).type
-        moved = []
-        for number, ids in enumerate(self.ids.split(self.batch_size)):
-            before = states[number] if layer > 0 else None
-            # entered anew every time: autocast may keep copies of weights, which change
-            with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-                moved.append(self.stack.states(ids, layer, before, layer + 1))
-        return moved
-
-
 def _consumers(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[str, Rows]:
     """The matrices whose inputs go in part, by name."""
     rows = removed_rows(model, graph, kept, role="in")
@@ -167,29 +143,11 @@ def _consumes(graph: DependencyGraph, group: str, parameter: str) -> bool:
     return any(member.role == "in" and member.parameter == parameter for member in graph[group].members)
 
 
-@contextmanager
-def _inputs_of(model: nn.Module, consumers: Mapping[str, Rows]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """While it lasts, what each consumer is multiplied with is collected: ``[tokens, inputs]``, a tensor a call."""
-    found: dict[str, list[torch.Tensor]] = {}
-
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.setdefault(name, []).append(args[0].detach().flatten(0, -2))
-
-        return look
-
-    with ExitStack() as hooks:
-        for name in consumers:
-            module = model.get_submodule(name.rpartition(".")[0])
-            hooks.callback(module.register_forward_pre_hook(hook(name)).remove)
-        yield found
-
-
-def _refit(rows: Rows, dense: list[torch.Tensor], now: list[torch.Tensor], ridge: float) -> Refit:
-    """Write the new weights of one consumer into it."""
+def _refit(rows: Rows, every: torch.Tensor, now: torch.Tensor, ridge: float) -> Refit:
+    """Write the new weights of one consumer into it, from its inputs in the dense and in the cut model."""
     weight = rows.tensor.detach().movedim(rows.axis, -1)  # [outputs, inputs]
     kept = rows.others.to(weight.device)
-    every, left = torch.cat(dense), torch.cat(now)[:, kept]
+    left = now[:, kept]
     new = ridge_refit(weight, kept, every, left, ridge).to(weight.dtype)
     wanted = every.float() @ weight.float().T
     size = float(wanted.square().sum())

@@ -18,6 +18,7 @@ from secateur.testing.graphs import allowed_miss
 from secateur.testing.tiny import VOCAB, build
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Settings, removed_to_kept
+from secateur.walk import Calibration
 
 RATIOS = (0.05, 0.2, 0.5)
 
@@ -43,7 +44,7 @@ class MethodContract:
             tokenizer=None,
             graph=trace(model),
             budget=Budget(ratio=ratio, **budget),
-            calibration=noise(6, 1) if needs != "nothing" else None,
+            calibration=Calibration(noise(6, 1)) if needs != "nothing" else None,
             training_blocks=noise(16, 2) if needs == "training" else None,
             lora=LoraSettings(rank=4),
             training=TrainingSettings(batch_size=4, precision="fp32"),

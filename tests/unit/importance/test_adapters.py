@@ -13,21 +13,21 @@ from torch import nn
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.importance import Adapters, Taylor, adapters
-from secateur.importance.adapters import AdapterGradients, Options, gradient_factors
-from secateur.importance.base import mean_loss_backward, recomputed
+from secateur.importance import LoRA, Taylor, lora
+from secateur.importance.lora import AdapterGradients, gradient_factors
 from secateur.planning import Budget, allocate
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, attach_lora
 from secateur.training.quantised import quantised_base
 from secateur.units import adapter_of, dequantised, lora_layer
+from secateur.walk import Calibration, borrowed, recomputed
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def blocks() -> TokenBlocks:
+def blocks(batch_size: int = 4) -> Calibration:
     ids = torch.randint(3, 48, (6, 12), generator=torch.Generator().manual_seed(0))
-    return TokenBlocks(ids, ("noise",) * 6)
+    return Calibration(TokenBlocks(ids, ("noise",) * 6), batch_size)
 
 
 def adapted(family: str, fill: Fill, rank: str | int = "in", alpha: float = 30.0) -> nn.Module:
@@ -81,7 +81,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_it_is_the_true_gradient_where_a_or_b_is_a_basis(family: str, fill: Fill, rank: str, alpha: float) -> None:
     model = adapted(family, fill, rank, alpha)
     truth = gradients(model)
-    mean_loss_backward(model, blocks(), 6)
+    blocks().backward(model)
     for name, gradient in truth.items():
         layer: Any = lora_layer(model, name)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -93,7 +93,7 @@ def test_it_is_the_true_gradient_where_a_or_b_is_a_basis(family: str, fill: Fill
 def test_it_is_the_stated_projection_of_the_gradient_otherwise() -> None:
     model = adapted("llama-gqa", anything, rank=4)
     truth = gradients(model)
-    mean_loss_backward(model, blocks(), 6)
+    blocks().backward(model)
     for name, g in truth.items():
         layer: Any = lora_layer(model, name)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -105,7 +105,7 @@ def test_it_is_the_stated_projection_of_the_gradient_otherwise() -> None:
 def test_its_scores_are_then_those_of_full_gradient_taylor(fill: Fill) -> None:
     model = adapted("llama-gqa", fill, "in" if fill is rows_are_a_basis else "out")
     graph = trace(model)
-    guided = Adapters(Options(normalise=False)).score(model, graph, blocks(), seed=0)
+    guided = LoRA(sides="both").score(model, graph, blocks(), seed=0)
     full = Taylor().score(model, graph, blocks(), seed=0)
     for name in full:
         torch.testing.assert_close(guided[name], full[name], rtol=1e-3, atol=1e-6)
@@ -117,7 +117,7 @@ def test_its_scores_are_then_those_of_full_gradient_taylor(fill: Fill) -> None:
 def test_scores_agree_with_plain_loops(family: str, normalise: bool, form: Any) -> None:
     model = adapted(family, anything, rank=4)
     graph = trace(model)
-    scores = Adapters(Options(form, normalise)).score(model, graph, blocks(), seed=0)
+    scores = LoRA(form=form, normalise=normalise, sides="both").score(model, graph, blocks(), seed=0)
     truth = gradients(model)
     for group in graph.prunable:
         total = torch.zeros(group.size)
@@ -146,16 +146,17 @@ def test_no_gradient_of_a_frozen_weight_is_allocated(monkeypatch: pytest.MonkeyP
     graph = trace(model)
     asked, with_gradient = [], []
 
-    def look(*args: Any) -> float:
+    def look(self: Calibration, model: Any) -> float:
         asked.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        loss = mean_loss_backward(*args)
+        loss = backward(self, model)
         with_gradient.extend(name for name, p in model.named_parameters() if p.grad is not None)
         return loss
 
-    monkeypatch.setattr(adapters, "mean_loss_backward", look)
+    backward = Calibration.backward
+    monkeypatch.setattr(Calibration, "backward", look)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    Adapters().score(model, graph, blocks(), seed=0)
+    LoRA().score(model, graph, blocks(), seed=0)
     assert asked
     assert with_gradient
     assert all("lora_" in name for name in [*asked, *with_gradient])
@@ -164,9 +165,9 @@ def test_no_gradient_of_a_frozen_weight_is_allocated(monkeypatch: pytest.MonkeyP
 def test_blocks_of_rows_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama-gqa", anything, rank=4)
     graph = trace(model)
-    whole = Adapters().score(model, graph, blocks(), seed=0)
-    monkeypatch.setattr(adapters, "_BLOCK_ELEMENTS", 7 * 48)
-    pieces = Adapters().score(model, graph, blocks(), seed=0)
+    whole = LoRA().score(model, graph, blocks(), seed=0)
+    monkeypatch.setattr(lora, "_BLOCK_ELEMENTS", 7 * 48)
+    pieces = LoRA().score(model, graph, blocks(), seed=0)
     for name in whole:
         torch.testing.assert_close(whole[name], pieces[name], rtol=1e-5, atol=1e-8)
 
@@ -175,20 +176,20 @@ def test_a_bigger_adapter_norm_does_not_outweigh_another_module() -> None:
     """Per-module normalisation: scaling one module's adapter up does not change the ranking."""
     model = adapted("llama-gqa", rows_are_a_basis, "in")
     graph = trace(model)
-    before = Adapters().score(model, graph, blocks(), seed=0)
+    before = LoRA(normalise=True, sides="both").score(model, graph, blocks(), seed=0)
     layer: Any = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(100)
-    after = Adapters().score(model, graph, blocks(), seed=0)
+    after = LoRA(normalise=True, sides="both").score(model, graph, blocks(), seed=0)
     torch.testing.assert_close(before["layers.0.mlp"], after["layers.0.mlp"], rtol=1e-3, atol=1e-6)
 
 
 def test_gradients_that_are_there_can_be_read_in_a_training_step() -> None:
     model = adapted("llama-gqa", anything, rank=4)
     graph = trace(model)
-    mean_loss_backward(model, blocks(), 3)
-    now = AdapterGradients(model, graph).scores()
-    later = Adapters().score(model, graph, blocks(), seed=0)
+    blocks().backward(model)
+    now = AdapterGradients(model, graph, LoRA()).scores()
+    later = LoRA().score(model, graph, blocks(), seed=0)
     for name in now:
         torch.testing.assert_close(now[name], later[name], rtol=1e-4, atol=1e-7)
 
@@ -196,23 +197,26 @@ def test_gradients_that_are_there_can_be_read_in_a_training_step() -> None:
 def test_models_without_usable_adapters_are_refused() -> None:
     plain = TINY["llama-gqa"]()
     with pytest.raises(ModelError, match="attach"):
-        Adapters().score(plain, trace(plain), blocks(), seed=0)
+        LoRA().score(plain, trace(plain), blocks(), seed=0)
     partial = get_peft_model(TINY["llama-gqa"](), LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp.*lora\.targets"):
-        Adapters().score(partial, trace(partial), blocks(), seed=0)
+        LoRA().score(partial, trace(partial), blocks(), seed=0)
     merged = adapted("llama-gqa", anything, rank=4)
     graph = trace(merged)
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
-        Adapters().score(merged, graph, blocks(), seed=0)
+        LoRA().score(merged, graph, blocks(), seed=0)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
 def test_recomputed_activations_and_single_windows_give_the_same_scores(family: str) -> None:
     model = adapted(family, anything, rank=4)
     graph = trace(model)
-    frugal = Adapters().score(model, graph, blocks(), seed=0)
-    plain = Adapters(batch_size=6, recompute=False).score(model, graph, blocks(), seed=0)
+    frugal = LoRA().score(model, graph, blocks(1), seed=0)
+    gradients = AdapterGradients(model, graph, LoRA())
+    with borrowed(model, [name for name, _ in model.named_parameters() if ".lora_" in name]):
+        blocks(6).backward(model)
+        plain = gradients.scores()
     for name in plain:
         torch.testing.assert_close(frugal[name], plain[name], rtol=1e-3, atol=1e-6)
     assert not any("forward" in vars(module) for module in model.modules() if "Layer" in type(module).__name__)
@@ -271,7 +275,7 @@ def test_the_output_side_alone_tells_which_layers_matter() -> None:
     budget = Budget(ratio=0.1, kinds=("ffn",), floor=0.0)
     gone = {}
     for normalise in (False, True):
-        scores = Adapters(Options(normalise=normalise, sides="out")).score(model, graph, blocks(), seed=0)
+        scores = LoRA(normalise=normalise).score(model, graph, blocks(), seed=0)
         removed = allocate(graph, scores, budget)
         gone[normalise] = [len(removed.get(f"layers.{layer}.mlp", [])) for layer in range(2)]
     assert gone[False][0] == 0 < gone[False][1]

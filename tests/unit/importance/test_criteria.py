@@ -15,19 +15,20 @@ from torch import nn
 from secateur.data import TokenBlocks
 from secateur.errors import DataError, ModelError
 from secateur.graph import trace
-from secateur.importance import CRITERIA, Activation, Adapters, Fisher, Magnitude, Random, Taylor
+from secateur.importance import CRITERIA, Fisher, LoRA, Magnitude, Random, Taylor, Wanda
 from secateur.surgery import masked
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.types import DependencyGraph, NodeGroup, Scores
+from secateur.walk import Calibration
 
 FAMILIES = ["llama-gqa", "llama-bias", "qwen3", "phi3", "gpt2", "falcon-new", "olmo2", "opt"]
 MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss"]
 CRITERIA_OF_A_PLAIN_MODEL = ["random", "magnitude", "wanda", "taylor", "fisher"]
 
 
-def blocks(count: int = 6, window: int = 12, seed: int = 0) -> TokenBlocks:
+def blocks(count: int = 6, window: int = 12, seed: int = 0, batch_size: int = 4) -> Calibration:
     ids = torch.randint(3, 48, (count, window), generator=torch.Generator().manual_seed(seed))
-    return TokenBlocks(ids, ("noise",) * count)
+    return Calibration(TokenBlocks(ids, ("noise",) * count), batch_size)
 
 
 def with_lora(model: nn.Module, rank: int = 4) -> nn.Module:
@@ -61,7 +62,7 @@ def assert_same(one: Scores, other: Scores) -> None:
 def test_one_finite_fp32_number_per_unit(family: str, criterion: str) -> None:
     model = TINY[family]()
     graph = trace(model)
-    scores = CRITERIA[criterion].score(model, graph, blocks(), seed=0)
+    scores = CRITERIA[criterion]().score(model, graph, blocks(), seed=0)
     assert set(scores) == {group.name for group in graph.prunable}
     for name in scores:
         assert scores[name].shape == (graph[name].size,)
@@ -74,14 +75,14 @@ def test_one_finite_fp32_number_per_unit(family: str, criterion: str) -> None:
 def test_permuting_units_permutes_scores(family: str, criterion: str) -> None:
     model = TINY[family]()
     graph, text = trace(model), blocks()
-    before = CRITERIA[criterion].score(model, graph, text, seed=0)
+    before = CRITERIA[criterion]().score(model, graph, text, seed=0)
     logits = model(text.ids).logits.detach()
     orders = {}
     for group in graph.prunable:
         orders[group.name] = torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size))
         permute(model, group, orders[group.name])
     torch.testing.assert_close(model(text.ids).logits, logits, rtol=1e-3, atol=1e-4)
-    after = CRITERIA[criterion].score(model, graph, text, seed=0)
+    after = CRITERIA[criterion]().score(model, graph, text, seed=0)
     assert_same(after, Scores({name: before[name][order] for name, order in orders.items()}))
 
 
@@ -101,7 +102,7 @@ def test_magnitude_is_the_reference(family: str, over: Any) -> None:
 def test_wanda_is_the_reference(family: str) -> None:
     model, text = TINY[family](), blocks()
     graph = trace(model)
-    scores = Activation(batch_size=4).score(model, graph, text, seed=0)
+    scores = Wanda().score(model, graph, text, seed=0)
     for group in graph.prunable:
         torch.testing.assert_close(
             scores[group.name], torch.tensor(wanda(model, group, text.ids)), rtol=1e-4, atol=1e-6
@@ -113,7 +114,7 @@ def test_wanda_is_the_reference(family: str) -> None:
 def test_taylor_is_the_reference(family: str, form: Any) -> None:
     model, text = TINY[family](), blocks()
     graph = trace(model)
-    scores = Taylor(form=form, batch_size=4).score(model, graph, text, seed=0)
+    scores = Taylor(form=form).score(model, graph, text, seed=0)
     slow = taylor(model, graph, text.ids, form)
     assert_same(scores, Scores({name: torch.tensor(values) for name, values in slow.items()}))
 
@@ -136,7 +137,7 @@ def test_wanda_of_stacked_experts_averages_the_experts_by_their_tokens() -> None
     experts = model.get_submodule("model.layers.0.mlp.experts")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[1])))
-    scores = Activation().score(model, graph, text, seed=0)["layers.0.mlp.experts"]
+    scores = Wanda().score(model, graph, text, seed=0)["layers.0.mlp.experts"]
     hook.remove()
     hidden, chosen = (
         torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in zip(*seen, strict=True)
@@ -151,13 +152,12 @@ def test_wanda_of_stacked_experts_averages_the_experts_by_their_tokens() -> None
     assert model.config._experts_implementation == TINY["mixtral"]().config._experts_implementation
 
 
-@pytest.mark.parametrize("criterion", [Activation, Taylor, Adapters])
+@pytest.mark.parametrize("criterion", [Wanda, Taylor, LoRA])
 def test_the_batch_size_does_not_change_scores(criterion: Callable[..., Any]) -> None:
     model = with_lora(TINY["llama-gqa"]())
-    graph, text = trace(model), blocks(5)
-    assert_same(
-        criterion(batch_size=1).score(model, graph, text, 0), criterion(batch_size=5).score(model, graph, text, 0)
-    )
+    graph = trace(model)
+    one, many = (criterion().score(model, graph, blocks(5, batch_size=size), 0) for size in (1, 5))
+    assert_same(one, many)
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor"])
@@ -165,15 +165,15 @@ def test_with_adapters_the_composed_weight_counts(criterion: str) -> None:
     """Scores of W + s B A are those of the merged model."""
     model = with_lora(TINY["llama-gqa"]())
     text = blocks()
-    apart = CRITERIA[criterion].score(model, trace(model), text, seed=0)
+    apart = CRITERIA[criterion]().score(model, trace(model), text, seed=0)
     merged = model.merge_and_unload()
-    together = CRITERIA[criterion].score(merged, trace(merged), text, seed=0)
+    together = CRITERIA[criterion]().score(merged, trace(merged), text, seed=0)
     assert_same(apart, together)
-    plain = CRITERIA[criterion].score(TINY["llama-gqa"](), trace(TINY["llama-gqa"]()), text, seed=0)
+    plain = CRITERIA[criterion]().score(TINY["llama-gqa"](), trace(TINY["llama-gqa"]()), text, seed=0)
     assert not torch.allclose(plain["layers.0.mlp"], apart["layers.0.mlp"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("criterion", [name for name, one in CRITERIA.items() if not one.kinds])
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_model_is_left_exactly_as_it_was(criterion: str, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(TINY["llama-gqa"]())
@@ -187,12 +187,12 @@ def test_the_model_is_left_exactly_as_it_was(criterion: str, broken: bool, monke
     modes = {name: module.training for name, module in model.named_modules()}
     text = blocks()
     if broken:  # the second batch is out of the vocabulary
-        text = TokenBlocks(text.ids + torch.tensor([0] * 4 + [VOCAB] * 2)[:, None], text.sources)
+        text = Calibration(TokenBlocks(text.ids + torch.tensor([0] * 4 + [VOCAB] * 2)[:, None], text.blocks.sources))
         if CRITERIA[criterion].needs != "nothing" and "hesso-lora" not in criterion:  # which reads no text
             with pytest.raises(IndexError):
-                CRITERIA[criterion].score(model, graph, text, seed=0)
+                CRITERIA[criterion]().score(model, graph, text, seed=0)
     else:
-        CRITERIA[criterion].score(model, graph, text, seed=0)
+        CRITERIA[criterion]().score(model, graph, text, seed=0)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -205,7 +205,7 @@ def test_scoring_happens_in_eval_mode() -> None:
     model = TINY["llama-gqa"]()
     dropped = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")).train()
     graph, text = trace(dropped), blocks()
-    for criterion in (Activation(), Taylor(), Adapters()):
+    for criterion in (Wanda(), Taylor(), LoRA()):
         assert_same(criterion.score(dropped, graph, text, 0), criterion.score(dropped, graph, text, 0))
 
 
@@ -245,9 +245,9 @@ def test_random_scores_depend_on_the_seed_and_the_group_alone() -> None:
 def test_text_is_asked_for(criterion: str) -> None:
     model = with_lora(TINY["llama-gqa"]())
     graph = trace(model)
-    for nothing in (None, TokenBlocks(torch.zeros(0, 8, dtype=torch.long), ())):
+    for nothing in (None, Calibration(TokenBlocks(torch.zeros(0, 8, dtype=torch.long), ()))):
         with pytest.raises(DataError, match=r"calibration\.text"):
-            CRITERIA[criterion].score(model, graph, nothing, seed=0)
+            CRITERIA[criterion]().score(model, graph, nothing, seed=0)
 
 
 def test_nothing_to_cut_is_nothing_to_score() -> None:
@@ -255,7 +255,7 @@ def test_nothing_to_cut_is_nothing_to_score() -> None:
     graph = trace(model)
     protected = replace(graph, groups=tuple(replace(group, protected="a test") for group in graph))
     for criterion in CRITERIA.values():
-        assert list(criterion.score(model, protected, blocks(), seed=0)) == []
+        assert list(criterion().score(model, protected, blocks(), seed=0)) == []
 
 
 def test_a_group_that_cannot_be_read_is_named() -> None:
@@ -265,4 +265,4 @@ def test_a_group_that_cannot_be_read_is_named() -> None:
     halved: DependencyGraph = replace(graph, groups=tuple(produced))
     for criterion in ("wanda", "fisher"):
         with pytest.raises(ModelError, match=r"layers\.0\.attention.*budget\.protect"):
-            CRITERIA[criterion].score(model, halved, blocks(), seed=0)
+            CRITERIA[criterion]().score(model, halved, blocks(), seed=0)

@@ -13,15 +13,18 @@ from reference import hesso
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.importance import CRITERIA, Hesso
+from secateur.importance import CRITERIA
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.training import LoraSettings, attach_lora
+from secateur.walk import Calibration
 
 PROXIES = ("magnitude", "average-magnitude", "cosine", "first-order", "second-order")
 
 
-def blocks() -> TokenBlocks:
-    return TokenBlocks(torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0)), ("noise",) * 4)
+def blocks() -> Calibration:
+    return Calibration(
+        TokenBlocks(torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0)), ("noise",) * 4)
+    )
 
 
 def adapted(family: str) -> Any:
@@ -44,7 +47,7 @@ def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_by_gradients_it_is_the_reference(family: str, proxy: Any) -> None:
     model, text = TINY[family](), blocks()
     graph = trace(model)
-    scores = Hesso(proxy).score(model, graph, text, seed=0)
+    scores = CRITERIA[f"hesso-{proxy}"]().score(model, graph, text, seed=0)
     downhill = gradients(model, text.ids)
     for group in graph.prunable:
         expected = torch.tensor(hesso(model, group, proxy, downhill))
@@ -60,7 +63,7 @@ def test_by_adapters_it_is_the_reference_with_what_they_add(family: str, proxy: 
     after = dict(merged.named_parameters())
     delta = {name: (after[name] - weight).detach() for name, weight in model.named_parameters()}
     graph = trace(model)
-    scores = Hesso(proxy, "adapters").score(model, graph, None, seed=0)
+    scores = CRITERIA[f"hesso-lora-{proxy}"]().score(model, graph, None, seed=0)
     for group in graph.prunable:
         expected = torch.tensor(hesso(model, group, proxy, delta))
         torch.testing.assert_close(scores[group.name], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
@@ -71,7 +74,7 @@ def test_adapters_that_made_one_step_downhill_rank_as_the_gradient_does(proxy: A
     """γ B A = −η ∇f exactly, which a LoRA of full rank can be: the stand-in is the gradient up to its length."""
     plain, text = TINY["llama-gqa"](), blocks()
     downhill = gradients(plain, text.ids)
-    by_gradient = Hesso(proxy).score(plain, trace(plain), text, seed=0)
+    by_gradient = CRITERIA[f"hesso-{proxy}"]().score(plain, trace(plain), text, seed=0)
     model = attach_lora(TINY["llama-gqa"](), LoraSettings(rank=48, alpha=48), seed=0)
     for path, layer in model.named_modules():
         if hasattr(layer, "lora_A") and len(layer.lora_A):
@@ -79,7 +82,7 @@ def test_adapters_that_made_one_step_downhill_rank_as_the_gradient_does(proxy: A
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             a.data = torch.eye(48)[:, : a.shape[1]] if a.shape[1] <= 48 else a.data
             b.data = 0.01 * downhill[name] @ torch.linalg.pinv(a.data)
-    by_adapters = Hesso(proxy, "adapters").score(model, trace(model), None, seed=0)
+    by_adapters = CRITERIA[f"hesso-lora-{proxy}"]().score(model, trace(model), None, seed=0)
     power = {"cosine": 0, "first-order": 1, "second-order": 2}[proxy]
     for name in by_gradient:
         expected = by_gradient[name] * 0.01**power
@@ -98,7 +101,7 @@ def test_a_unit_that_training_takes_to_the_origin_scores_lowest_by_cosine() -> N
             weight = layer.base_layer.weight
             weight.data[0] = -(b[0] @ a).detach()  # what LoRA adds points back to the origin
             weight.data[1] = (b[1] @ a).detach()
-    scores = Hesso("cosine", "adapters").score(model, graph, None, seed=0)[group.name]
+    scores = CRITERIA["hesso-lora-cosine"]().score(model, graph, None, seed=0)[group.name]
     assert scores[0] == pytest.approx(0.0, abs=1e-5)
     assert scores[1] == pytest.approx(2.0, abs=1e-5)
 
@@ -108,7 +111,7 @@ def test_bug_of_the_released_optimiser_average_magnitude_is_a_criterion_of_its_o
     model = TINY["llama-gqa"]()
     graph = trace(model)
     whole, average = (
-        CRITERIA[name].score(model, graph, None, 0) for name in ("hesso-magnitude", "hesso-average-magnitude")
+        CRITERIA[name]().score(model, graph, None, 0) for name in ("hesso-magnitude", "hesso-average-magnitude")
     )
     sizes = {group.name: whole[group.name] / average[group.name] for group in graph.prunable}
     assert len({int(size[0].round()) for size in sizes.values()}) > 1
@@ -118,7 +121,7 @@ def test_bug_of_the_released_optimiser_average_magnitude_is_a_criterion_of_its_o
 def test_adapters_are_asked_for() -> None:
     model = TINY["llama-gqa"]()
     with pytest.raises(ModelError, match="attach and train"):
-        CRITERIA["hesso-lora-cosine"].score(model, trace(model), None, 0)
+        CRITERIA["hesso-lora-cosine"]().score(model, trace(model), None, 0)
 
 
 @pytest.mark.parametrize("criterion", ["hesso-lora-cosine", "hesso-lora-first-order", "lora"])
@@ -126,9 +129,9 @@ def test_groups_without_an_adapter_are_refused_not_scored_zero(criterion: str) -
     model = attach_lora(TINY["llama-gqa"](), LoraSettings(targets=("gate_proj", "up_proj", "down_proj")), seed=0)
     graph = trace(model)
     with pytest.raises(ModelError, match=r"cannot score layers\.0\.attention.*lora\.targets.*budget\.protect"):
-        CRITERIA[criterion].score(model, graph, blocks(), 0)
+        CRITERIA[criterion]().score(model, graph, blocks(), 0)
     ffn = replace(graph, groups=tuple(group for group in graph if group.kind == "ffn"))
-    assert len(CRITERIA[criterion].score(model, ffn, blocks(), 0).values) == 2
+    assert len(CRITERIA[criterion]().score(model, ffn, blocks(), 0).values) == 2
 
 
 def test_a_layer_without_an_adapter_is_refused_and_one_with_some_is_not() -> None:
@@ -136,7 +139,7 @@ def test_a_layer_without_an_adapter_is_refused_and_one_with_some_is_not() -> Non
         model = attach_lora(TINY["llama-gqa"](), LoraSettings(targets=(target,)), seed=0)
         graph = trace(model).opened(["layer"])
         layers = replace(graph, groups=tuple(group for group in graph if group.kind == "layer"))
-        return CRITERIA["hesso-lora-first-order"].score(model, layers, None, 0)["layers"]
+        return CRITERIA["hesso-lora-first-order"]().score(model, layers, None, 0)["layers"]
 
     assert len(score("up_proj")) == 2
     with pytest.raises(ModelError, match="cannot score layers:"):
@@ -148,4 +151,4 @@ def test_adapters_that_are_merged_say_nothing() -> None:
     graph = trace(model)
     model.merge_adapter()
     with pytest.raises(ModelError, match="cannot score"):
-        CRITERIA["hesso-lora-cosine"].score(model, graph, None, 0)
+        CRITERIA["hesso-lora-cosine"]().score(model, graph, None, 0)

@@ -16,24 +16,25 @@ from secateur.data import TokenBlocks
 from secateur.errors import InputError, ModelError, PlanError
 from secateur.graph import trace
 from secateur.importance import CRITERIA, knowledge
-from secateur.importance.stack import LayerStack
 from secateur.surgery import slice_model
 from secateur.testing.tiny import TINY
 from secateur.types import Scores
+from secateur.walk import Calibration
+from secateur.walk.stack import LayerStack
 
 FAMILIES = ["llama-odd", "gpt2", "bloom", "gemma2", "phi3", "olmo2", "qwen3-moe", "opt"]
 
 
-def _blocks(count: int = 5, window: int = 12, seed: int = 0) -> TokenBlocks:
+def _blocks(count: int = 5, window: int = 12, seed: int = 0, batch_size: int = 4) -> Calibration:
     ids = torch.randint(3, 97, (count, window), generator=torch.Generator().manual_seed(seed))
-    return TokenBlocks(ids, ("noise",) * count)
+    return Calibration(TokenBlocks(ids, ("noise",) * count), batch_size)
 
 
 def _cuts(model: Any, graph: Any, ratios: tuple[float, ...] = (0.25, 0.5)) -> list[knowledge.Cut]:
-    return knowledge.cuts(graph, CRITERIA["magnitude"].score(model, graph, None, 0), ratios)
+    return knowledge.cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), ratios)
 
 
-def _naive(model: Any, graph: Any, blocks: TokenBlocks, cut: knowledge.Cut) -> tuple[float, float]:
+def _naive(model: Any, graph: Any, blocks: Calibration, cut: knowledge.Cut) -> tuple[float, float]:
     """Slice a copy for good, run it whole, and compare by the definitions."""
     small = copy.deepcopy(model)
     slice_model(small, graph, cut.plan)
@@ -49,7 +50,7 @@ def test_it_finds_what_slicing_each_group_and_running_the_whole_model_finds(name
     model = TINY[name]()
     graph, blocks = trace(model), _blocks()
     chosen = _cuts(model, graph)
-    _, trials = knowledge.measure_cuts(model, graph, blocks, chosen, batch_size=3)
+    _, trials = knowledge.measure_cuts(model, graph, blocks, chosen)
     assert [(trial.group, trial.ratio) for trial in trials] == [(cut.group.name, cut.ratio) for cut in chosen]
     for cut, trial in zip(chosen, trials, strict=True):
         assert (trial.loss, trial.kl) == pytest.approx(_naive(model, graph, blocks, cut), abs=2e-5)
@@ -99,7 +100,7 @@ def test_only_what_comes_after_a_cut_is_run() -> None:
         for index, layer in enumerate(model.model.layers)
     ]
     stack_probe = 3  # the pass that finds the order, and one from layer 1 and from layer 2
-    knowledge.measure_cuts(model, graph, blocks, chosen, batch_size=4)
+    knowledge.measure_cuts(model, graph, blocks, chosen)
     for handle in handles:
         handle.remove()
     # the reference pass; states that move on; 2 trials a layer under masks; both trials of each layer before as a batch

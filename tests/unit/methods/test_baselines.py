@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from secateur import importance
 from secateur.errors import InputError, ModelError
 from secateur.graph import trace
-from secateur.importance import Activation
-from secateur.importance.block_influence import BlockInfluence
-from secateur.importance.flap import Fluctuation, compensation
-from secateur.importance.llm_pruner import LLMPruner as Criterion
+from secateur.importance import BlockInfluence, Fluctuation
+from secateur.importance.flap import compensation
+from secateur.methods import METHODS
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner, LLMPrunerSettings
-from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.wanda import Wanda, WandaSettings
 from secateur.surgery import apply_updates, check_updates, masked, slice_model
 from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
 from secateur.types import DependencyGraph, removed_to_kept
+from secateur.walk import Calibration
 
 
 class TestLLMPruner(MethodContract):
@@ -39,7 +39,7 @@ class TestFLAP(MethodContract):
 
 class TestWandaLayerByLayer(MethodContract):
     method = Wanda
-    settings = WandaSettings(inputs="pruned", batch_size=4)
+    settings = WandaSettings(inputs="pruned")
     # its one allocation, on the dense model, says how many go and not which
     test_every_choice_on_the_way_only_shrinks = None  # type: ignore[assignment]
 
@@ -55,7 +55,7 @@ class TestWandaLayerByLayer(MethodContract):
         # by hand: cut what is before the last layer's MLP, and score what is left
         before = {name: units for name, units in pruned.removed.items() if name.startswith("layers.0.")}
         with masked(task.model, task.graph, removed_to_kept(task.graph, before)):
-            expected = Activation().score(task.model, task.graph, task.calibration, seed=0)[last]
+            expected = importance.Wanda().score(task.model, task.graph, task.calibration, seed=0)[last]
         assert not torch.allclose(expected, dense.scores[last], rtol=1e-3)
         torch.testing.assert_close(pruned.scores[last], expected, rtol=1e-4, atol=1e-6)
 
@@ -71,7 +71,7 @@ def plain_gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_llm_pruner_agrees_with_plain_loops(form: Any, members: Any) -> None:
     model, blocks = build("llama-gqa"), noise(4, 1)
     graph = trace(model)
-    scores = Criterion(form, members, batch_size=3).score(model, graph, blocks, seed=0)
+    scores = importance.LLMPruner(form=form, members=members).score(model, graph, Calibration(blocks, 3), seed=0)
     mean = plain_gradients(model, blocks.ids)
     single = [plain_gradients(model, block[None]) for block in blocks.ids]
     parameters = dict(model.named_parameters())
@@ -120,7 +120,7 @@ def test_llm_pruner_scores_no_biases(members: Any) -> None:
             if name.endswith("bias"):
                 parameter.data.fill_(fill)
         graph = trace(model)
-        found.append(Criterion("first", members).score(model, graph, noise(4, 1), 0))
+        found.append(importance.LLMPruner(members=members).score(model, graph, Calibration(noise(4, 1)), 0))
         if fill == 0.0:
             for group in graph.prunable:
                 assert len(found[0][group.name].unique()) == group.size
@@ -130,7 +130,7 @@ def test_llm_pruner_scores_no_biases(members: Any) -> None:
                 replace(group, members=tuple(m for m in group.members if "bias" not in m.parameter)) for group in graph
             ]
             without = replace(graph, groups=tuple(only))
-            expected = Criterion("first", members).score(model, without, noise(4, 1), 0)
+            expected = importance.LLMPruner(members=members).score(model, without, Calibration(noise(4, 1)), 0)
             for group in graph.prunable:
                 torch.testing.assert_close(found[1][group.name], expected[group.name])
 
@@ -139,7 +139,7 @@ def test_llm_pruner_scores_no_biases(members: Any) -> None:
 def test_flap_agrees_with_its_formula(family: str) -> None:
     model, blocks = build(family), noise(6, 1)
     graph = trace(model)
-    scores = Fluctuation(batch_size=4).score(model, graph, blocks, seed=0)
+    scores = Fluctuation().score(model, graph, Calibration(blocks), seed=0)
     for group in graph.prunable:
         [member] = [member for member in group.members if member.role == "in"]
         path = member.parameter.rpartition(".")[0]
@@ -156,13 +156,13 @@ def test_the_bias_makes_up_for_the_mean_of_what_goes(family: str) -> None:
     """At constant input the pruned and compensated linear gives what the dense one gave."""
     model, blocks = build(family), noise(6, 1)
     graph = trace(model)
-    moments = Fluctuation().measure(model, graph, blocks)
+    moments = Fluctuation().measure(model, graph, Calibration(blocks))
     group = next(group for group in graph.prunable if group.kind == "ffn")
     removed = {group.name: list(range(0, group.size, 2))}
     [member] = [member for member in group.members if member.role == "in"]
     path = member.parameter.rpartition(".")[0]
     mean = inputs_of(model, path, blocks.ids).mean(0)
-    torch.testing.assert_close(moments[member.parameter].mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments[member.parameter].mean[0], mean, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         dense = model.get_submodule(path)(mean)
         apply_updates(model, compensation(model, graph, moments, removed))
@@ -220,7 +220,7 @@ def test_block_influence_agrees_with_its_formula() -> None:
     for group in graph.prunable:
         if group.kind != "layer":
             graph = DependencyGraph(graph.model_type, (graph["layers"],), graph.shapes)
-    scores = BlockInfluence(batch_size=4).score(model, graph, blocks, seed=0)["layers"]
+    scores = BlockInfluence().score(model, graph, Calibration(blocks), seed=0)["layers"]
     states: list[torch.Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in model.model.layers]
     hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0])))
@@ -236,15 +236,15 @@ def test_block_influence_agrees_with_its_formula() -> None:
 
 def test_shortgpt_removes_the_layer_of_least_influence() -> None:
     class Case(MethodContract):
-        method = ShortGPT
+        method = METHODS["shortgpt"]
         family = "llama-odd"
 
     task = Case().task(0.25, kinds=("layer",))
-    decision = ShortGPT().run(task)
+    decision = METHODS["shortgpt"]().run(task)
     assert decision.scores is not None
     assert decision.removed == {"layers": [int(decision.scores["layers"].argmin())]}
     with pytest.raises(InputError, match=r"budget\.kinds"):
-        ShortGPT().run(Case().task(0.25))
+        METHODS["shortgpt"]().run(Case().task(0.25))
     with pytest.raises(ModelError, match="whole layers"):
         BlockInfluence().score(task.model, task.graph, task.calibration, seed=0)
 

@@ -23,6 +23,7 @@ from secateur.testing.method_contract import noise
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings, train
 from secateur.types import Scores
+from secateur.walk import Calibration
 
 RATE = 1e-2
 
@@ -34,7 +35,7 @@ def task(**changes: Any) -> PruningTask:
         tokenizer=None,
         graph=trace(model),
         budget=Budget(ratio=0.2),
-        calibration=noise(4, 1),
+        calibration=Calibration(noise(4, 1)),
         training_blocks=noise(16, 2),
         training=TrainingSettings(precision="fp32", learning_rate=RATE, warmup=0.0, max_grad_norm=0.0),
     )

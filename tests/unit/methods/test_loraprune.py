@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 
 from secateur.errors import InputError, ModelError
 from secateur.graph import trace
-from secateur.importance.adapters import AdapterGradients
-from secateur.importance.base import mean_loss_backward
+from secateur.importance.lora import AdapterGradients
 from secateur.methods.guided import GuidedPruning
 from secateur.methods.loraprune import LoRAPrune, LoRAPruneSettings
 from secateur.planning import Budget, cubic
@@ -26,6 +25,7 @@ from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
 from secateur.types import removed_to_kept
+from secateur.walk import Calibration
 
 QUICK = LoRAPruneSettings(steps=6, every=2)
 
@@ -119,8 +119,8 @@ def test_gradients_are_those_of_the_whole_batch_unclipped(settings: dict[str, An
     """Neither accumulation nor clipping changes what is read: it is what one backward pass over the batch gives."""
     model, blocks = adapted(), noise(4, 2)
     pruning = pruning_of(model, moving_average=0.0)
-    mean_loss_backward(model, blocks, 4)
-    expected = AdapterGradients(model, pruning.graph, pruning.options).scores()
+    Calibration(blocks).backward(model)
+    expected = AdapterGradients(model, pruning.graph, pruning.criterion).scores()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     watch = Watch(pruning)
@@ -220,7 +220,7 @@ def test_an_adapter_that_is_merged_while_it_trains_is_refused() -> None:
     model = adapted()
     pruning = pruning_of(model)
     begun(pruning, model)
-    mean_loss_backward(model, noise(2, 2), 2)
+    Calibration(noise(2, 2)).backward(model)
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         pruning.on_pre_optimizer_step(None, Any, Any)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def test_a_parameter_that_trains_later_is_looked_at() -> None:
     model = adapted()
     pruning = pruning_of(model)
     begun(pruning, model)
-    mean_loss_backward(model, noise(2, 2), 2)
+    Calibration(noise(2, 2)).backward(model)
     late = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
     late.grad = torch.full_like(late, float("nan"))
     pruning.on_pre_optimizer_step(None, Any, Any)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from secateur.testing.method_contract import noise
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Scores, removed_to_kept
+from secateur.walk import Calibration
 
 
 def _task(name: str = "llama-gqa", **changes: Any) -> PruningTask:
@@ -34,7 +35,7 @@ def _task(name: str = "llama-gqa", **changes: Any) -> PruningTask:
         tokenizer=None,
         graph=trace(model),
         budget=Budget(ratio=0.2),
-        calibration=noise(4, 1),
+        calibration=Calibration(noise(4, 1)),
         training_blocks=noise(16, 2),
         training=TrainingSettings(batch_size=2, micro_batch_size=2, precision="fp32"),
         seed=3,

@@ -24,6 +24,7 @@ from secateur.testing.tiny import build
 from secateur.training import TrainingSettings
 from secateur.types import DependencyGraph, Settings
 from secateur.units import rows_of
+from secateur.walk import Calibration
 
 
 class Lasso(Transfer):
@@ -63,8 +64,8 @@ SETTINGS = PeriodSettings(periods=2, period_steps=4, warmup_steps=1)
 def task(family: str = "llama-gqa", **changes: Any) -> PruningTask:
     model = build(family)
     training = TrainingSettings(precision="fp32", learning_rate=5e-2, warmup=0.0, checkpoint_steps=2)
-    options: dict[str, Any] = {"calibration": noise(4, 1), "training_blocks": noise(16, 2), "training": training}
-    return PruningTask(model, None, trace(model), Budget(ratio=0.2), **{**options, **changes})
+    options: dict[str, Any] = {"calibration": Calibration(noise(4, 1)), "training_blocks": noise(16, 2)}
+    return PruningTask(model, None, trace(model), Budget(ratio=0.2), **{**options, "training": training, **changes})
 
 
 def mean_norm(given: PruningTask, units: dict[str, list[int]]) -> float:

@@ -12,11 +12,10 @@ import torch
 
 from secateur.data import TokenBlocks
 from secateur.graph import trace
-from secateur.importance import Activation, llm_pruner
-from secateur.importance.adapters import AdapterGradients
-from secateur.importance.base import borrowed, mean_loss_backward
+from secateur.importance import LoRA, Wanda
 from secateur.importance.flap import Fluctuation
 from secateur.importance.llm_pruner import LLMPruner, salience
+from secateur.importance.lora import AdapterGradients
 from secateur.methods import METHODS
 from secateur.methods.base import PruningTask
 from secateur.methods.loraprune import LoRAPrune, LoRAPruneSettings
@@ -26,14 +25,14 @@ from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora
 from secateur.types import Scores, removed_to_kept
+from secateur.walk import Calibration, borrowed
 
 
 def task(family: str, **budget: Any) -> PruningTask:
     model = build(family)
     training = TrainingSettings(batch_size=4, precision="fp32")
-    return PruningTask(
-        model, None, trace(model), Budget(**budget), noise(4, 1), noise(8, 2), LoraSettings(rank=4), training
-    )
+    text = Calibration(noise(4, 1)), noise(8, 2)
+    return PruningTask(model, None, trace(model), Budget(**budget), *text, LoraSettings(rank=4), training)
 
 
 def guided(alpha: int, loss_scale: float = 1.0) -> Scores:
@@ -41,11 +40,11 @@ def guided(alpha: int, loss_scale: float = 1.0) -> Scores:
     model: Any = attach_lora(build("llama-gqa"), LoraSettings(rank=4, alpha=alpha), seed=0)
     adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
     with borrowed(model, adapters) as trained:
-        mean_loss_backward(model, noise(4, 1), 4)
+        Calibration(noise(4, 1)).backward(model)
         for parameter in trained.values():
             assert parameter.grad is not None
             parameter.grad *= loss_scale
-        return AdapterGradients(model, trace(model)).scores()
+        return AdapterGradients(model, trace(model), LoRA(normalise=True, sides="both")).scores()
 
 
 def same(one: Scores, other: Scores) -> bool:
@@ -90,7 +89,7 @@ def test_llm_pruner_bug_the_sign_of_the_mixed_form_was_lost_in_attention() -> No
     model = build("llama-gqa")
     graph = restrict(trace(model), Budget(ratio=0.2, kinds=("attention",)))
     forms: tuple[Any, ...] = ("first", "second", "mixed")
-    first, second, mixed = (LLMPruner(form).score(model, graph, noise(4, 1), 0) for form in forms)
+    first, second, mixed = (LLMPruner(form=form).score(model, graph, Calibration(noise(4, 1)), 0) for form in forms)
     for name in mixed:
         assert not torch.equal(mixed[name], first[name])
         assert (mixed[name] <= first[name] + 0.5 * second[name] + 1e-6).all()
@@ -101,14 +100,15 @@ def test_llm_pruner_bug_gradients_of_all_weights_were_held(monkeypatch: pytest.M
     """Only weights that a group lives on that may be cut have one."""
     held: set[str] = set()
 
-    def watched(model: Any, *rest: Any) -> float:
-        loss = mean_loss_backward(model, *rest)
+    def watched(self: Calibration, model: Any) -> float:
+        loss = backward(self, model)
         held.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
         return loss
 
-    monkeypatch.setattr(llm_pruner, "mean_loss_backward", watched)
+    backward = Calibration.backward
+    monkeypatch.setattr(Calibration, "backward", watched)
     model = build("llama-gqa")
-    LLMPruner().score(model, restrict(trace(model), Budget(ratio=0.2, kinds=("ffn",))), noise(4, 1), 0)
+    LLMPruner().score(model, restrict(trace(model), Budget(ratio=0.2, kinds=("ffn",))), Calibration(noise(4, 1)), 0)
     assert held
     assert all(".mlp." in name for name in held)
 
@@ -119,8 +119,9 @@ def test_wanda_sp_and_flap_bug_sequences_of_zeros_were_counted(family: str) -> N
     model, blocks = build(family), noise(4, 1)
     graph = trace(model)
     twice = TokenBlocks(torch.cat([blocks.ids, blocks.ids]), (*blocks.sources, *blocks.sources))
-    assert same(Activation().score(model, graph, blocks, 0), Activation().score(model, graph, twice, 0))
-    assert same(Fluctuation().score(model, graph, blocks, 0), Fluctuation().score(model, graph, twice, 0))
+    for criterion in (Wanda(), Fluctuation()):
+        once, again = (criterion.score(model, graph, Calibration(text), 0) for text in (blocks, twice))
+        assert same(once, again)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "llama-mqa"])

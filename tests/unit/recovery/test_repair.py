@@ -14,11 +14,12 @@ from secateur.graph import trace
 from secateur.recovery.repair import repair, ridge_refit
 from secateur.surgery import slice_model
 from secateur.testing.tiny import TINY
+from secateur.walk import Calibration
 
 
-def _blocks(seed: int = 0, count: int = 12) -> TokenBlocks:
+def _blocks(seed: int = 0, count: int = 12) -> Calibration:
     ids = torch.randint(3, 97, (count, 12), generator=torch.Generator().manual_seed(seed))
-    return TokenBlocks(ids, ("noise",) * count)
+    return Calibration(TokenBlocks(ids, ("noise",) * count))
 
 
 def _logits(model: Any, seed: int = 9) -> torch.Tensor:

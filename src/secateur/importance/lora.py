@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.importance.base import Needs, borrowed, calibration, mean_loss_backward, recomputed, unscorable
+from secateur.importance.base import Criterion, Needs, unscorable
 from secateur.types import DependencyGraph, Member, NodeGroup, Scores
 from secateur.units import adapter_of, base_members, dequantised, is_adapter_parameter, lora_layer, sum_rows
-
-if TYPE_CHECKING:
-    from secateur.data import TokenBlocks
+from secateur.walk import Calibration, borrowed, calibration_for, recomputed
 
 Form = Literal["absolute", "squared"]
 Sides = Literal["both", "out", "in"]
@@ -26,16 +23,28 @@ _BLOCK_ELEMENTS = 1 << 19
 cost little, and nothing of the size of a whole weight is ever allocated."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The forms of the criterion that the paper and its code leave open."""
+class LoRA(Criterion):
+    """``Σ |Ĝ (W + s B A)|`` over the elements of a unit, Ĝ from the gradients of A and B alone.
+
+    The gradient of a frozen weight is never allocated: backward runs with gradients for A and B alone. At LoRA's
+    initialisation (B = 0) the estimate is a rank-r random projection of the true gradient: better after some training.
+    Memory beside the model is that of one pass's activations, which are recomputed layer by layer in the backward
+    pass, for about a third more time.
+    """
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2305.18403"
+    summary: ClassVar[str] = "weights times their gradients, estimated from the gradients of LoRA's A and B"
+    needs: ClassVar[Needs] = "adapters"
 
     form: Form = "absolute"
-    """``absolute``: Σ |Ĝ (W + s B A)| (LoRAPrune's code); ``squared``: Σ (Ĝ (W + s B A))² (its paper)."""
-    normalise: bool = True
-    """Divide the unit sums of each module by their L2 norm before they are added up (LoRAPrune's code)."""
-    sides: Sides = "both"
-    """Which matrices count: those that produce the units (``out``), that consume them (``in``), or both."""
+    """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
+    normalise: bool = False
+    """Divide the unit sums of each module by their L2 norm before they are added up, as the paper's code does. That
+    takes away which layers matter more; it is needed to add the two ``sides``, whose estimates differ in scale."""
+    sides: Sides = "out"
+    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both`` (the paper); the
+    estimate for the consuming ones is mostly noise until B has been trained for long."""
     quadratic: bool = False
     """Keep the third term of eq. 10, −∂_B ∂_A."""
 
@@ -48,8 +57,25 @@ class Options:
         """
         return self.sides == "out" and not self.normalise
 
+    def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
+        """See ``Criterion.score``; the model must carry exactly one active LoRA adapter."""
+        text = calibration_for(calibration, self.name)
+        if not graph.prunable:
+            return Scores({})
+        gradients = self._gradients(model, graph)
+        adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
+        with borrowed(model, adapters), recomputed(model):
+            text.backward(model)
+            return gradients.scores()
 
-DEFAULT = Options()
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """See ``Criterion.check``: the model has adapters, and every prunable group a weight with one."""
+        self._gradients(model, graph)
+
+    def _gradients(self, model: nn.Module, graph: DependencyGraph) -> AdapterGradients:
+        if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
+            raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
+        return AdapterGradients(model, graph, self)
 
 
 def gradient_factors(
@@ -79,7 +105,7 @@ def gradient_factors(
     return left / scaling, torch.cat([a.float(), grad_a.float()])
 
 
-def row_sums(layer: LoraLayer, axis: int, options: Options = DEFAULT) -> torch.Tensor:
+def row_sums(layer: LoraLayer, axis: int, criterion: LoRA) -> torch.Tensor:
     """``Σ |Ĝ (W + s B A)|`` or its squares over the other axis of a wrapped linear, from the gradients of A and B now.
 
     A number for each slice of its weight along ``axis``, fp32. The weight may be quantised. Raises ModelError unless
@@ -95,14 +121,14 @@ def row_sums(layer: LoraLayer, axis: int, options: Options = DEFAULT) -> torch.T
         return total
     weight = dequantised(layer.get_base_layer())
     weight = weight.T if transposed else weight
-    left, right = gradient_factors(a, b, grad_a, grad_b, adapter.scaling, options.quadratic)
+    left, right = gradient_factors(a, b, grad_a, grad_b, adapter.scaling, criterion.quadratic)
     a, b = a.float(), b.float() * adapter.scaling
     step = max(1, _BLOCK_ELEMENTS // inputs)
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
         value = torch.addmm(weight[rows].float(), b[rows], a).mul_(left[rows] @ right)
         # not vector_norm, which takes as long as all the rest
-        value = value.abs_() if options.form == "absolute" else value.square_()
+        value = value.abs_() if criterion.form == "absolute" else value.square_()
         if over_outputs:
             total[rows] = value.sum(dim=1)
         else:
@@ -123,9 +149,9 @@ class AdapterGradients:
         ModelError: a prunable group has no weight with an adapter on the sides asked for.
     """
 
-    def __init__(self, model: nn.Module, graph: DependencyGraph, options: Options = DEFAULT) -> None:
-        self.options = options
-        self._members = [(group, _adapted_members(model, group, options.sides)) for group in graph.prunable]
+    def __init__(self, model: nn.Module, graph: DependencyGraph, criterion: LoRA) -> None:
+        self.criterion = criterion
+        self._members = [(group, _adapted_members(model, group, criterion.sides)) for group in graph.prunable]
 
     def scores(self) -> Scores:
         """Of every prunable group, from the gradients as they are now.
@@ -133,13 +159,13 @@ class AdapterGradients:
         Raises PlanError where these are not finite, and ModelError where an adapter has been merged or switched off.
         """
         scores = {group.name: self._of_group(group, members) for group, members in self._members}
-        return Scores(scores, self.options.of_loss)
+        return Scores(scores, self.criterion.of_loss)
 
     def _of_group(self, group: NodeGroup, members: Sequence[tuple[Member, LoraLayer]]) -> torch.Tensor:
         total = torch.zeros(group.size)
         for member, layer in members:
-            score = sum_rows(row_sums(layer, member.axis, self.options), member, group.size).cpu()
-            total += score / score.norm() if self.options.normalise and float(score.norm()) > 0 else score
+            score = sum_rows(row_sums(layer, member.axis, self.criterion), member, group.size).cpu()
+            total += score / score.norm() if self.criterion.normalise and float(score.norm()) > 0 else score
         return total
 
 
@@ -160,40 +186,3 @@ def _adapted_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[t
 def _is_linear(layer: LoraLayer) -> bool:
     """Stacked experts carry adapters as well, which are not of the form W + s B A of one matrix."""
     return isinstance(getattr(layer.get_base_layer(), "weight", None), torch.Tensor) and len(layer.lora_A) > 0
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """``Σ |Ĝ (W + s B A)|`` over the elements of a unit, Ĝ from the gradients of A and B (see ``Options``).
-
-    The gradient of a frozen weight is never allocated: backward runs with gradients for A and B alone. At LoRA's
-    initialisation (B = 0) the estimate is a rank-r random projection of the true gradient: better after some training.
-    Memory beside the model is that of one window's activations, which are recomputed layer by layer in the backward
-    pass (``recompute``), for about a third more time.
-    """
-
-    options: Options = DEFAULT
-    batch_size: int = 1
-    recompute: bool = True
-    name: str = "lora"
-    needs: Needs = "adapters"
-
-    def score(self, model: nn.Module, graph: DependencyGraph, blocks: TokenBlocks | None, seed: int) -> Scores:
-        """See ``Criterion.score``; the model must carry exactly one active LoRA adapter."""
-        blocks = calibration(blocks, self.name)
-        if not graph.prunable:
-            return Scores({})
-        gradients = self._gradients(model, graph)
-        adapters = [name for name, _ in model.named_parameters() if is_adapter_parameter(name)]
-        with borrowed(model, adapters), recomputed(model, self.recompute):
-            mean_loss_backward(model, blocks, self.batch_size)
-            return gradients.scores()
-
-    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
-        """Raise ModelError unless the model has adapters, and every prunable group a weight with one."""
-        self._gradients(model, graph)
-
-    def _gradients(self, model: nn.Module, graph: DependencyGraph) -> AdapterGradients:
-        if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
-            raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
-        return AdapterGradients(model, graph, self.options)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.importance.base import borrowed, input_device
 from secateur.types import DependencyGraph, NodeGroup
+from secateur.walk.borrow import borrowed, input_device
 
 _PROBE_TOKENS = 16
 _TOLERANCE = 1e-4

@@ -1,0 +1,50 @@
+"""Methods that score once and cut once: a criterion with a name."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from secateur.errors import InputError
+from secateur.importance import Criterion
+from secateur.methods.base import Decision, Method, PruningTask
+
+
+class OneShot(Method):
+    """A criterion as a method. The criterion's fields are the method's settings."""
+
+    settings: Criterion
+    criterion: ClassVar[type[Criterion]]
+
+    def run(self, task: PruningTask) -> Decision:
+        """See ``Method.run``."""
+        self.check(task)
+        scores = task.score(self.settings)
+        return Decision(task.allocate(scores), scores)
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Method.check``: the criterion can read every group."""
+        super().check(task)
+        self.settings.check(task.model, task.restricted)
+
+
+def one_shot(name: str, criterion: type[Criterion]) -> type[OneShot]:
+    """The method ``name`` that cuts what ``criterion`` scores lowest; InputError for one that reads adapters."""
+    if criterion.needs == "adapters":
+        raise InputError(
+            f"{name} reads adapters, which a method of one shot does not train. Use it in method.saliency."
+        )
+    return type(
+        criterion.__name__,
+        (OneShot,),
+        {
+            "__doc__": criterion.__doc__,
+            "__module__": criterion.__module__,
+            "name": name,
+            "summary": f"one shot: {criterion.summary}",
+            "paper": criterion.paper,
+            "needs": "nothing" if criterion.needs == "nothing" else "text",
+            "kinds": criterion.kinds,
+            "criterion": criterion,
+            "Settings": criterion,
+        },
+    )

@@ -1,0 +1,57 @@
+"""A class by its name: one that secateur brings, or one of the user's own as ``package.module:Class``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from secateur.errors import InputError
+from secateur.reading import brief, shortened
+
+T = TypeVar("T")
+
+
+def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
+    """The class ``name``: a row of ``known``, or ``package.module:Class``, which is imported.
+
+    Nothing but a name of that form is imported, and only from where Python finds modules (PYTHONPATH).
+
+    Raises InputError for an unknown name (with the nearest known one), for a module or class that is not there, and for
+    a class that is a subclass of none of ``bases``.
+    """
+    kind = bases[0].__name__.lower()
+    if isinstance(name, str) and name in known:
+        return _checked(known[name], bases, name)
+    if isinstance(name, str) and ":" in name:
+        return _checked(_imported(name, kind), bases, name)
+    shown = shortened(name if isinstance(name, str) else brief(name))
+    near = difflib.get_close_matches(shown, known, 1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    raise InputError(
+        f"Unknown {kind} {shown}{guess}. Known: {', '.join(known)}; or a class of your own as package.module:Class."
+    )
+
+
+def _imported(name: str, kind: str) -> Any:
+    module, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), path)):
+        raise InputError(f"{shortened(name)} does not name a {kind}. Write package.module:Class.")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # its code runs, and may raise anything
+        raise InputError(
+            f"The {kind} {shortened(name)} cannot be imported: {type(error).__name__}: {error}. Put the folder that "
+            "holds the module into PYTHONPATH."
+        ) from error
+    if not hasattr(found, path):
+        raise InputError(f"The module {module} ({found.__file__}) has no {path}.")
+    return getattr(found, path)
+
+
+def _checked(found: Any, bases: tuple[type, ...], name: str) -> Any:
+    if isinstance(found, type) and issubclass(found, bases):
+        return found
+    wanted = " or ".join(f"{base.__module__}.{base.__name__}" for base in bases)
+    raise InputError(f"{shortened(name)} is no {bases[0].__name__.lower()}: its class must be a subclass of {wanted}.")

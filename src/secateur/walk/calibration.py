@@ -1,0 +1,114 @@
+"""Calibration text, and the one loop that runs it through a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from secateur.data import TextSettings, TokenBlocks
+from secateur.errors import DataError
+from secateur.precision import Precision, autocast
+from secateur.progress import track
+from secateur.token_loss import TokenLoss
+from secateur.walk.borrow import input_device
+
+
+class CalibrationSettings(TextSettings):
+    """The text that importance is measured on, and how it is run through the model."""
+
+    batch_size: int = Field(default=4, ge=1)
+    """Windows per pass. It changes memory, not the result; a criterion of single windows takes one."""
+    precision: Precision = "auto"
+    """``bf16``: autocast over fp32 weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
+
+    def of(self, blocks: TokenBlocks | None) -> Calibration | None:
+        """``blocks``, to be run as these settings say; None for None."""
+        return None if blocks is None else Calibration(blocks, self.batch_size, self.precision)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of text with how they are run. Every loop over calibration text is a method of this class."""
+
+    blocks: TokenBlocks
+    batch_size: int = 4
+    """Windows per pass."""
+    precision: Precision = "fp32"
+    """Of the matrix products in a pass; statistics and gradients have the types of the weights."""
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64, ``[windows, window]``, on the CPU."""
+        return self.blocks.ids
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The ids in order, at most ``batch_size`` windows at a time."""
+        return self.blocks.batches(self.batch_size)
+
+    def autocast(self, model: nn.Module) -> torch.autocast:
+        """The context of one pass. Entered anew for every pass: autocast may keep copies of weights, which change."""
+        return autocast(self.precision, input_device(model))
+
+    def logits(self, model: nn.Module) -> Iterator[torch.Tensor]:
+        """Logits ``[n, window, vocabulary]`` of each batch, without gradients."""
+        for ids in self.batches():
+            with self.autocast(model), torch.no_grad():
+                logits: torch.Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+            yield logits
+
+    def run(self, model: nn.Module, description: str) -> None:
+        """Run all windows through the model, for whoever watches it (``watched``, hooks)."""
+        for _ in track(self.logits(model), description, -(-len(self) // self.batch_size)):
+            pass
+
+    def backward(self, model: nn.Module) -> float:
+        """Accumulate in ``.grad`` the gradient of the mean loss over all windows; return that loss."""
+        with self.autocast(model):
+            return mean_loss_backward(model, self.blocks, self.batch_size)
+
+    def window_gradients(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Stop once for every window, with the gradient of its own mean loss in ``.grad`` of the parameters.
+
+        They have none afterwards. Take all of it, or leave the generator: the next window replaces the gradients.
+        """
+        parameters = list(parameters)
+        device = input_device(model)
+        loss = TokenLoss(model, self.ids.to(device))
+        for ids in track(self.blocks.batches(1), "gradients", len(self)):
+            with self.autocast(model), torch.enable_grad():
+                loss.backward(ids.to(device))
+            yield
+            for parameter in parameters:
+                parameter.grad = None
+
+
+def calibration_for(calibration: Calibration | None, reader: str) -> Calibration:
+    """``calibration``, or a DataError when there is no text; ``reader`` is what looks at it, such as ``taylor``."""
+    if calibration is None or len(calibration) == 0:
+        raise DataError(
+            f"'{reader}' looks at text and got none. Give calibration text (calibration.text) and a tokenizer, or "
+            "choose a method that needs nothing, such as magnitude."
+        )
+    return calibration
+
+
+def mean_loss_backward(model: nn.Module, blocks: TokenBlocks, batch_size: int) -> float:
+    """Accumulate in ``.grad`` the gradient of the mean next-token loss over all of ``blocks``; return that loss.
+
+    Every window weighs the same, whatever the batch size. One batch of activations is held at a time, and the logits of
+    a few of its positions.
+    """
+    device = input_device(model)
+    loss = TokenLoss(model, blocks.ids.to(device))
+    total = 0.0
+    with torch.enable_grad():
+        for ids in blocks.batches(batch_size):
+            total += loss.backward(ids.to(device), len(ids) / len(blocks))
+    return total

@@ -1,0 +1,128 @@
+"""Methods and criteria by name: the built-in ones, and classes of the user's own as ``package.module:Class``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import secateur
+from secateur.config import dump, load_recipe
+from secateur.errors import InputError
+from secateur.importance import criterion_class
+from secateur.methods import METHODS, method_class
+from secateur.methods.saliency import Saliency
+from secateur.testing.tiny import build
+
+OWN = """
+import torch
+from secateur.importance import Criterion
+from secateur.methods import Decision, Method
+from secateur.types import Scores
+
+class First(Criterion):
+    name = "first"
+    reverse: bool = False
+
+    def score(self, model, graph, calibration, seed):
+        sign = -1 if self.reverse else 1
+        return Scores({group.name: sign * torch.arange(group.size).float() for group in graph.prunable})
+
+class ReadsAdapters(First):
+    needs = "adapters"
+
+class Last(Method):
+    name, summary = "last", "the last units"
+
+    def run(self, task):
+        return Decision(task.allocate(task.score(First(reverse=True))))
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_plugin.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "own_plugin", raising=False)
+    return "own_plugin"
+
+
+def test_a_built_in_name_is_its_row() -> None:
+    assert method_class("taylor") is METHODS["taylor"]
+
+
+def test_a_method_and_a_criterion_of_ones_own_cut(own: str) -> None:
+    kept = {}
+    for name in ("First", "Last"):
+        plan = secateur.prune(build("llama-gqa"), ratio=0.1, method=f"{own}:{name}").plan
+        assert plan.method == f"{own}:{name}"
+        [kept[name]] = [units for group, units in plan.kept.items() if group == "layers.0.mlp"]
+    assert kept["First"][-1] == 39
+    assert kept["Last"][0] == 0
+    assert kept["First"] != kept["Last"]
+
+
+def test_settings_of_ones_own_are_read_and_written(own: str, tmp_path: Path) -> None:
+    recipe = load_recipe(None, ["method.reverse=true"], {"method": f"{own}:First"})
+    assert recipe.method.settings.model_dump() == {"reverse": True}
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    with pytest.raises(InputError, match=r"method\.backwards.*reverse"):
+        load_recipe(None, ["method.backwards=true"], {"method": f"{own}:First"})
+
+
+def test_saliency_takes_options_and_classes_of_ones_own(own: str) -> None:
+    saliency = Saliency({"fisher": 1, f"{own}:First": {"weight": 0.5, "reverse": True}, "taylor": {"form": "vector"}})
+    assert saliency.weights == {"fisher": 1.0, f"{own}:First": 0.5, "taylor": 1.0}
+    assert saliency.criteria["taylor"].model_dump() == {"form": "vector"}
+    recipe = load_recipe(None, ["method.saliency={taylor: {weight: 0.5, form: vector}}"])
+    assert load_recipe(None, [f"method.saliency={recipe.method.settings.saliency}"]) == recipe
+
+
+@pytest.mark.parametrize(
+    ("saliency", "message"),
+    [
+        ("{taylr: 1}", "did you mean taylor"),
+        ("{taylor: 0}", "positive"),
+        ("{taylor: {weight: -1}}", "positive"),
+        ("{taylor: {weight: true}}", "positive"),
+        ("{taylor: {weight: .inf}}", "finite"),
+        ("{taylor: {shape: round}}", "shape"),
+        ("{taylor: {form: round}}", "form"),
+        ("{taylor: many}", "saliency"),
+        ("{}", "saliency"),
+    ],
+)
+def test_a_saliency_that_cannot_be_is_refused_by_name(saliency: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(None, [f"method.saliency={saliency}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tailor", r"Unknown method tailor \(did you mean taylor\?\)"),
+        ("no_such_module_here:Class", "cannot be imported.*PYTHONPATH"),
+        ("own_plugin:Missing", "has no Missing"),
+        ("own_plugin:Other", "no method.*secateur.methods"),
+        ("own_plugin:ReadsAdapters", "method.saliency"),
+        ("own_plugin:", "package.module:Class"),
+        (":First", "package.module:Class"),
+        ("own plugin:First", "package.module:Class"),
+        ("../own_plugin:First", "package.module:Class"),
+        ("broken_plugin:First", "cannot be imported: ValueError: of its own"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused(own: str, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "broken_plugin.py").write_text("raise ValueError('of its own')")
+    with pytest.raises(InputError, match=message):
+        load_recipe(None, [], {"method": name})
+
+
+def test_a_method_is_no_criterion(own: str) -> None:
+    with pytest.raises(InputError, match="no criterion"):
+        criterion_class(f"{own}:Last")
+    assert criterion_class(f"{own}:First").name == "first"
