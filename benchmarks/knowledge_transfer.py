@@ -40,7 +40,7 @@ from secateur.graph import trace
 from secateur.methods.lhspg import Decay, HalfSpace, Shrinking
 from secateur.surgery import slice_model, zero_units
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
-from secateur.types import DependencyGraph, removed_to_kept
+from secateur.types import Cut, DependencyGraph
 
 LORA = LoraSettings(rank=4, alpha=8)
 TRAINING = TrainingSettings(
@@ -61,7 +61,7 @@ class World:
 
     @property
     def kept(self) -> dict[str, list[int]]:
-        return removed_to_kept(self.graph, self.removed)
+        return Cut.removing(self.graph, self.removed)
 
 
 def build(

@@ -51,7 +51,7 @@ from secateur.progress import say
 from secateur.recovery import RecoveryTask, check_repairable, recover, repair, source_losses
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.training import attach_lora
-from secateur.types import DependencyGraph, PruningPlan, Scores, Settings, removed_to_kept
+from secateur.types import Cut, DependencyGraph, PruningPlan, Scores, Settings
 from secateur.workspace import Workspace
 
 _QUANTISED = ("Int8Params", "Params4bit")
@@ -168,7 +168,7 @@ def measure_baseline(result: Result, texts: Texts) -> None:
     assert name is not None
     assert texts.evaluation is not None
     decision = _run(method_class(name)(), _task(result, texts, Workspace(None)))
-    kept = removed_to_kept(result.graph, decision.removed)
+    kept = Cut.removing(result.graph, decision.removed)
     with updated(result.model, decision.updates), masked(result.model, result.graph, kept):
         measured = losses(result.model, result.recipe, texts.evaluation)
     perplexity = {source: loss.perplexity for source, loss in measured.items()}
@@ -232,7 +232,7 @@ def _run(method: Method, task: PruningTask) -> Decision:
     decision = method.run(task)
     if decision.updates and not method.compensates:
         raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
-    check_updates(task.model, task.graph, removed_to_kept(task.graph, decision.removed), decision.updates)
+    check_updates(task.model, task.graph, Cut.removing(task.graph, decision.removed), decision.updates)
     return decision
 
 

@@ -24,6 +24,10 @@ from secateur.reading import path_of, read_json, shortened
 
 Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
+Kept = Mapping[str, Sequence[int]]
+"""Group name → units that stay; a group without an entry stays whole."""
+Removed = dict[str, list[int]]
+"""Group name → units that are removed, ascending."""
 
 _LARGEST = 2**31 - 1
 
@@ -241,7 +245,7 @@ class DependencyGraph:
             units[self.unit_of[name][1]].append(name)
         return units
 
-    def check_kept(self, kept: Mapping[str, Sequence[int]]) -> None:
+    def check_kept(self, kept: Kept) -> None:
         """Raise PlanError unless every entry names a group that may be cut and legal units of it."""
         for name, units in kept.items():
             if name not in self:
@@ -262,11 +266,11 @@ class DependencyGraph:
                     "Cut one of the two, and the other in a second run on what this one leaves."
                 )
 
-    def parameter_count(self, kept: Mapping[str, Sequence[int]] | None = None) -> int:
+    def parameter_count(self, kept: Kept | None = None) -> int:
         """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
         return sum(many * self.numel(name, kept or {}) for name, many in self.alike.items())
 
-    def numel(self, parameter: str, kept: Mapping[str, Sequence[int]]) -> int:
+    def numel(self, parameter: str, kept: Kept) -> int:
         """Elements of ``parameter`` when only ``kept`` units stay; only the lengths matter, save for whole modules."""
         owner, unit = self.unit_of.get(parameter, ("", 0))
         if owner in kept and unit not in kept[owner]:
@@ -461,11 +465,54 @@ class PruningPlan(BaseModel):
             raise PlanError(f"{file} is not a pruning plan: {where}: {reason}. {advice}") from error
 
 
-def removed_to_kept(graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
-    """Turn "units that go" into the ``kept`` of a plan, leaving out groups that stay whole."""
-    kept = {}
-    for name, units in removed.items():
-        gone = set(units)
-        if gone:
-            kept[name] = sorted(set(range(graph[name].size)) - gone)
-    return kept
+class Cut(Mapping[str, tuple[int, ...]]):
+    """Which units of a model's groups stay and which are removed. Frozen; made by ``keeping`` or ``removing``.
+
+    Read as a mapping it is the ``kept`` of a plan: group name → units that stay, ascending. Groups that stay whole are
+    left out.
+    """
+
+    def __init__(self, graph: DependencyGraph, kept: Mapping[str, tuple[int, ...]]) -> None:
+        self.graph = graph
+        self._kept = dict(kept)
+
+    @classmethod
+    def keeping(cls, graph: DependencyGraph, kept: Mapping[str, Iterable[int]]) -> Cut:
+        """By the units that stay; groups that ``kept`` does not name stay whole. A ``Cut`` of ``graph`` is itself."""
+        if isinstance(kept, Cut) and kept.graph is graph:
+            return kept
+        named = {name: tuple(sorted(set(units))) for name, units in kept.items() if name in graph}
+        return cls(graph, {name: units for name, units in named.items() if len(units) < graph[name].size})
+
+    @classmethod
+    def removing(cls, graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> Cut:
+        """By the units that are removed."""
+        gone = {name: set(units) for name, units in removed.items()}
+        sizes = {name: range(graph[name].size) for name, units in gone.items() if units}
+        return cls(
+            graph, {name: tuple(unit for unit in size if unit not in gone[name]) for name, size in sizes.items()}
+        )
+
+    @cached_property
+    def groups(self) -> tuple[tuple[NodeGroup, list[int]], ...]:
+        """The groups that lose units, with the indices of those, in model order."""
+        found = []
+        for group in self.graph:
+            if group.name in self._kept:
+                stays = set(self._kept[group.name])
+                found.append((group, [unit for unit in range(group.size) if unit not in stays]))
+        return tuple(found)
+
+    @property
+    def removed(self) -> dict[str, list[int]]:
+        """Group name → units that are removed, ascending."""
+        return {group.name: list(units) for group, units in self.groups}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)

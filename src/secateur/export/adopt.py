@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.errors import ModelError
 from secateur.export.huggingface import describes_itself, empty_model, on_meta, standard_form
 from secateur.surgery import slice_model
-from secateur.types import DependencyGraph
+from secateur.types import DependencyGraph, Kept
 
 
 class Architecture(NamedTuple):
@@ -25,7 +24,7 @@ class Architecture(NamedTuple):
         return self.model_class(copy.deepcopy(self.config)).eval()
 
 
-def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Architecture:
+def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> Architecture:
     """Give a sliced model, in place, the config and the class that describe it; returns those it had before.
 
     Args:
@@ -52,7 +51,7 @@ def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[s
     return before
 
 
-def check_describable(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+def check_describable(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> None:
     """Raise ModelError when no config describes ``model`` without what goes; tried on one without weights."""
     outline = on_meta(type(model), model.config)
     slice_model(outline, graph, kept)

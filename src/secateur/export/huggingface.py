@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,8 @@ from secateur.progress import say
 from secateur.surgery import slice_model
 from secateur.surgery.blocks import without_layers
 from secateur.surgery.rebuild import family_of, is_listed, is_uneven, pruned_class
-from secateur.surgery.rows import cut_groups
 from secateur.surgery.tokens import kept_tokens
-from secateur.types import DependencyGraph
+from secateur.types import Cut, DependencyGraph, Kept
 from secateur.whole import open_permissions, place_of, whole
 
 ARTEFACTS = "secateur"
@@ -87,7 +86,7 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> StandardForm:
+def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> StandardForm:
     """Find the config that describes ``model`` after ``kept`` was cut out of it.
 
     Args:
@@ -104,7 +103,7 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
         )
     graph, kept = without_layers(graph, kept)
     _check_cut_by(model, graph, kept)
-    family, narrowed = family_of(model), any(group.kind == "hidden" for group, _ in cut_groups(graph, kept))
+    family, narrowed = family_of(model), any(group.kind == "hidden" for group, _ in Cut.keeping(graph, kept).groups)
 
     def fits(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
         if _shapes(model_class, config) != shapes_of(model):
@@ -123,7 +122,7 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
     return form
 
 
-def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> None:
     """Raise ModelError when tensors of ``model`` have other sizes than ``kept`` leaves of them."""
     if any(graph[name].modules for name in kept):  # the names of modules that stay are others now
         return
@@ -138,7 +137,7 @@ def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[
 
 
 def _by_sizes(
-    model: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], family: type[PreTrainedModel]
+    model: PreTrainedModel, graph: DependencyGraph, kept: Kept, family: type[PreTrainedModel]
 ) -> StandardForm | None:
     """The class and config with the sizes that are left, of all layers or of each; None when a list is needed."""
     if is_listed(model.config):
@@ -229,7 +228,7 @@ def save(
     folder: str | Path,
     *,
     graph: DependencyGraph,
-    kept: Mapping[str, Sequence[int]],
+    kept: Kept,
     settings: ExportSettings | None = None,
     complete: Callable[[Path, Verification], None] | None = None,
 ) -> Verification:
@@ -283,7 +282,7 @@ def write(
     folder: Path,
     *,
     graph: DependencyGraph,
-    kept: Mapping[str, Sequence[int]],
+    kept: Kept,
     settings: ExportSettings | None = None,
 ) -> Reference:
     """The part of ``save`` that writes, without proof; returns what the proof needs."""
@@ -321,7 +320,7 @@ def rehearse_saving(
     folder: Path,
     *,
     graph: DependencyGraph,
-    kept: Mapping[str, Sequence[int]],
+    kept: Kept,
     settings: ExportSettings,
     beside: int = 0,
 ) -> None:

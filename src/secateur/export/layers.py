@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
 from secateur.errors import ModelError
 from secateur.export.sizes import Place, place_of, query_heads_name, size_name
 from secateur.surgery.rebuild import OWN_NAME, is_listed, is_uneven
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import DependencyGraph, Kept, NodeGroup
 
 
 class LayerSizes:
@@ -20,7 +19,7 @@ class LayerSizes:
     Raises ModelError for a cut group that neither lies inside one layer nor has its own name in the config.
     """
 
-    def __init__(self, config: PreTrainedConfig, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, config: PreTrainedConfig, graph: DependencyGraph, kept: Kept) -> None:
         self.graph = graph
         self.whole = without_layer_sizes(config)
         """The config with the sizes of a layer that nothing was cut from."""

@@ -20,8 +20,7 @@ from secateur.export.layers import without_layer_sizes
 from secateur.surgery.attributes import PATTERNS
 from secateur.surgery.configs import settings_of
 from secateur.surgery.rebuild import code_of
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph
+from secateur.types import Cut, DependencyGraph, Kept
 
 _SIZES = {"hidden": "hidden_size", "vocab": "vocab_size"}
 """Kinds of groups that slicing describes in the config, and the size's name there."""
@@ -30,7 +29,7 @@ NOT_BUILT = (AssertionError, AttributeError, RuntimeError, StrictDataclassError,
 
 
 def listed_config(
-    model: PreTrainedModel, family: type[PreTrainedModel], graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
+    model: PreTrainedModel, family: type[PreTrainedModel], graph: DependencyGraph, kept: Kept
 ) -> PreTrainedConfig:
     """The config for ``pruned_class(family)`` that lists how ``model`` differs from what the family would build.
 
@@ -71,12 +70,10 @@ def changed_scales(model: nn.Module, built: nn.Module) -> list[str]:
     ]
 
 
-def _sizes_before(
-    config: PreTrainedConfig, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
-) -> dict[str, int]:
+def _sizes_before(config: PreTrainedConfig, graph: DependencyGraph, kept: Kept) -> dict[str, int]:
     """Path in the config → the size before the cut, for sizes that slicing has changed there."""
     changed = {}
-    for group, _ in cut_groups(graph, kept):
+    for group, _ in Cut.keeping(graph, kept).groups:
         for part, own in _parts(config):
             name = own.attribute_map.get(_SIZES.get(group.kind, ""), _SIZES.get(group.kind, ""))
             if name and vars(own).get(name) == len(kept[group.name]):

@@ -7,7 +7,7 @@ units that such a plan would remove are zero here, so that both compute the same
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,7 +21,7 @@ from secateur.graph import trace
 from secateur.surgery import slice_model
 from secateur.surgery.rebuild import OWN_NAME, family_of, is_listed, is_uneven
 from secateur.surgery.rows import removed_rows
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import DependencyGraph, Kept, NodeGroup
 from secateur.units import Rows
 
 _BIASES = ("attention_bias", "mlp_bias")
@@ -116,9 +116,7 @@ def _name_of(group: NodeGroup, sizes: LayerSizes) -> str | None:
     return next((n for known, n in sizes.names.items() if known.path == place.path and known.rows <= place.rows), None)
 
 
-def _holds(
-    even: PreTrainedModel, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], model: PreTrainedModel
-) -> bool:
+def _holds(even: PreTrainedModel, graph: DependencyGraph, kept: Kept, model: PreTrainedModel) -> bool:
     """Whether ``model`` is what is left of ``even`` when only ``kept`` stays; biases may be more."""
     sliced = copy.deepcopy(even)
     try:
@@ -130,7 +128,7 @@ def _holds(
     return all(left.get(name) == shape for name, shape in wanted.items()) and all(n.endswith(".bias") for n in more)
 
 
-def _refuse_inexact(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+def _refuse_inexact(graph: DependencyGraph, kept: Kept) -> None:
     """Raise ModelError when a group that is filled up is one that zeros would change."""
     for name in kept:
         group = graph[name]

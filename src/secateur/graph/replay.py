@@ -26,6 +26,7 @@ from secateur.graph.axes import Atom, Axis, leaves, resolve, size_of, split_axis
 from secateur.graph.rules_factories import RULES as FACTORIES
 from secateur.graph.symbols import Call
 from secateur.graph.trace import Trace
+from secateur.types import Kept
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class NotReplayable(ModelError):  # noqa: N818
     """The recorded operators depend on the data, so that running them again on other tokens proves nothing."""
 
 
-def replay(
-    model: nn.Module, trace: Trace, kept: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
-) -> Replayed:
+def replay(model: nn.Module, trace: Trace, kept: Kept, dtype: torch.dtype = torch.float32) -> Replayed:
     """Replay ``trace`` on the weights of ``model`` with only the ``kept`` units (group name to unit indices).
 
     Groups may be protected ones too; a group that is not named stays whole. All numbers are of type ``dtype``. Raises
@@ -56,11 +55,11 @@ def replay(
     if any(tensor.is_meta for tensor in values.values()):
         raise ModelError("A model on the meta device has no weights to replay; give a small real model of its config.")
     values = {name: _in(dtype, tensor) for name, tensor in values.items()}
-    cut = Cut([(trace.units[name], torch.as_tensor(sorted(units))) for name, units in kept.items()])
+    cut = AxisCut([(trace.units[name], torch.as_tensor(sorted(units))) for name, units in kept.items()])
     tokens = _tokens(trace, cut)
     with torch.no_grad():
         try:
-            whole = _Run(trace, values, Cut([]), tokens, dtype).logits()
+            whole = _Run(trace, values, AxisCut([]), tokens, dtype).logits()
             masked = _Masked(trace, values, cut, tokens, dtype).logits()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotReplayable(
@@ -81,14 +80,14 @@ def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
 
 
-def _tokens(trace: Trace, cut: Cut) -> torch.Tensor:
+def _tokens(trace: Trace, cut: AxisCut) -> torch.Tensor:
     """The recorded token ids, replaced by tokens that are still there when the vocabulary is cut."""
     domain = trace.table[trace.token_ids].domain
     there = cut.positions(domain) if domain is not None else None
     return trace.token_ids if there is None else there[trace.token_ids % len(there)]
 
 
-class Cut:
+class AxisCut:
     """Which positions of an axis are left when only some units are.
 
     ``kept`` has what the units are, and the indices of those that stay. Units of two leaves are all pairs, of which
@@ -177,7 +176,7 @@ class _Run:
     """Whether all tensors have the shapes that they had when they were recorded."""
 
     def __init__(
-        self, trace: Trace, values: Mapping[str, torch.Tensor], cut: Cut, tokens: torch.Tensor, dtype: torch.dtype
+        self, trace: Trace, values: Mapping[str, torch.Tensor], cut: AxisCut, tokens: torch.Tensor, dtype: torch.dtype
     ) -> None:
         self.trace, self.table, self.cut, self.dtype = trace, trace.table, cut, dtype
         self._parameters = values

@@ -23,11 +23,10 @@ from secateur.types import DependencyGraph, NodeGroup, Scores
 from secateur.walk import Calibration, LayerStack, Walker, borrowed, calibration_for
 
 _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
-Kept = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
-class Cut:
+class TrialCut:
     """A trial to be made: the units of one group that stay."""
 
     group: NodeGroup
@@ -53,11 +52,11 @@ class Cut:
         return self.group.name, self.group.size - len(self.kept)
 
     @property
-    def plan(self) -> Kept:
+    def plan(self) -> dict[str, list[int]]:
         return {self.group.name: list(self.kept)}
 
 
-def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[Cut]:
+def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[TrialCut]:
     """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group inside a layer.
 
     A ratio that is named twice counts once. Groups without a unit to spare have none. Raises InputError for ratios that
@@ -76,7 +75,7 @@ def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> lis
         order = group.in_turn(scores[group.name].argsort(stable=True).tolist())
         for ratio in sorted(set(ratios)):
             goes = min(max(1, round(ratio * group.size / group.runs)) * group.runs, group.size - group.least)
-            found.append(Cut(group, ratio, tuple(sorted(order[goes:]))))
+            found.append(TrialCut(group, ratio, tuple(sorted(order[goes:]))))
     return found
 
 
@@ -84,7 +83,7 @@ def measure_cuts(
     model: nn.Module,
     graph: DependencyGraph,
     calibration: Calibration | None,
-    chosen: Sequence[Cut],
+    chosen: Sequence[TrialCut],
     *,
     cached: bool = True,
     done: Sequence[Trial] = (),
@@ -149,19 +148,19 @@ def _stack(model: nn.Module, graph: DependencyGraph) -> LayerStack | None:
         return None
 
 
-def _start(cut: Cut, stack: LayerStack | None) -> int:
+def _start(cut: TrialCut, stack: LayerStack | None) -> int:
     """The layer from which on a cut changes anything."""
     return (cut.group.layer or 0) if stack is not None and stack.inside(cut.group) else 0
 
 
-def _by_layer(chosen: Iterable[Cut], stack: LayerStack | None) -> Iterator[tuple[int, list[Cut]]]:
-    together: dict[int, list[Cut]] = {}
+def _by_layer(chosen: Iterable[TrialCut], stack: LayerStack | None) -> Iterator[tuple[int, list[TrialCut]]]:
+    together: dict[int, list[TrialCut]] = {}
     for cut in chosen:
         together.setdefault(_start(cut, stack), []).append(cut)
     yield from sorted(together.items())
 
 
-def _passes(chosen: Iterable[Cut], stack: LayerStack | None) -> int:
+def _passes(chosen: Iterable[TrialCut], stack: LayerStack | None) -> int:
     """How many layers must run for these trials, for the bar; whole passes where there is no stack."""
     return sum(len(stack) - _start(cut, stack) if stack is not None else 1 for cut in chosen)
 
@@ -176,14 +175,14 @@ class _Run:
         self.walker = None if stack is None else Walker(stack, text)
         self.reference = _Reference(zip(text.batches(), text.logits(model), strict=True))
 
-    def try_out(self, chosen: Sequence[Cut], layer: int) -> list[tuple[float, float]]:
+    def try_out(self, chosen: Sequence[TrialCut], layer: int) -> list[tuple[float, float]]:
         """Loss and KL of trials that change nothing before ``layer``."""
         totals = torch.zeros(len(chosen), 2, dtype=torch.float64)
         for number, row, logits in self._answers(chosen, layer):
             totals[number] += self.reference.compare(row, self.text.ids[row], logits)
         return [(loss, kl) for loss, kl in (totals / self.reference.tokens).tolist()]
 
-    def _answers(self, chosen: Sequence[Cut], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def _answers(self, chosen: Sequence[TrialCut], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(number of the trial, window, logits ``[window, vocabulary]``) for all trials and windows."""
         walker = self.walker
         if walker is None or not all(walker.stack.inside(cut.group) for cut in chosen):
@@ -207,7 +206,7 @@ class _Run:
             self.bar.advance(now - done, note=chosen[some[-1][0]].group.name)
             done = now
 
-    def _after_the_cut(self, cut: Cut, walker: Walker) -> torch.Tensor:
+    def _after_the_cut(self, cut: TrialCut, walker: Walker) -> torch.Tensor:
         """Hidden states after the layer of the cut, which runs under its mask: ``[windows, window, hidden]``."""
         with masked(self.model, self.graph, cut.plan):
             return torch.cat(walker.through())

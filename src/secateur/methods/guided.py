@@ -20,9 +20,7 @@ from secateur.importance.lora import AdapterGradients, LoRA
 from secateur.methods.transfer import Transfer
 from secateur.planning import Budget, Problem, countable, solve
 from secateur.surgery import InputMasks
-from secateur.types import DependencyGraph, Scores
-
-Removed = dict[str, list[int]]
+from secateur.types import DependencyGraph, Removed, Scores
 
 
 class GuidedPruning(Transfer):

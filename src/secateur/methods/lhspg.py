@@ -17,7 +17,7 @@ one over the units that are left; ``surgery`` takes that back when the zeros, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError
 from secateur.methods.transfer import Transfer
 from secateur.surgery import norms_over, scales_with_zeros, set_epsilon, unproduced
-from secateur.types import DependencyGraph, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Kept
 from secateur.units import UnitRows, rows_of, squared_norms
 from secateur.walk import input_device
 
@@ -85,7 +85,7 @@ def still_heard(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str
             if member.role == "in" and module is not None:
                 hooks.append(module.register_forward_pre_hook(listen(group.name, member.rows([0]).flatten())))
     try:
-        with unproduced(model, graph, removed_to_kept(graph, first)):
+        with unproduced(model, graph, Cut.removing(graph, first)):
             model(input_ids=torch.ones((1, 4), dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
         for hook in hooks:
@@ -121,15 +121,15 @@ class _Norm:
 def _norms(
     model: PeftModel,
     graph: DependencyGraph,
-    redundant: Mapping[str, Sequence[int]],
-    gone: Mapping[str, Sequence[int]],
+    redundant: Kept,
+    gone: Kept,
     heard: Collection[str],
 ) -> list[_Norm]:
     """The norms that redundant units count in; ModelError for one that is more than an RMS norm."""
     found = []
     for name in {**redundant, **gone}:
         leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())]}
-        for module, norm in norms_over(model, graph, removed_to_kept(graph, leaving)).items():
+        for module, norm in norms_over(model, graph, Cut.removing(graph, leaving)).items():
             if name in heard:  # what produces them stays whole until it is cut, and counts in the norm until then
                 raise _cannot_follow(module, model, "shrink where they are consumed, while it sees all of them")
             if not scales_with_zeros(module, norm.kept):
@@ -177,8 +177,8 @@ class Shrinking(Transfer):
     def __init__(
         self,
         graph: DependencyGraph,
-        redundant: Mapping[str, Sequence[int]],
-        gone: Mapping[str, Sequence[int]],
+        redundant: Kept,
+        gone: Kept,
         *,
         steps: int,
         heard: Collection[str] = (),
@@ -217,7 +217,7 @@ class Shrinking(Transfer):
         """Shrink the units of one group, of which ``members`` has all rows; ``shrink``: λ_g, ``[n]``."""
         raise NotImplementedError
 
-    def _shrinking(self, model: PeftModel, units: Mapping[str, Sequence[int]]) -> list[list[UnitRows]]:
+    def _shrinking(self, model: PeftModel, units: Kept) -> list[list[UnitRows]]:
         """For each group in ``units``, ``[x]_g`` of those units."""
         return [
             rows_of(model, self._graph[name], units[name], "in" if name in self._heard else "out")

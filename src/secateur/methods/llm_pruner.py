@@ -10,7 +10,7 @@ from secateur import importance
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.planning import by_period
 from secateur.surgery import masked
-from secateur.types import Scores, Settings, removed_to_kept
+from secateur.types import Cut, Scores, Settings
 
 
 class LLMPrunerSettings(importance.LLMPruner):
@@ -36,7 +36,7 @@ class LLMPruner(Method):
         removed: dict[str, list[int]] = {}
         scores: Scores | None = None
         for index in range(settings.rounds):
-            with masked(task.model, task.graph, removed_to_kept(task.graph, removed)):
+            with masked(task.model, task.graph, Cut.removing(task.graph, removed)):
                 scores = task.score(settings)
             last = index == settings.rounds - 1
             ratio = None if last else by_period(index, settings.rounds) * task.budget.ratio

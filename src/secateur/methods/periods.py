@@ -28,10 +28,8 @@ from secateur.planning import by_period
 from secateur.reading import read_json
 from secateur.surgery import zero_units
 from secateur.training import Schedule, attach_lora, merge_lora, train
-from secateur.types import DependencyGraph, Scores, Settings, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Removed, Scores, Settings
 from secateur.whole import remove, whole, write_whole
-
-Removed = dict[str, list[int]]
 
 
 class PeriodSettings(Settings):
@@ -144,7 +142,7 @@ def _settle(task: PruningTask, adapted: PeftModel | None, removed: Removed) -> N
     """End a stretch of training: merge the adapters, and let nothing consume what is gone."""
     if adapted is not None:
         merge_lora(adapted)
-        zero_units(task.model, task.graph, removed_to_kept(task.graph, removed))
+        zero_units(task.model, task.graph, Cut.removing(task.graph, removed))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from secateur import importance
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.progress import track
 from secateur.surgery import masked
-from secateur.types import NodeGroup, Scores, Settings, removed_to_kept
+from secateur.types import Cut, NodeGroup, Scores, Settings
 from secateur.walk import LayerStack, Walker, borrowed, calibration_for, watched
 
 
@@ -67,7 +67,7 @@ def layer_by_layer(task: PruningTask, criterion: importance.Wanda, counts: Mappi
                 if counts.get(group.name)
             }
             removed |= gone
-            masks.enter_context(masked(task.model, task.graph, removed_to_kept(task.graph, gone)))
+            masks.enter_context(masked(task.model, task.graph, Cut.removing(task.graph, gone)))
             walker.go_to(layer + 1)
     return Decision(removed, Scores(scores))
 

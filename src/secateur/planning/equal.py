@@ -10,6 +10,7 @@ from secateur.errors import PlanError
 from secateur.planning.problem import Problem
 from secateur.planning.shapes import needs_equal_widths
 from secateur.planning.stacks import Count, Stack
+from secateur.types import Kept
 
 _TOLERANCE = 0.02
 """How far the ratio reached may be from the one asked where a runtime's legal shapes force big steps."""
@@ -82,7 +83,7 @@ def _check_near(problem: Problem, chosen: Combination, looked_at: Sequence[Combi
     )
 
 
-def width_classes(stacks: Sequence[Stack], allowed: Mapping[str, Sequence[int]]) -> list[WidthClass]:
+def width_classes(stacks: Sequence[Stack], allowed: Kept) -> list[WidthClass]:
     """Group stacks by kind and size; ``allowed`` are the counts that each group may keep."""
     table: dict[tuple[str, int], list[Stack]] = {}
     for stack in stacks:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from secateur.planning.budget import Budget
 from secateur.planning.problem import countable
-from secateur.types import DependencyGraph, PruningPlan, removed_to_kept
+from secateur.types import Cut, DependencyGraph, PruningPlan
 
 _VERSIONS = ("secateur", "torch", "transformers", "peft")
 
@@ -26,7 +26,7 @@ def make_plan(
 
     Raises PlanError when a group loses all its units, is protected, or does not exist.
     """
-    kept = removed_to_kept(graph, removed)
+    kept = Cut.removing(graph, removed)
     graph.check_kept(kept)
     counted = countable(graph)
     before, after = counted.parameter_count(), counted.parameter_count(kept)
@@ -42,7 +42,7 @@ def make_plan(
         seed=seed,
         versions=versions(),
         sizes={name: graph[name].size for name in kept},
-        kept=kept,
+        kept={name: list(units) for name, units in kept.items()},
     )
 
 

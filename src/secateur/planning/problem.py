@@ -14,7 +14,7 @@ from secateur.errors import PlanError
 from secateur.planning.budget import Budget
 from secateur.planning.shapes import legal_counts
 from secateur.planning.stacks import Count, Stack, build_stack
-from secateur.types import DependencyGraph, Scores
+from secateur.types import DependencyGraph, Kept, Scores
 
 Counts = Mapping[str, int]
 """Group name → number of units that stay."""
@@ -34,7 +34,7 @@ class Problem:
     """Fraction of all parameters that must go in the end."""
     stacks: Mapping[str, Stack]
     """Group name → the units that are left, lowest score first, and what one of them costs; in model order."""
-    legal: Mapping[str, Sequence[int]]
+    legal: Kept
     """Group name → numbers of units that it may keep in the end, ascending."""
     removed: Mapping[str, frozenset[int]]
     """Group name → units that have gone already, of any group."""

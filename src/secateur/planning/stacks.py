@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from secateur.types import DependencyGraph, NodeGroup, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, NodeGroup, Scores
 
 Normalise = Literal["auto", "mean", "parameters", "none"]
 
@@ -109,7 +109,7 @@ class Count:
         self.graph = graph
         self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
         modules = {name: units for name, units in gone.items() if graph[name].modules}
-        self._stays = removed_to_kept(graph, modules)
+        self._stays = Cut.removing(graph, modules)
         self._fixed = {name: graph[name].size - len(units) for name, units in gone.items()}
         self._cut = {stack.group.name for stack in stacks} | gone.keys()
         self.total = graph.parameter_count()

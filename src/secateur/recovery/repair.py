@@ -12,7 +12,7 @@ parameters. (Reconstruction after pruning: SlimGPT, FLAP and others; see docs/me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,9 @@ from secateur.progress import Bar
 from secateur.surgery import masked
 from secateur.surgery.mask import MASKABLE
 from secateur.surgery.rows import removed_rows
-from secateur.types import DependencyGraph
+from secateur.types import DependencyGraph, Kept
 from secateur.units import Rows
 from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
-
-Kept = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 from secateur.precision import GROUPED_MULTIPLE
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph, Kind, NodeGroup
+from secateur.types import Cut, DependencyGraph, Kept, Kind, NodeGroup
 
 Meaning = Literal["proportional", "kv_heads", "queries_per_kv", "units", "rows"]
 
@@ -101,14 +100,14 @@ class Change:
             setattr(self.module, self.name, self.value)
 
 
-def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[Change]:
+def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Kept) -> list[Change]:
     """The attributes that ``kept`` makes stale, with their new values; to be computed while the model is whole.
 
     Raises ModelError when a value does not fit the axis that it should follow.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     changes = []
-    for group, removed in cut_groups(graph, kept):
+    for group, removed in Cut.keeping(graph, kept).groups:
         for module, encloses in _home(modules, group) if group.members else ():
             for pattern in _patterns(group.kind):
                 holder = getattr(module, "config", None) if pattern.in_config else module

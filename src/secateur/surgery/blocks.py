@@ -5,7 +5,7 @@ A block that is removed is the identity on the residual stream: what it took pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import ModelError
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import Cut, DependencyGraph, Kept, NodeGroup
 
 OWN_INDEX = ("layer_idx", "layer_id", "layer_index", "block_idx")
 """Attributes by which a module knows which layer it is in: the cache counts by them."""
@@ -25,11 +24,11 @@ LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decod
 
 
 @contextmanager
-def skipped(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def skipped(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, the layers that do not stay hand on what they are given."""
     hooks = []
     try:
-        for group, units in cut_groups(graph, kept):
+        for group, units in Cut.keeping(graph, kept).groups:
             for path in (group.modules[unit] for unit in units) if group.modules else ():
                 hooks.append(model.get_submodule(path).register_forward_hook(_identity, with_kwargs=True))
         yield
@@ -68,11 +67,9 @@ def remove_layers(model: nn.Module, group: NodeGroup, kept: Sequence[int]) -> No
                 setattr(around, name, len(kept))
 
 
-def without_layers(
-    graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
-) -> tuple[DependencyGraph, dict[str, list[int]]]:
+def without_layers(graph: DependencyGraph, kept: Kept) -> tuple[DependencyGraph, dict[str, list[int]]]:
     """The graph of the model after the layers that do not stay were taken out, and ``kept`` in its names."""
-    cut = next(((group, kept[group.name]) for group, _ in cut_groups(graph, kept) if group.modules), None)
+    cut = next(((group, kept[group.name]) for group, _ in Cut.keeping(graph, kept).groups if group.modules), None)
     if cut is None:
         return graph, {name: list(units) for name, units in kept.items()}
     layers, stays = cut

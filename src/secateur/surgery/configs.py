@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.surgery.blocks import LAYER_COUNTS, OWN_INDEX
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import Cut, DependencyGraph, Kept, NodeGroup
 
 _INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "full_attention_layers")
 """Names of lists of layers' indices."""
@@ -35,13 +34,13 @@ SPECIAL_TOKENS = tuple(
 Configs = Mapping[nn.Module, PreTrainedConfig]
 
 
-def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Configs:
+def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Configs:
     """Module → the config that it gets when ``kept`` is cut out of ``model``; empty when no config changes.
 
     Raises ModelError when the new config would build layers that stay with other settings than they have: families
     that compute from a layer's index what the layer is.
     """
-    cuts = [group for group, _ in cut_groups(graph, kept) if group.kind in _CHANGES]
+    cuts = [group for group, _ in Cut.keeping(graph, kept).groups if group.kind in _CHANGES]
     own = {m: config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)}
     if not cuts or not own:
         return {}
@@ -53,7 +52,7 @@ def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Mapping[str,
     return _changed(model, own, cuts, kept)
 
 
-def _changed(model: nn.Module, own: Configs, cuts: Sequence[NodeGroup], kept: Mapping[str, Sequence[int]]) -> Configs:
+def _changed(model: nn.Module, own: Configs, cuts: Sequence[NodeGroup], kept: Kept) -> Configs:
     """Copies of the configs, shared as they were, that describe the model without what goes of ``cuts``."""
     memo: dict[int, Any] = {}
     configs = {module: copy.deepcopy(config, memo) for module, config in own.items()}

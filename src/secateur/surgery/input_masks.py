@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from secateur.errors import ModelError
 from secateur.surgery.mask import require_maskable
 from secateur.surgery.norms import is_norm, over_survivors
-from secateur.types import DependencyGraph, Member, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Member
 
 
 class InputMasks:
@@ -46,7 +46,7 @@ class InputMasks:
 
     def remove(self, removed: Mapping[str, Iterable[int]]) -> None:
         """From now on exactly these units are gone: group name → unit indices."""
-        kept = removed_to_kept(self.graph, removed)
+        kept = Cut.removing(self.graph, removed)
         self.graph.check_kept(kept)
         masks: dict[nn.Module, torch.Tensor] = {}
         norms: dict[nn.Module, dict[str, torch.Tensor]] = {}

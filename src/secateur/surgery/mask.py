@@ -9,7 +9,7 @@ and tokens (``tokens``); layers are skipped (``blocks``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -17,10 +17,10 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.surgery.blocks import skipped
 from secateur.surgery.norms import MASKABLE, norms_over, over_survivors
-from secateur.surgery.rows import cut_groups, removed_rows
+from secateur.surgery.rows import removed_rows
 from secateur.surgery.tokens import silenced
 from secateur.surgery.unrouted import unrouted
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import Cut, DependencyGraph, Kept, NodeGroup
 from secateur.units import Rows, zeroed
 
 _ZEROED = (*MASKABLE, "hidden", "state")
@@ -28,7 +28,7 @@ _ZEROED = (*MASKABLE, "hidden", "state")
 
 
 @contextmanager
-def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def masked(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, ``model`` computes what it would after ``slice_model(model, graph, kept)``; shapes stay.
 
     Args:
@@ -41,7 +41,8 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
     Where the vocabulary is cut, logits keep their places, with -inf for tokens that are gone.
     """
     graph.check_kept(kept)
-    contracted = {group.name: kept[group.name] for group, _ in cut_groups(graph, kept) if group.kind in _ZEROED}
+    kept = Cut.keeping(graph, kept)
+    contracted = {group.name: kept[group.name] for group, _ in kept.groups if group.kind in _ZEROED}
     with (
         zeroed(_consumers(model, graph, contracted)),
         _over_survivors(model, graph, contracted),
@@ -53,7 +54,7 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence
 
 
 @contextmanager
-def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, norms that run over the units take their statistics over those that stay."""
     norms = norms_over(model, graph, kept)
     try:
@@ -66,28 +67,28 @@ def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Mapping[str,
 
 
 @contextmanager
-def unproduced(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def unproduced(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, what produces the units that do not stay is zero: not the same as removing them."""
     with zeroed(removed_rows(model, graph, kept, role="out")):
         yield
 
 
-def zero_units(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+def zero_units(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
     """Set what consumes the units that do not stay to zero, for good: a step of a progressive method.
 
     Removing these units afterwards changes nothing, except where a norm runs over the axis and what produces them is
     not zero as well: its statistics will then be those of the survivors. Raises ModelError for groups where zeroing
     is not removing.
     """
-    require_maskable(group for group, _ in cut_groups(graph, kept))
+    require_maskable(group for group, _ in Cut.keeping(graph, kept).groups)
     for rows in _consumers(model, graph, kept):
         rows.zero()
 
 
-def _consumers(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[Rows]:
+def _consumers(model: nn.Module, graph: DependencyGraph, kept: Kept) -> list[Rows]:
     """What to zero."""
     graph.check_kept(kept)
-    for group, _ in cut_groups(graph, kept):
+    for group, _ in Cut.keeping(graph, kept).groups:
         _require_consumers(group)
     return removed_rows(model, graph, kept, role="in")
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph, NodeGroup
+from secateur.types import Cut, DependencyGraph, Kept, NodeGroup
 from secateur.units import tensors_of
 
 MASKABLE = ("ffn", "attention", "query")
@@ -52,12 +51,12 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def norms_over(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> dict[nn.Module, CutNorm]:
+def norms_over(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[nn.Module, CutNorm]:
     """The norms that lose rows when only ``kept`` units stay."""
     modules, tensors = dict(model.named_modules()), tensors_of(model)
     stays: dict[nn.Module, dict[str, torch.Tensor]] = {}
     counts: dict[nn.Module, dict[str, torch.Tensor]] = {}
-    for group, units in cut_groups(graph, kept):
+    for group, units in Cut.keeping(graph, kept).groups:
         places = [(*_split(modules, member.parameter), member) for member in group.members if member.role == "out"]
         norms = [(module, name, member) for module, name, member in places if is_norm(module)]
         if not norms:

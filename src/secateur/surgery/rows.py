@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from secateur.errors import ModelError, PlanError
-from secateur.types import DependencyGraph, Member, NodeGroup, Role
+from secateur.types import Cut, DependencyGraph, Kept, Member, Role
 from secateur.units import Rows, tensors_of
 
 
-def cut_groups(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> list[tuple[NodeGroup, list[int]]]:
-    """The groups that lose units, with the indices of those, in model order."""
-    cut = []
-    for group in graph:
-        stays = set(kept.get(group.name, range(group.size)))
-        if len(stays) < group.size:
-            cut.append((group, [unit for unit in range(group.size) if unit not in stays]))
-    return cut
-
-
-def removed_rows(
-    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], role: Role | None = None
-) -> list[Rows]:
+def removed_rows(model: nn.Module, graph: DependencyGraph, kept: Kept, role: Role | None = None) -> list[Rows]:
     """Rows of removed units, one entry for each (tensor, axis) touched; ``role`` restricts to such members.
 
     Their ``index`` is sorted and without repeats.
@@ -33,7 +21,7 @@ def removed_rows(
     """
     tensors = tensors_of(model)
     found: dict[tuple[int, int], list[tuple[Member, torch.Tensor]]] = {}
-    for group, units in cut_groups(graph, kept):
+    for group, units in Cut.keeping(graph, kept).groups:
         for member in group.members:
             tensor = _tensor(tensors, graph, member)
             if role is None or member.role == role:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -24,14 +24,14 @@ from secateur.surgery.attributes import (
 from secateur.surgery.blocks import remove_layers
 from secateur.surgery.configs import changed_configs, renumber_special_tokens
 from secateur.surgery.norms import norms_over, restore_epsilon
-from secateur.surgery.rows import cut_groups, removed_rows
-from secateur.types import DependencyGraph
+from secateur.surgery.rows import removed_rows
+from secateur.types import Cut, DependencyGraph, Kept
 from secateur.units import Rows
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> None:
+def slice_model(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
     """Keep only the units in ``kept`` of each listed group, in place; a group that is not listed stays whole.
 
     Parameters and buffers are replaced by smaller ones of the same dtype, device and ``requires_grad``, without
@@ -43,6 +43,7 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
     what stays in another way.
     """
     graph.check_kept(kept)
+    kept = Cut.keeping(graph, kept)
     cuts: dict[int, list[Rows]] = {}
     for rows in removed_rows(model, graph, kept):
         cuts.setdefault(id(rows.tensor), []).append(rows)
@@ -71,7 +72,7 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Seq
         use_kernels_for_any_width(module, name)
     for change in changes:
         change.apply()
-    for group, _ in cut_groups(graph, kept):
+    for group, _ in kept.groups:
         if group.modules:
             remove_layers(model, group, kept[group.name])
         if group.kind == "vocab" and getattr(model, "generation_config", None) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph
+from secateur.types import Cut, DependencyGraph, Kept
 
 
-def kept_tokens(graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> torch.Tensor | None:
+def kept_tokens(graph: DependencyGraph, kept: Kept) -> torch.Tensor | None:
     """The old id of every new one, shape ``[tokens left]``; None when the vocabulary stays whole."""
-    for group, _ in cut_groups(graph, kept):
+    for group, _ in Cut.keeping(graph, kept).groups:
         if group.kind == "vocab":
             return torch.as_tensor(list(kept[group.name]), dtype=torch.long)
     return None
@@ -28,7 +27,7 @@ def new_ids(tokens: torch.Tensor | None, old: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def silenced(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def silenced(model: Any, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, tokens that do not stay are never predicted: softmax runs over the others."""
     tokens = kept_tokens(graph, kept)
     if tokens is None:

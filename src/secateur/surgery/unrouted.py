@@ -7,7 +7,7 @@ family applies them: its share is 0, and it is never among the best k as long as
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import ModelError
-from secateur.surgery.rows import cut_groups, removed_rows
-from secateur.types import DependencyGraph
+from secateur.surgery.rows import removed_rows
+from secateur.types import Cut, DependencyGraph, Kept
 from secateur.units import Rows
 
 _SECOND_OPERAND = {"aten.mm": 1, "aten.bmm": 1, "aten.matmul": 1, "aten.linear": 1, "aten.addmm": 2, "aten.mv": 0}
@@ -27,13 +27,13 @@ _DERIVED = 8
 
 
 @contextmanager
-def unrouted(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def unrouted(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
     """While it lasts, routers do not see the experts that do not stay; the weights of these are left alone.
 
     Biases that are added to an expert's score after the router (DeepSeek-V3's correction bias) become -inf meanwhile
     as well. Raises ModelError for a group of experts without a router's weight.
     """
-    names = {group.name: units for group, units in cut_groups(graph, kept) if group.kind == "expert"}
+    names = {group.name: units for group, units in Cut.keeping(graph, kept).groups if group.kind == "expert"}
     if not names:
         yield
         return
@@ -52,9 +52,7 @@ def unrouted(model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequen
                     rows.tensor.copy_(before)
 
 
-def _router(
-    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]
-) -> tuple[list[Rows], list[Rows]]:
+def _router(model: nn.Module, graph: DependencyGraph, kept: Kept) -> tuple[list[Rows], list[Rows]]:
     """Rows of removed experts in the weights of routers, and in biases that scores are corrected by."""
     weights, biases, groups = [], [], set[str]()
     for rows in removed_rows(model, graph, kept):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,18 +10,15 @@ from torch import nn
 
 from secateur.errors import ModelError
 from secateur.surgery.bias import bias_shape, give_biases
-from secateur.surgery.rows import cut_groups
-from secateur.types import DependencyGraph
+from secateur.types import Cut, DependencyGraph, Kept
 
 Updates = Mapping[str, torch.Tensor]
 
 
-def check_updates(
-    model: nn.Module, graph: DependencyGraph, kept: Mapping[str, Sequence[int]], updates: Updates
-) -> None:
+def check_updates(model: nn.Module, graph: DependencyGraph, kept: Kept, updates: Updates) -> None:
     """Raise ModelError for updates that cannot be written, or whose new biases could not be cut as ``kept`` says."""
     new = _new_biases(model, updates)
-    for group, _ in cut_groups(graph, kept):
+    for group, _ in Cut.keeping(graph, kept).groups:
         for member in group.members:
             path = member.parameter.rpartition(".")[0]
             if member.role == "out" and path in new:

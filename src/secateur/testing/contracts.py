@@ -17,12 +17,11 @@ from secateur.errors import PlanError
 from secateur.graph import trace
 from secateur.surgery import masked, sharing_copy, slice_model
 from secateur.surgery.stand_in import randomise
-from secateur.types import DependencyGraph, PruningPlan
+from secateur.types import DependencyGraph, Kept, PruningPlan
 
 TOLERANCE = 1e-4
 RATIOS = (0.05, 0.2, 0.5, 0.8)
 
-Kept = dict[str, list[int]]
 Traced = tuple[Any, DependencyGraph]
 
 
@@ -208,7 +207,7 @@ def plan_of(graph: DependencyGraph, kept: Kept) -> PruningPlan:
         parameters_before=before,
         parameters_after=after,
         sizes={name: graph[name].size for name in kept},
-        kept=kept,
+        kept={name: list(units) for name, units in kept.items()},
     )
 
 

@@ -17,7 +17,7 @@ from secateur.surgery import apply_updates, check_updates, masked, slice_model, 
 from secateur.testing.graphs import allowed_miss
 from secateur.testing.tiny import VOCAB, build
 from secateur.training import LoraSettings, TrainingSettings
-from secateur.types import Settings, removed_to_kept
+from secateur.types import Cut, Settings
 from secateur.walk import Calibration
 
 RATIOS = (0.05, 0.2, 0.5)
@@ -104,7 +104,7 @@ class MethodContract:
         if not any(group.kind == "query" for group in task.graph):
             pytest.skip(f"{self.family} has no query heads within KV heads")
         decision = self.decide(task)
-        kept = removed_to_kept(task.graph, decision.removed)
+        kept = Cut.removing(task.graph, decision.removed)
         task.graph.check_kept(kept)
         assert {task.graph[name].kind for name in kept} == {"query"}
 
@@ -127,7 +127,7 @@ class MethodContract:
         task = self.task()
         decision = self.decide(task)
         assert self.method(self.settings).compensates == bool(decision.updates)
-        kept = removed_to_kept(task.graph, decision.removed)
+        kept = Cut.removing(task.graph, decision.removed)
         check_updates(task.model, task.graph, kept, decision.updates)
         before = copy.deepcopy(task.model.state_dict())
         with updated(task.model, decision.updates):
@@ -140,7 +140,7 @@ class MethodContract:
     def test_slice_equals_mask_afterwards(self) -> None:
         task = self.task(0.5)
         decision = self.decide(task)
-        kept = removed_to_kept(task.graph, decision.removed)
+        kept = Cut.removing(task.graph, decision.removed)
         task.model.eval()
         ids = noise(2, 3).ids
         with torch.no_grad():

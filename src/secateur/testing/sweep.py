@@ -33,9 +33,8 @@ from secateur.surgery.verify import checks, legal_units
 from secateur.testing.architectures import summary, table
 from secateur.testing.contracts import with_adapters
 from secateur.testing.zoo import MODEL_TYPES, UNBUILDABLE, build_any
-from secateur.types import DependencyGraph, Kind
+from secateur.types import DependencyGraph, Kept, Kind
 
-Kept = dict[str, list[int]]
 TOLERANCE = 1e-4
 
 
@@ -172,7 +171,7 @@ def halves(graph: DependencyGraph, seed: int = 0, differing: bool = False) -> Ke
     return {name: units for name, units in _seeded(seed, choose).items() if len(units) < graph[name].size}
 
 
-def sliced_copy(model: Any, graph: DependencyGraph, kept: Mapping[str, Sequence[int]]) -> Any:
+def sliced_copy(model: Any, graph: DependencyGraph, kept: Kept) -> Any:
     small = sharing_copy(model)
     slice_model(small, graph, kept)
     return small

@@ -30,11 +30,11 @@ def _blocks(count: int = 5, window: int = 12, seed: int = 0, batch_size: int = 4
     return Calibration(TokenBlocks(ids, ("noise",) * count), batch_size)
 
 
-def _cuts(model: Any, graph: Any, ratios: tuple[float, ...] = (0.25, 0.5)) -> list[knowledge.Cut]:
+def _cuts(model: Any, graph: Any, ratios: tuple[float, ...] = (0.25, 0.5)) -> list[knowledge.TrialCut]:
     return knowledge.cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), ratios)
 
 
-def _naive(model: Any, graph: Any, blocks: Calibration, cut: knowledge.Cut) -> tuple[float, float]:
+def _naive(model: Any, graph: Any, blocks: Calibration, cut: knowledge.TrialCut) -> tuple[float, float]:
     """Slice a copy for good, run it whole, and compare by the definitions."""
     small = copy.deepcopy(model)
     slice_model(small, graph, cut.plan)

@@ -20,7 +20,7 @@ from secateur.methods.wanda import Wanda, WandaSettings
 from secateur.surgery import apply_updates, check_updates, masked, slice_model
 from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
-from secateur.types import DependencyGraph, removed_to_kept
+from secateur.types import Cut, DependencyGraph
 from secateur.walk import Calibration
 
 
@@ -54,7 +54,7 @@ class TestWandaLayerByLayer(MethodContract):
         torch.testing.assert_close(pruned.scores[first], dense.scores[first], rtol=1e-4, atol=1e-6)
         # by hand: cut what is before the last layer's MLP, and score what is left
         before = {name: units for name, units in pruned.removed.items() if name.startswith("layers.0.")}
-        with masked(task.model, task.graph, removed_to_kept(task.graph, before)):
+        with masked(task.model, task.graph, Cut.removing(task.graph, before)):
             expected = importance.Wanda().score(task.model, task.graph, task.calibration, seed=0)[last]
         assert not torch.allclose(expected, dense.scores[last], rtol=1e-3)
         torch.testing.assert_close(pruned.scores[last], expected, rtol=1e-4, atol=1e-6)
@@ -166,7 +166,7 @@ def test_the_bias_makes_up_for_the_mean_of_what_goes(family: str) -> None:
     with torch.no_grad():
         dense = model.get_submodule(path)(mean)
         apply_updates(model, compensation(model, graph, moments, removed))
-        slice_model(model, graph, removed_to_kept(graph, removed))
+        slice_model(model, graph, Cut.removing(graph, removed))
         small = model.get_submodule(path)(mean[1::2])
     torch.testing.assert_close(small, dense, rtol=1e-4, atol=1e-5)
 

@@ -16,7 +16,7 @@ from secateur.testing.tiny import TINY
 from secateur.testing.zoo import Shape
 from secateur.testing.zoo import build as build_any
 from secateur.training import LoraSettings, attach_lora, merge_lora
-from secateur.types import removed_to_kept
+from secateur.types import Cut
 
 SHRINKING: dict[str, type[Shrinking]] = {"decay": Decay, "half-space": HalfSpace}
 
@@ -177,7 +177,7 @@ def test_zeros_are_cut_out_of_every_norm_that_runs_over_units(name: str) -> None
     for step in range(3):
         callback.after_step(adapted, step)
     small = merge_lora(adapted).eval()
-    kept = removed_to_kept(graph, redundant)
+    kept = Cut.removing(graph, redundant)
     zero_units(small, graph, kept)
     ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

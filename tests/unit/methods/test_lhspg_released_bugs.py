@@ -73,7 +73,11 @@ def run() -> tuple[list[Watch], PruningTask, Any]:
         patch.setattr(periods, "train", watched)
         given = task()
         settings = LoRAShearSettings(
-            warmup_steps=1, periods=2, period_steps=3, projection="half-space", saliency=dict.fromkeys(CRITERIA, 1.0)
+            warmup_steps=1,
+            periods=2,
+            period_steps=3,
+            projection="half-space",
+            saliency={name: 1.0 for name, one in CRITERIA.items() if not one.kinds},
         )
         decision = LoRAShear(settings).run(given)
     return watches, given, decision
@@ -169,5 +173,5 @@ def test_bug_8_sizes_and_devices_were_written_into_the_code() -> None:
     model = TINY["llama-odd"]()
     assert [group.name for group in trace(model)] == [group.name for group in trace(model)]
     blocks = TokenBlocks(noise(4, 1).ids, ("noise",) * 4)
-    given = task(model=model, graph=trace(model), calibration=blocks, budget=Budget(ratio=0.1))
+    given = task(model=model, graph=trace(model), calibration=Calibration(blocks), budget=Budget(ratio=0.1))
     assert LoRAShear(LoRAShearSettings(period_steps=1)).run(given).removed

@@ -24,7 +24,7 @@ from secateur.surgery import slice_model
 from secateur.testing.method_contract import MethodContract, noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, train
-from secateur.types import removed_to_kept
+from secateur.types import Cut
 from secateur.walk import Calibration
 
 QUICK = LoRAPruneSettings(steps=6, every=2)
@@ -95,7 +95,7 @@ def test_the_masked_model_with_its_adapters_is_the_sliced_one(family: str) -> No
         masked = model(ids).logits
         pruning.release()
         assert not torch.allclose(model(ids).logits, masked, atol=1e-3)
-        slice_model(model, pruning.graph, removed_to_kept(pruning.graph, pruning.removed))
+        slice_model(model, pruning.graph, Cut.removing(pruning.graph, pruning.removed))
         torch.testing.assert_close(model(ids).logits, masked, rtol=1e-4, atol=1e-4)
 
 
@@ -169,7 +169,7 @@ def test_the_moving_average_is_what_it_says() -> None:
 
     class Read(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            seen.append(dict(AdapterGradients(model, pruning.graph).scores().values))
+            seen.append(dict(AdapterGradients(model, pruning.graph, pruning.criterion).scores().values))
 
     run(model, pruning, steps=3, watch=Read())
     for name in pruning.scores:

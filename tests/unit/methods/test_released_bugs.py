@@ -24,7 +24,7 @@ from secateur.surgery import slice_model
 from secateur.testing.method_contract import noise
 from secateur.testing.tiny import build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora
-from secateur.types import Scores, removed_to_kept
+from secateur.types import Cut, Scores
 from secateur.walk import Calibration, borrowed
 
 
@@ -76,7 +76,7 @@ def test_loraprune_bug_7_sizes_of_heads_were_written_into_all_codes(family: str,
     own = {"steps": 2, "every": 1} if method == "loraprune" else {}
     chosen = METHODS[method]
     decision = chosen(chosen.Settings.model_validate(own)).run(given)
-    kept = removed_to_kept(given.graph, decision.removed)
+    kept = Cut.removing(given.graph, decision.removed)
     assert kept
     slice_model(given.model, given.graph, kept)
     assert given.model(input_ids=noise(1, 3).ids).logits.isfinite().all()

@@ -14,7 +14,7 @@ import torch
 from secateur.errors import PlanError
 from secateur.planning import Budget, allocate, make_plan
 from secateur.testing.graphs import allowed_miss, llama_graph
-from secateur.types import DependencyGraph, Member, NodeGroup, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Member, NodeGroup, Scores
 
 RATIOS = (0.05, 0.2, 0.5, 0.8)
 SEEDS = range(8)
@@ -41,7 +41,7 @@ def random_scores(graph: DependencyGraph, seed: int, ties: bool = False) -> Scor
 
 
 def left(graph: DependencyGraph, removed: Mapping[str, list[int]]) -> int:
-    return graph.parameter_count(removed_to_kept(graph, removed))
+    return graph.parameter_count(Cut.removing(graph, removed))
 
 
 def smallest_unit(graph: DependencyGraph) -> int:
@@ -55,7 +55,7 @@ def test_global_ranking_lands_within_one_unit(seed: int, ratio: float, normalise
     graph = random_graph(seed)
     removed = allocate(graph, random_scores(graph, seed), Budget(ratio=ratio, normalise=normalise))
     assert abs(left(graph, removed) - (1 - ratio) * graph.parameter_count()) <= smallest_unit(graph)
-    graph.check_kept(removed_to_kept(graph, removed))
+    graph.check_kept(Cut.removing(graph, removed))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -12,7 +12,7 @@ from secateur.errors import PlanError
 from secateur.planning import Budget, allocate
 from secateur.planning.shapes import ffn_step, legal_counts
 from secateur.testing.graphs import llama_graph
-from secateur.types import DependencyGraph, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Scores
 
 SMOLLM2 = llama_graph([1536] * 30, [3] * 30, queries=3, head_dim=64, hidden=576, vocabulary=49152, tied=True)
 
@@ -38,7 +38,7 @@ def test_widths_are_equal_and_legal_or_the_nearest_is_named(runs_on: Any, multip
             counts = {g.size - len(removed.get(g.name, ())) for g in SMOLLM2 if g.kind == kind}
             assert len(counts) == 1
             assert kind != "ffn" or counts.pop() % multiple == 0
-        after = SMOLLM2.parameter_count(removed_to_kept(SMOLLM2, removed))
+        after = SMOLLM2.parameter_count(Cut.removing(SMOLLM2, removed))
         assert 1 - after / SMOLLM2.parameter_count() == pytest.approx(ratio, abs=0.02)
 
     try:
@@ -73,7 +73,7 @@ def test_the_way_is_free_but_the_end_is_legal() -> None:
         scores = Scores({group.name: torch.rand(group.size, generator=generator) for group in SMOLLM2})
         after = allocate(SMOLLM2, scores, budget, removed, ratio=None if period == 5 else 0.2 * period / 5)
         assert all(set(units) <= set(after[name]) for name, units in removed.items())
-        reached = 1 - SMOLLM2.parameter_count(removed_to_kept(SMOLLM2, after)) / SMOLLM2.parameter_count()
+        reached = 1 - SMOLLM2.parameter_count(Cut.removing(SMOLLM2, after)) / SMOLLM2.parameter_count()
         assert reached == pytest.approx(0.2 * period / 5, abs=0.02)
         removed = after
     assert {len(units) % 256 for name, units in removed.items() if name.endswith("mlp")} <= {0}

@@ -11,7 +11,7 @@ from secateur.errors import PlanError
 from secateur.planning import Budget, allocate, restrict
 from secateur.planning.shapes import legal_counts
 from secateur.testing.graphs import llama_graph
-from secateur.types import DependencyGraph, Member, NodeGroup, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Member, NodeGroup, Scores
 
 LAYERS = 6
 WIDTHS = (40, 40, 64, 40, 16, 40)
@@ -39,7 +39,7 @@ def test_layers_end_within_one_layer_of_the_target_and_are_counted_by_what_they_
     removed = allocate(graph, scores(graph), Budget(ratio=ratio, kinds=("layer",), floor=0))
     assert set(removed) == {"layers"}
     assert 1 not in removed["layers"]
-    kept = removed_to_kept(graph, removed)
+    kept = Cut.removing(graph, removed)
     graph.check_kept(kept)
     gone = sum(
         torch.Size(shape).numel()
@@ -55,7 +55,7 @@ def test_layers_end_within_one_layer_of_the_target_and_are_counted_by_what_they_
 
 def test_layers_and_channels_meet_the_target_together(graph: DependencyGraph) -> None:
     budget = Budget(ratio=0.4, kinds=("ffn", "attention", "layer"))
-    kept = removed_to_kept(graph, allocate(graph, scores(graph), budget))
+    kept = Cut.removing(graph, allocate(graph, scores(graph), budget))
     reached = 1 - graph.parameter_count(kept) / graph.parameter_count()
     assert reached == pytest.approx(0.4, abs=0.02)
 
@@ -86,7 +86,7 @@ def test_experts_keep_what_the_router_needs_and_equal_runs() -> None:
     assert list(legal_counts(channels, graph, "transformers", {})) == list(range(8, 65, 8))
     removed = allocate(graph, Scores({experts.name: torch.arange(8.0)}), Budget(ratio=0.3, kinds=("expert",), floor=0))
     assert removed == {experts.name: [0, 4]} or removed == {experts.name: [0, 1, 4, 5]}
-    graph.check_kept(removed_to_kept(graph, removed))
+    graph.check_kept(Cut.removing(graph, removed))
 
 
 def test_what_one_budget_refuses_another_does_not_open(graph: DependencyGraph) -> None:

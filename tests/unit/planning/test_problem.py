@@ -8,7 +8,7 @@ import torch
 from secateur.errors import PlanError
 from secateur.planning import Budget, Problem, restrict, solve
 from secateur.testing.graphs import llama_graph
-from secateur.types import DependencyGraph, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Scores
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_counts_become_the_units_with_the_lowest_scores(graph: DependencyGraph) 
     counts = {"layers.0.mlp": 36, "layers.1.attention": 3}
     units = problem.choose(counts)
     assert units == {"layers.0.mlp": [0, 1, 2, 39], "layers.1.attention": [0]}
-    assert problem.count(counts) == graph.parameter_count(removed_to_kept(graph, units))
+    assert problem.count(counts) == graph.parameter_count(Cut.removing(graph, units))
     assert problem.choose({}) == {"layers.0.mlp": [39]}
 
 
@@ -76,7 +76,7 @@ def test_a_part_counts_what_the_others_lost(graph: DependencyGraph) -> None:
     problem = problem_of(graph, ratio=0.2)
     gone = {"layers.0.attention": [0]}
     part = problem.part(["layers.0.mlp"], 0.1, gone)
-    assert part.count({}) == graph.parameter_count(removed_to_kept(graph, gone))
+    assert part.count({}) == graph.parameter_count(Cut.removing(graph, gone))
     assert set(part.choose({"layers.0.mlp": 30})) == {"layers.0.attention", "layers.0.mlp"}
     with pytest.raises(PlanError, match="cannot be cut"):
         part.choose({"layers.1.mlp": 30})

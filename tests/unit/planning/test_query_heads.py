@@ -15,7 +15,7 @@ from secateur.planning import Budget, allocate, make_plan, restrict
 from secateur.planning.shapes import legal_counts
 from secateur.planning.stacks import build_stack
 from secateur.testing.graphs import llama_graph
-from secateur.types import DependencyGraph, NodeGroup, PruningPlan, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, NodeGroup, PruningPlan, Scores
 
 LAYERS, KV_HEADS, QUERIES = 6, 3, 4
 
@@ -68,7 +68,7 @@ def per_head(units: Iterable[int]) -> list[int]:
 
 
 def lost(graph: DependencyGraph, removed: dict[str, list[int]]) -> int:
-    return graph.parameter_count() - graph.parameter_count(removed_to_kept(graph, removed))
+    return graph.parameter_count() - graph.parameter_count(Cut.removing(graph, removed))
 
 
 @pytest.mark.parametrize("ranking", ["global", "layer"])
@@ -118,7 +118,7 @@ def test_a_progressive_cut_is_legal_on_the_way(graph: DependencyGraph, ranking: 
     for step, ratio in enumerate([0.05, 0.1, 0.2, None]):
         before = removed
         removed = allocate(graph, scores(graph, seed=step), budget, removed=before, ratio=ratio)
-        graph.check_kept(removed_to_kept(graph, removed))
+        graph.check_kept(Cut.removing(graph, removed))
         assert all(set(units) <= set(removed[name]) for name, units in before.items())
     assert lost(graph, removed) / graph.parameter_count() == pytest.approx(0.3, abs=0.03)
 

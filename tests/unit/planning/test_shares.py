@@ -16,7 +16,7 @@ from secateur.planning.shares import _shares
 from secateur.surgery import trace
 from secateur.testing.graphs import llama_graph
 from secateur.testing.tiny import TINY
-from secateur.types import DependencyGraph, Scores, removed_to_kept
+from secateur.types import Cut, DependencyGraph, Scores
 
 GRAPH = llama_graph([64] * 4, [4] * 4)
 
@@ -56,12 +56,12 @@ LAYER = ["layers.1.attention", "layers.1.mlp"]
 def test_both_ratios_are_reached_within_a_unit(ranking: Any, shares: dict[str, float], named: Any) -> None:
     budget = Budget(ratio=0.2, ranking=ranking, shares=shares, floor=0.5)
     removed = allocate(GRAPH, scores(GRAPH), budget)
-    GRAPH.check_kept(removed_to_kept(GRAPH, removed))
+    GRAPH.check_kept(Cut.removing(GRAPH, removed))
     for pattern, names in named.items():
         ratio, unit = own_ratio(GRAPH, removed, names)
         step = unit * (len(names) if ranking == "layer" and pattern != "layers.1.*" else 1)
         assert abs(ratio - shares[pattern]) <= step
-    reached = 1 - GRAPH.parameter_count(removed_to_kept(GRAPH, removed)) / GRAPH.parameter_count()
+    reached = 1 - GRAPH.parameter_count(Cut.removing(GRAPH, removed)) / GRAPH.parameter_count()
     others = [group for group in GRAPH if not any(group.name in names for names in named.values())]
     smallest = min(GRAPH.unit_cost(group) for group in others)
     steps = smallest * (len(others) if ranking == "layer" else 1)
@@ -88,7 +88,7 @@ def test_shares_grow_along_with_the_whole(ranking: Any) -> None:
         assert all(set(units) <= set(removed[name]) for name, units in before.items())
     ratio, unit = own_ratio(GRAPH, removed, LAYER)
     assert abs(ratio - 0.4) <= unit
-    reached = 1 - GRAPH.parameter_count(removed_to_kept(GRAPH, removed)) / GRAPH.parameter_count()
+    reached = 1 - GRAPH.parameter_count(Cut.removing(GRAPH, removed)) / GRAPH.parameter_count()
     assert abs(reached - 0.24) <= 3 * GRAPH.unit_cost(GRAPH["layers.0.mlp"]) / GRAPH.parameter_count()
 
 
