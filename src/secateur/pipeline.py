@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,15 @@ from secateur.progress import say
 from secateur.reading import path_of, read_json
 from secateur.stages import (
     Result,
+    Stage,
     contents,
     cut,
-    decide,
-    grow_back,
-    look_ahead,
-    measure,
-    measure_baseline,
-    mend,
-    refuse_unsavable,
+    make,
     refuse_what_cannot_work,
     rehearse,
     rehearse_output,
     save,
-    time_both,
+    take_up,
 )
 from secateur.surgery import trace
 from secateur.types import PruningPlan
@@ -136,39 +132,21 @@ def prune(
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)
     say(f"Found {count} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
-    result = Result(model, tokenizer, plan, graph, recipe)
+    result = Result(model, tokenizer, plan, graph, recipe, None if output is None else Path(output))
     if output is not None:
         rehearse_output(result, output)
     if dry_run:
         return result
     work = Workspace.open(output, identity(recipe), resume, contents(model, texts))
-    result.metrics, result.events = work.metrics(), work.events
+    take_up(result, work)
 
-    with work.stage("dense", "Measuring the dense model", result.metrics):
-        measure(result, texts, "dense")
-        look_ahead(result, texts)
-    if texts.evaluation is not None and recipe.baseline is not None:
-        with work.stage("baseline", "Pruning without LoRA, for comparison", result.metrics):
-            measure_baseline(result, texts)
-    with work.stage("decide", f"Choosing what goes: {recipe.method.name}", result.metrics):
-        decide(result, texts, work)
-    with work.stage("pruned", "Cutting it out", result.metrics):
-        if recipe.recovery.repair:
-            mend(result, texts)
-        cut(result)
-        if output is not None:
-            refuse_unsavable(result)
-        measure(result, texts, "pruned")
-    if recipe.recovery.steps > 0:
-        with work.stage("recovered", "Growing the lost knowledge back", result.metrics):
-            grow_back(result, texts, work)
-            measure(result, texts, "recovered")
-    if texts.evaluation is not None and recipe.evaluation.speed:
-        with work.stage("speed", "Timing dense and pruned", result.metrics):
-            time_both(result)
+    @contextmanager
+    def announced(stage: Stage) -> Iterator[None]:
+        say(stage.title.format(method=recipe.method.name))
+        yield
+
+    make(result, texts, work, announced)
     if output is not None:
-        with work.stage("save", "Saving, and opening the folder in a fresh process", result.metrics):
-            save(result, output)
         work.remove()
     return result
 
@@ -193,7 +171,6 @@ def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
     refuse_inputs(output, recipe)
     model, tokenizer = load(**recipe.model.model_dump())
     result = _apply(plan, model, recipe, tokenizer, output)
-    refuse_unsavable(result)
     save(result, output)
     return result
 
@@ -228,7 +205,7 @@ def _apply(
     if requested:  # kinds that are only tried when they are asked for
         graph = trace(model, requested)
         plan.check(graph)
-    result = Result(model, tokenizer, plan, graph, recipe)
+    result = Result(model, tokenizer, plan, graph, recipe, output)
     if output is not None:
         rehearse_output(result, output)
     cut(result)

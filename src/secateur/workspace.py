@@ -133,10 +133,6 @@ class Workspace:
             say(f"  {path} is damaged: what it held is made again.")
             return None
 
-    def metrics(self) -> dict[str, Any]:
-        """The numbers of the stages that are finished; those of a damaged file are measured again."""
-        return self.read_json("metrics.json", dict[str, Any]) or {}
-
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is not None:
             with whole(self.folder / name) as scratch:
@@ -187,18 +183,6 @@ class Workspace:
             if self.folder is not None and self.folder.is_dir() and not _begun(self.folder):
                 remove(self.folder)
             raise
-
-    @contextmanager
-    def stage(self, name: str, title: str, metrics: dict[str, Any]) -> Iterator[None]:
-        """Say what happens, time it into ``metrics["seconds"]``, and keep the numbers so far."""
-        say(title)
-        started = time.monotonic()
-        with self.tidied():
-            yield
-        seconds = metrics.setdefault("seconds", {})
-        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
-        self.write_json("metrics.json", metrics)
-        self.log({"stage": name, "seconds": seconds[name]})
 
     def remove(self) -> None:
         """The run is finished and its results are in the output folder."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import secateur
-from secateur import inspection, pipeline, stages, tables
+from secateur import inspection, pipeline, tables
 from secateur.cli import app
 from secateur.compare import Leaderboard, Row, compare, contents, folder, run, schedule_of, shown, split_overrides
 from secateur.compare.report import write_report
@@ -29,6 +29,7 @@ from secateur.methods import METHODS
 from secateur.methods.loraprune import LoRAPrune
 from secateur.planning import make_plan
 from secateur.recovery import finetune
+from secateur.stages import making
 from secateur.testing.tiny import build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -73,7 +74,7 @@ def test_every_method_trains_for_the_same_number_of_steps(model: Path) -> None:
 
 def test_no_recovery_stops_before_its_last_step(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
-    original = stages.recover
+    original = making.recover
 
     def watched(*arguments: Any, **more: Any) -> Any:
         done = original(*arguments, **more)
@@ -81,7 +82,7 @@ def test_no_recovery_stops_before_its_last_step(model: Path, tmp_path: Path, mon
         made.append(done.log[-1]["step"])
         return done
 
-    monkeypatch.setattr(stages, "recover", watched)
+    monkeypatch.setattr(making, "recover", watched)
     hopeless = ["recovery.min_gain=0.5", "recovery.patience=1", "recovery.validation_tokens=48"]
     recipe = recipe_of(model, "recovery.steps=6", "recovery.round_steps=1", *hopeless)
     board = compare(recipe, ["magnitude"], [0.2], tmp_path / "out")

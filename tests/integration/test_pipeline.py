@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from secateur.importance import CRITERIA
 from secateur.methods import METHODS, Decision, Method, PruningTask
 from secateur.methods.flap import FLAP
 from secateur.methods.lhspg import Shrinking
+from secateur.stages import STAGES, making, order
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -51,23 +53,30 @@ def recipe(tmp_path: Path) -> Recipe:
     return load_recipe(None, [*SETTINGS, *sources, *windows])
 
 
+def _killed(*_: Any, **__: Any) -> None:
+    raise _KilledError
+
+
+def _kill_in(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Have the stage ``name`` die as it begins."""
+    assert name in {stage.name for stage in STAGES}
+    stages = tuple(replace(stage, make=_killed) if stage.name == name else stage for stage in STAGES)
+    patch.setattr(order, "STAGES", stages)
+
+
 def _run(recipe: Recipe, output: Path, resume: bool = False) -> Any:
     return pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe, output=output, resume=resume)
 
 
-@pytest.mark.parametrize("dies_in", ["measure_baseline", "decide", "cut", "grow_back", "save"])
+@pytest.mark.parametrize("dies_in", ["baseline", "decide", "cut", "pruned", "recovery", "recovered", "save"])
 def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     dies_in: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _run(recipe, tmp_path / "whole")
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise _KilledError
-
-    monkeypatch.setattr(pipeline, dies_in, killed)
-    with pytest.raises(_KilledError):
-        _run(recipe, tmp_path / "out")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        _kill_in(dies_in, patch)
+        with pytest.raises(_KilledError):
+            _run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     resumed = _run(recipe, tmp_path / "out", resume=True)
     assert resumed.plan == whole.plan
@@ -84,12 +93,8 @@ def test_numbers_that_are_damaged_are_made_again_all_of_them(
     damage: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _run(recipe, tmp_path / "whole")
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise _KilledError
-
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save", killed)
+        _kill_in("save", patch)
         with pytest.raises(_KilledError):
             _run(recipe, tmp_path / "out")
     (tmp_path / ".out.secateur" / "metrics.json").write_text(damage)
@@ -118,19 +123,16 @@ class _Scales(Method):
 def test_what_a_one_shot_method_changed_survives_a_kill_after_it_decided(
     method: type[Method], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any, **__: Any) -> None:
-        raise _KilledError
-
     monkeypatch.setitem(METHODS, method.name, method)
-    monkeypatch.setattr(pipeline, "save", lambda *_: None)
+    monkeypatch.setattr(making, "save", lambda *_: None)
     recipe = revise(recipe, {"method": method.name, "recovery.steps": 0})
     whole = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "cut", killed)
+        _kill_in("cut", patch)
         with pytest.raises(_KilledError):
             _run(recipe, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(method, "run", killed)  # what it decided is kept
+        patch.setattr(method, "run", _killed)  # what it decided is kept
         resumed = _run(recipe, tmp_path / "out", resume=True)
     assert resumed.plan == whole.plan
     assert resumed.scores.on_one_scale == (method is FLAP)
@@ -171,7 +173,7 @@ def test_updates_that_a_method_did_not_declare_are_refused(recipe: Recipe, monke
     with pytest.raises(ModelError, match="compensates"):
         pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=revise(recipe, {"method": "scales"}))
     monkeypatch.setitem(METHODS, "scales", object)
-    with pytest.raises(InputError, match=r"subclass of secateur\.methods\.Method"):
+    with pytest.raises(InputError, match=r"subclass of secateur\.methods\.base\.Method"):
         revise(recipe, {"method": "scales"})
 
 
@@ -184,7 +186,7 @@ def test_a_run_is_not_resumed_with_weights_or_text_that_are_others_by_then(
     recipe = revise(recipe, {"method": "taylor", "recovery.steps": 0})
     whole = _run(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "cut", killed)
+        _kill_in("cut", patch)
         with pytest.raises(_KilledError):
             _run(recipe, tmp_path / "out")
     model = TINY["llama-gqa"]()

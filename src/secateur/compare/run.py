@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import stages
@@ -45,6 +45,16 @@ _OF_ROWS: dict[str, Any] = {"method": True, "budget": {"ratio"}, "recovery": {"p
 """What the rows do not take from the recipe as it is; methods with their settings and ratios are in the rows."""
 
 
+class Dense(BaseModel):
+    """What is known of the dense model before the first row, as ``dense.json`` keeps it."""
+
+    weights: str
+    """``_identity_of`` the model."""
+    measured: stages.Metrics
+    chance: dict[str, Any] = Field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Shared:
     """What all rows have in common."""
@@ -52,8 +62,7 @@ class Shared:
     graphs: Mapping[tuple[Kind, ...], DependencyGraph]
     """By ``budget.kinds``: what rows may cut that differ in it."""
     texts: Texts
-    dense: Mapping[str, Any]
-    """Metrics of the dense model, as ``stages.measure`` leaves them, with ``weights`` (``_identity_of``)."""
+    dense: Dense
     tasks: Sequence[str]
 
 
@@ -109,8 +118,9 @@ def compare(
     result, graphs = _rehearse(recipe, recipes)
     texts = _read_texts(result.model, result.tokenizer, recipes)
     rows_folder = open_folder(output, identity)
-    comparison = _measure_dense(recipe, result, texts, tasks, rows_folder)
-    shared = Shared(graphs, texts, result.metrics, tasks)
+    dense = _measure_dense(result, texts, tasks, rows_folder)
+    comparison = _leaderboard(recipe, result.recipe, dense)
+    shared = Shared(graphs, texts, dense, tasks)
     del result  # with the model: every row opens its own
     for planned in recipes:
         key = planned.method.name, planned.budget.ratio
@@ -243,57 +253,55 @@ def _rehearse(
     return found, graphs
 
 
-def _measure_dense(
-    recipe: Recipe, result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path
-) -> Leaderboard:
-    """The comparison without rows; ``result.metrics`` are those of the dense model afterwards."""
+def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path) -> Dense:
+    """The numbers of the dense model, measured once; InputError when those that are kept are of another one."""
     kept, weights = folder / "dense.json", _identity_of(result.model)
-    result.metrics = _kept_metrics(kept)
-    if not result.metrics:
-        result.metrics["weights"] = weights
-        if tasks:  # first: it reads the data of the tasks, which may be missing
-            result.metrics["chance"] = chance_levels(tasks)
+    dense = _kept(kept)
+    if dense is None:
+        chance = chance_levels(tasks) if tasks else {}  # first: it reads the data of the tasks, which may be missing
         say("Measuring the dense model")
-        stages.measure(result, texts, "dense")
-        stages.look_ahead(result, texts)
-        result.teacher = None
-        if tasks:
-            result.metrics["tasks"] = _evaluate_tasks(result, tasks)
-        write_whole(kept, json.dumps(result.metrics))
-    if result.metrics["weights"] != weights:
+        stages.measure_dense(result, texts)
+        scores = _evaluate_tasks(result, tasks) if tasks else {}
+        dense = Dense(weights=weights, measured=result.measured, chance=chance, tasks=scores)
+        write_whole(kept, dense.model_dump_json())
+    if dense.weights != weights:
         raise InputError(
-            f"The weights or the config of {recipe.model.name} have changed since the dense model was measured for "
-            f"{folder.parent}. Put back what was there, or name another folder."
+            f"The weights or the config of {result.recipe.model.name} have changed since the dense model was measured "
+            f"for {folder.parent}. Put back what was there, or name another folder."
         )
+    return dense
+
+
+def _kept(file: Path) -> Dense | None:
+    """What an earlier run measured of the dense model; None when there is none, or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        return Dense.model_validate(read_json(file))
+    except (InputError, ValidationError):
+        say(f"{file} is damaged: the dense model is measured again.")
+        return None
+
+
+def _leaderboard(recipe: Recipe, row: Recipe, dense: Dense) -> Leaderboard:
+    """The comparison without rows; ``row`` is the recipe of any of them."""
+    measured = dense.measured
+    assert measured.dense is not None
     return Leaderboard(
         model=recipe.model.name,
         seed=recipe.seed,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude=_OF_ROWS), sort_keys=False, allow_unicode=True),
-        window=result.metrics.get("window", 0),
-        tokens=result.metrics.get("tokens", {}),
-        steps=result.recipe.recovery.steps + pruning_steps(result.recipe),
+        window=measured.window or 0,
+        tokens=measured.tokens or {},
+        steps=row.recovery.steps + pruning_steps(row),
         tokens_per_step=recipe.training.batch_size * recipe.recovery.window,
-        dense=result.metrics["dense"].get("perplexity", {}),
-        dense_parameters=result.metrics["dense"]["parameters"],
-        dense_tasks=result.metrics.get("tasks", {}),
-        chance=result.metrics.get("chance", {}),
+        dense=measured.dense.perplexity or {},
+        dense_parameters=measured.dense.parameters,
+        dense_tasks=dense.tasks,
+        chance=dense.chance,
         machine=machine(),
         versions=versions(),
     )
-
-
-def _kept_metrics(file: Path) -> dict[str, Any]:
-    """What an earlier run measured of the dense model; nothing when there is none, or it is damaged."""
-    if not file.exists():
-        return {}
-    try:
-        found = read_json(file)
-    except InputError:
-        found = None
-    if isinstance(found, dict) and {"dense", "weights"} <= found.keys():
-        return found
-    say(f"{file} is damaged: the dense model is measured again.")
-    return {}
 
 
 def _identity_of(model: PreTrainedModel) -> str:
@@ -341,39 +349,33 @@ def _run(recipe: Recipe, shared: Shared) -> Row:
 
 def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     model, tokenizer = load(**recipe.model.model_dump())
-    if _identity_of(model) != shared.dense["weights"]:
+    if _identity_of(model) != shared.dense.weights:
         raise InputError(
             f"The weights or the config of {recipe.model.name} have changed since the dense model was measured: this "
             "row would be of another model. Put back what was there and add --resume."
         )
     graph = shared.graphs[recipe.budget.kinds]
-    result = stages.Result(model, tokenizer, stages.rehearse(model, graph, recipe), graph, recipe)
-    result.metrics = {
-        key: shared.dense[key] for key in ("dense", "window", "tokens", "reference") if key in shared.dense
-    }
-    result.metrics["dense"] = dict(result.metrics["dense"])
-    work = Workspace(None)
-    stages.look_ahead(result, shared.texts)
-    with PeakMemory(model.device) as memory:
-        started = time.monotonic()
-        stages.decide(result, shared.texts, work)
-        row.scoring_seconds = round(time.monotonic() - started, 2)
+    plan = stages.rehearse(model, graph, recipe)
+    measured = shared.dense.measured.model_copy(deep=True)
+    result = stages.Result(model, tokenizer, plan, graph, recipe, measured=measured, done=["dense"])
+    memory = PeakMemory(model.device)
+    stages.make(
+        result,
+        shared.texts,
+        Workspace(None),
+        around=lambda stage: memory if stage.name == "decide" else nullcontext(),
+    )
+    row.scoring_seconds = measured.seconds["decide"]
     row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
-    if recipe.recovery.repair:
-        stages.mend(result, shared.texts)
-    stages.cut(result)
     row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, graph)  # with biases that it adds
-    stages.measure(result, shared.texts, "pruned")
-    row.pruned, row.parameters = result.metrics["pruned"]["perplexity"], result.metrics["pruned"]["parameters"]
-    if recipe.recovery.steps > 0:
-        stages.grow_back(result, shared.texts, work)
-        stages.measure(result, shared.texts, "recovered")
-        row.recovered = result.metrics["recovered"]["perplexity"]
+    assert measured.pruned is not None
+    row.pruned, row.parameters = measured.pruned.perplexity or {}, measured.pruned.parameters
+    if measured.recovered is not None:
+        row.recovered = measured.recovered.perplexity or {}
     if shared.tasks:
         row.tasks = _evaluate_tasks(result, shared.tasks)
-    if recipe.evaluation.speed:
-        stages.time_both(result)
-        row.speed = _speed(result.metrics["speed"])
+    if measured.speed is not None:
+        row.speed = _speed(measured.speed)
 
 
 def _evaluate_tasks(result: stages.Result, tasks: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -33,7 +33,6 @@ class TestLoRAShear(MethodContract):
     settings = LoRAShearSettings(periods=2, period_steps=1, warmup_steps=1)
 
 
-
 def _task(name: str = "llama-gqa", **changes: Any) -> PruningTask:
     model = TINY[name]()
     task = PruningTask(

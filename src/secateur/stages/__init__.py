@@ -1,0 +1,45 @@
+"""The stages of a run: each callable alone (``making``), and in order (``STAGES``)."""
+
+from __future__ import annotations
+
+from secateur.stages.making import (
+    cut,
+    decide,
+    grow_back,
+    keep_teacher,
+    losses,
+    measure,
+    measure_dense,
+    mend,
+    save,
+    size,
+)
+from secateur.stages.order import STAGES, Stage, make, take_up
+from secateur.stages.refusals import refuse_what_cannot_work
+from secateur.stages.rehearsal import contents, rehearse, rehearse_output
+from secateur.stages.result import Baseline, Measured, Metrics, Result
+
+__all__ = [
+    "STAGES",
+    "Baseline",
+    "Measured",
+    "Metrics",
+    "Result",
+    "Stage",
+    "contents",
+    "cut",
+    "decide",
+    "grow_back",
+    "keep_teacher",
+    "losses",
+    "make",
+    "measure",
+    "measure_dense",
+    "mend",
+    "refuse_what_cannot_work",
+    "rehearse",
+    "rehearse_output",
+    "save",
+    "size",
+    "take_up",
+]

@@ -1,0 +1,278 @@
+"""What each stage does, callable alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.config import Recipe, dump
+from secateur.data import Texts, TokenBlocks
+from secateur.errors import InputError, ModelError
+from secateur.evaluation import (
+    TextLoss,
+    Windows,
+    as_written,
+    compare_speed,
+    losses_by_source,
+    machine,
+    parameter_count,
+)
+from secateur.export import (
+    Architecture,
+    Story,
+    Verification,
+    adopt_config,
+    licence_of,
+    write_artefacts,
+    written_bytes,
+    written_dtype,
+)
+from secateur.export import save as save_folder
+from secateur.lock import alone
+from secateur.methods import Decision, Method, PruningTask, method_class
+from secateur.planning import describe_plan
+from secateur.precision import autocast_dtype
+from secateur.progress import say
+from secateur.recovery import RecoveryTask, recover, repair, source_losses
+from secateur.stages.result import Baseline, Measured, Result, State, plan_of
+from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
+from secateur.types import Cut, PruningPlan, Settings
+from secateur.workspace import Workspace
+
+
+def measure(result: Result, texts: Texts, state: State) -> None:
+    """Perplexity by source, parameters and bytes of the model as it is now."""
+    numbers, perplexity = size(result.model, result.recipe), None
+    if texts.evaluation is not None:
+        found = losses(result.model, result.recipe, texts.evaluation)
+        perplexity = {source: loss.perplexity for source, loss in found.items()}
+        result.measured.window = texts.evaluation.window
+        result.measured.windows = asdict(Windows.of(texts.evaluation, result.tokenizer))
+        result.measured.tokens = {source: loss.tokens for source, loss in found.items()}
+    setattr(result.measured, state, Measured(**numbers, perplexity=perplexity))
+
+
+def measure_dense(result: Result, texts: Texts) -> None:
+    """The dense model's numbers, with its loss on the text that recovery watches."""
+    measure(result, texts, "dense")
+    if texts.validation is not None:
+        result.measured.reference = source_losses(result.model, texts.validation, result.recipe.training)
+
+
+def keep_teacher(result: Result) -> None:
+    """Keep a copy of the dense model for recovery."""
+    result.teacher = copy.deepcopy(result.model)
+
+
+def measure_baseline(result: Result, texts: Texts) -> None:
+    """What one shot without any training would have cost at the same ratio: masked and updated, then as before."""
+    name = result.recipe.baseline
+    assert name is not None
+    assert texts.evaluation is not None
+    decision = _run(method_class(name)(), _task(result, texts, Workspace(None)))
+    kept = Cut.removing(result.graph, decision.removed)
+    with updated(result.model, decision.updates), masked(result.model, result.graph, kept):
+        found = losses(result.model, result.recipe, texts.evaluation)
+    perplexity = {source: loss.perplexity for source, loss in found.items()}
+    result.measured.baseline = Baseline(name=f"{name} without LoRA", perplexity=perplexity)
+
+
+class _Kept(Settings):
+    """What the files say that are kept of a decision: which tensors there are beside the plan."""
+
+    scores: bool
+    updates: bool
+    weights: bool
+
+
+def decide(result: Result, texts: Texts, work: Workspace) -> None:
+    """Let the method choose the units to remove. The plan, and what the method changed or wants to, are kept."""
+    recipe = result.recipe
+    method = method_class(recipe.method.name)(recipe.method.settings)
+    decision = _run(method, _task(result, texts, work))
+    result.plan = plan_of(result.graph, recipe, decision.removed)
+    result.scores, result.updates = decision.scores, decision.updates
+    result.measured.method = decision.metrics
+    if result.scores is not None:
+        work.write_scores("scores.safetensors", result.scores)
+    if result.updates:
+        work.write_tensors("updates.safetensors", _on_cpu(result.updates))
+    if method.changes_weights:
+        work.write_weights("decided.safetensors", result.model)
+    kept = _Kept(scores=result.scores is not None, updates=bool(result.updates), weights=method.changes_weights)
+    work.write_json("decided.json", kept.model_dump())
+    work.write_json("plan.json", result.plan.model_dump())
+    say(describe_plan(result.plan, result.graph))
+
+
+def take_decision(result: Result, work: Workspace) -> bool:
+    """Take over what ``decide`` kept, all of it; False when a part is missing or damaged."""
+    plan, kept = work.read_json("plan.json", PruningPlan), work.read_json("decided.json", _Kept)
+    if plan is None or kept is None:
+        return False
+    scores = work.read_scores("scores.safetensors") if kept.scores else None
+    updates = work.read_tensors("updates.safetensors") if kept.updates else {}
+    if (scores is not None) != kept.scores or updates is None:
+        return False
+    if kept.weights and not work.read_weights("decided.safetensors", result.model):
+        return False
+    plan.check(result.graph)
+    result.plan, result.scores, result.updates = plan, scores, updates
+    return True
+
+
+def _run(method: Method, task: PruningTask) -> Decision:
+    """What the method decides; ModelError when it answers with updates that it did not declare, or that do not fit."""
+    decision = method.run(task)
+    if decision.updates and not method.compensates:
+        raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
+    check_updates(task.model, task.graph, Cut.removing(task.graph, decision.removed), decision.updates)
+    return decision
+
+
+def mend(result: Result, texts: Texts) -> None:
+    """Refit what consumes the units that stay, before the others are cut out."""
+    recipe = result.recipe
+    calibration = recipe.calibration.of(texts.calibration)
+    refits = repair(result.model, result.graph, result.plan.kept, calibration, ridge=recipe.recovery.repair_ridge)
+    result.measured.repair = {name: {"before": refit.before, "after": refit.after} for name, refit in refits.items()}
+
+
+def cut(result: Result) -> None:
+    """Apply the plan: from here on the shapes, and the model's own config, are the small ones.
+
+    The plan's counts become those of the model: a plan may have been edited, and a method may bring new biases.
+    Raises ModelError when the result is to be saved and no config describes it.
+    """
+    before = parameter_count(result.model)
+    result.dense = Architecture(type(result.model), result.model.config)
+    apply_updates(result.model, result.updates)
+    result.updates = {}
+    slice_model(result.model, result.graph, result.plan.kept)
+    after = parameter_count(result.model)
+    counts = {"parameters_before": before, "parameters_after": after, "ratio_reached": 1 - after / before}
+    result.plan = result.plan.model_copy(update=counts)
+    try:
+        adopt_config(result.model, result.graph, result.plan.kept)
+    except ModelError as error:  # it computes all the same; only a folder needs a config
+        result.unsavable = str(error)
+        if result.output is not None:
+            raise
+
+
+def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
+    """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
+    recipe = result.recipe
+    assert texts.recovery is not None
+    task = RecoveryTask(
+        text=texts.recovery,
+        instructions=texts.instructions,
+        validation=texts.validation,
+        reference=result.measured.reference or {},
+        teacher=result.teacher,
+        checkpoints=work.path("recovery"),
+    )
+    done = recover(result.model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    result.measured.recovery = {"log": done.log, "rounds": done.rounds}
+    result.teacher = None
+    work.write_weights("recovered.safetensors", result.model)
+
+
+def take_recovered(result: Result, work: Workspace) -> bool:
+    """Take over the weights that ``grow_back`` kept; False when they are missing or damaged."""
+    return work.read_weights("recovered.safetensors", result.model)
+
+
+def time_both(result: Result) -> None:
+    """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns.
+
+    Both are timed in the type that is written, as copies, so that the model in memory stays as it is.
+    """
+    dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
+    dense = result.dense or Architecture(type(result.model), result.model.config)
+    twin = as_written(dense.build(), dtype, device)
+    small = as_written(copy.deepcopy(result.model), dtype, device)
+    speed = compare_speed({"dense": twin, result.measured.last: small})
+    result.measured.speed = speed
+    states: tuple[State, ...] = ("dense", result.measured.last)
+    for state in states:
+        before = result.measured.of(state)
+        if before is not None:
+            setattr(result.measured, state, before.model_copy(update=speed["batch 1"][state]))
+
+
+@alone("folder")
+def save(result: Result, folder: str | Path) -> None:
+    """Write the model and everything that explains it to ``folder``, proved in a fresh process.
+
+    The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
+    does, and InputError when it exists and is not empty, or when the model was changed since ``result`` was made.
+    """
+    if not isinstance(result, Result):
+        raise InputError(f"A {type(result).__name__} is no result. Give what secateur.prune returns.")
+    if parameter_count(result.model) != result.plan.parameters_after:
+        raise InputError(
+            f"The model has {parameter_count(result.model):,} parameters and this result is about one with "
+            f"{result.plan.parameters_after:,}: it was pruned again, or merged with something. Save the latest result."
+        )
+    save_folder(
+        result.model,
+        result.tokenizer,
+        folder,
+        graph=result.graph,
+        kept=result.plan.kept,
+        settings=result.recipe.export,
+        complete=partial(_complete_folder, result),
+    )
+
+
+def _complete_folder(result: Result, folder: Path, verification: Verification) -> None:
+    """Everything beside the model."""
+    result.measured.machine = machine()
+    story = Story(
+        plan=result.plan,
+        graph=result.graph,
+        verification=verification,
+        recipe=dump(result.recipe),
+        metrics=result.metrics,
+        licence=licence_of(result.plan.base_model),
+    )
+    write_artefacts(folder, story, result.scores, result.events)
+
+
+def size(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
+    """Parameters, and bytes in the types that are written."""
+    return {"parameters": parameter_count(model), "bytes": written_bytes(model, recipe.export)}
+
+
+def losses(model: PreTrainedModel, recipe: Recipe, blocks: TokenBlocks) -> dict[str, TextLoss]:
+    """Loss by source, as the recipe measures it."""
+    settings = recipe.evaluation
+    dtype = autocast_dtype(settings.precision, model.device)
+    return losses_by_source(model, blocks, batch_size=settings.batch_size, autocast=dtype)
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
+    recipe = result.recipe
+    return PruningTask(
+        model=result.model,
+        tokenizer=result.tokenizer,
+        graph=result.graph,
+        budget=recipe.budget,
+        calibration=recipe.calibration.of(texts.calibration),
+        training_blocks=texts.recovery,
+        lora=recipe.lora,
+        training=recipe.training,
+        seed=recipe.seed,
+        work=work.path("method"),
+        log=work.log,
+    )

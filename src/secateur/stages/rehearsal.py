@@ -1,0 +1,85 @@
+"""A run in small, before the first minute of work: every fault of budget, method, recovery and output in a moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedModel
+
+from secateur.analysis import check_weights
+from secateur.config import Recipe
+from secateur.data import Texts
+from secateur.digest import digest
+from secateur.errors import InputError, SecateurError
+from secateur.export import check_describable, rehearse_saving
+from secateur.graph.twin import twin_of
+from secateur.importance import Random
+from secateur.methods import PruningTask, method_class
+from secateur.recovery import check_repairable
+from secateur.stages.result import Result, plan_of
+from secateur.training import attach_lora
+from secateur.types import DependencyGraph, PruningPlan
+
+
+def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
+    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment.
+
+    Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
+    """
+    task = PruningTask(model, None, graph, recipe.budget, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    scores = Random().score(model, task.restricted, None, recipe.seed)
+    if recipe.budget.protect_from is not None:
+        check_weights(model, recipe.budget.protect_from)
+    plan = plan_of(graph, recipe, task.allocate(scores))
+    if recipe.recovery.repair:
+        check_repairable(model, graph, plan.kept)
+    if any(graph[name].on_request for name in plan.kept):
+        check_describable(model, graph, plan.kept)
+    method = method_class(recipe.method.name)(recipe.method.settings)
+    if method.needs == "training" or recipe.recovery.steps > 0:
+        attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
+    if method.compensates and recipe.recovery.repair:
+        raise InputError(
+            f"Both {method.name} and recovery.repair make up for what goes, and together they would do it twice. Set "
+            "recovery.repair=false, or switch it off in the method (flap: method.compensate=false)."
+        )
+    method.check(task)
+    if recipe.baseline:
+        try:
+            method_class(recipe.baseline)().check(task)
+        except SecateurError as error:
+            raise InputError(
+                f"The baseline {recipe.baseline} cannot be measured (evaluation.baseline): {error}"
+            ) from error
+    return plan
+
+
+def rehearse_output(result: Result, output: Path) -> None:
+    """Write everything but the weights once, by the plan that ``result`` has, and read it back; see whether the disk
+    holds the result and the stages that are kept until it is finished. Raises what saving would raise at the end.
+    """
+    recipe, plan = result.recipe, result.plan
+    in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
+    stages = float(method_class(recipe.method.name).changes_weights)
+    if recipe.recovery.steps > 0:
+        stages += plan.parameters_after / plan.parameters_before
+    rehearse_saving(
+        result.model,
+        result.tokenizer,
+        output,
+        graph=result.graph,
+        kept=plan.kept,
+        settings=recipe.export,
+        beside=round(stages * in_memory),
+    )
+
+
+def contents(model: PreTrainedModel, texts: Texts | None = None) -> dict[str, str]:
+    """Digests of what a run computes from, by the names that a message uses: weights, and texts once they are read.
+
+    The same recipe may name other contents tomorrow, and an unfinished run must not go on with those.
+    """
+    read = {} if texts is None else vars(texts)
+    blocks = {f"the text of {purpose}": "none" if found is None else found.digest for purpose, found in read.items()}
+    return {"the model's weights": digest(model), **blocks}

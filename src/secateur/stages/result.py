@@ -1,0 +1,127 @@
+"""What a run ends with, and its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.config import Recipe
+from secateur.export import Architecture
+from secateur.planning import make_plan
+from secateur.types import DependencyGraph, PruningPlan, Removed, Scores
+
+State = Literal["dense", "pruned", "recovered"]
+
+
+class Measured(BaseModel):
+    """The numbers of a model in one state; None where nothing was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parameters: int
+    bytes: int
+    """On disk, in the types that are written."""
+    perplexity: dict[str, float] | None = None
+    """By source."""
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+
+
+class Baseline(BaseModel):
+    """A one-shot method without training at the same ratio."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    perplexity: dict[str, float]
+
+
+class Metrics(BaseModel):
+    """All numbers of a run; ``metrics.json`` holds those that are not None."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    dense: Measured | None = None
+    baseline: Baseline | None = None
+    pruned: Measured | None = None
+    recovered: Measured | None = None
+    reference: dict[str, float] | None = None
+    """The dense model's loss on the text that recovery watches, by source."""
+    method: dict[str, Any] | None = None
+    """What the method keeps for the record: ``training``, the log of its steps, say."""
+    repair: dict[str, dict[str, float]] | None = None
+    """Consumer → ``before`` and ``after``: how far its output is from the dense one's."""
+    recovery: dict[str, Any] | None = None
+    """``log`` of the steps, and ``rounds``."""
+    speed: dict[str, Any] | None = None
+    """See ``evaluation.compare_speed``."""
+    window: int | None = None
+    windows: dict[str, Any] | None = None
+    """See ``evaluation.Windows``."""
+    tokens: dict[str, int] | None = None
+    """Scored, by source."""
+    seconds: dict[str, float] = {}
+    """By stage."""
+    machine: dict[str, Any] | None = None
+
+    def of(self, state: State) -> Measured | None:
+        """The numbers of one state."""
+        found: Measured | None = getattr(self, state)
+        return found
+
+    @property
+    def last(self) -> State:
+        """The state of the model at the end."""
+        return "recovered" if self.recovered is not None else "pruned"
+
+
+@dataclass
+class Result:
+    """What a run ends with; ``secateur.save`` writes it to a folder."""
+
+    model: PreTrainedModel
+    """The smaller model: the one that was given, changed in place."""
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: PruningPlan
+    graph: DependencyGraph
+    """Of the model before the cut."""
+    recipe: Recipe
+    output: Path | None = None
+    """Where the result is saved at the end; None for nowhere."""
+    dense: Architecture | None = None
+    """Class and config from before the cut; the model itself has those of the small one now."""
+    scores: Scores | None = None
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)
+    """New values that the method has for parameters (``Decision.updates``); written, and let go, by ``cut``."""
+    teacher: PreTrainedModel | None = None
+    """The dense model while recovery still needs it (``recovery.teacher``)."""
+    unsavable: str | None = None
+    """Why no config describes the small model; it computes all the same."""
+    measured: Metrics = field(default_factory=Metrics)
+    done: list[str] = field(default_factory=list)
+    """Stages whose outcome is kept (``stages.STAGES``)."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What happened when, as in ``run.jsonl``."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """``measured`` as JSON has it, without what was not measured: a copy."""
+        return self.measured.model_dump(exclude_none=True)
+
+
+def plan_of(graph: DependencyGraph, recipe: Recipe, removed: Removed) -> PruningPlan:
+    """The plan of a run that removes these units."""
+    return make_plan(
+        graph,
+        removed,
+        recipe.budget,
+        method=recipe.method.name,
+        seed=recipe.seed,
+        base_model=recipe.model.name,
+        revision=recipe.model.revision,
+    )
