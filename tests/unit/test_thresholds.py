@@ -108,7 +108,7 @@ def test_equal_widths_when_the_class_with_most_widths_is_a_small_one(ratio: floa
     generator = torch.Generator().manual_seed(0)
     scores = Scores({group.name: torch.rand(group.size, generator=generator) for group in graph})
     removed = allocate(graph, scores, Budget(ratio=ratio, ranking="layer"))
-    left = graph.parameter_count(removed_to_kept(graph, removed))
+    left = graph.parameter_count(Cut.removing(graph, removed))
     channel = sum(graph.unit_cost(group) for group in graph if group.kind == "ffn" and group.size == 256)
     assert abs(left - (1 - ratio) * graph.parameter_count()) <= channel / 2
 
