@@ -257,7 +257,10 @@ def _compatible(graph: DependencyGraph, names: Iterable[str]) -> list[str]:
 
 
 def legal_units(group: NodeGroup, stay: int) -> list[int]:
-    """Random units of ``group`` that a plan may keep: ``stay`` of them, or the next larger number that is legal."""
+    """Random units of ``group`` that a plan may keep: ``stay`` of them, or the next larger number that is legal.
+
+    Never the leading units alone: numbers that a model draws or stores by position would stay with their units.
+    """
     length = group.size // group.runs
     in_each = -(-max(stay, group.least) // group.runs)
     fixed = {unit for unit, _ in group.fixed}
@@ -265,8 +268,10 @@ def legal_units(group: NodeGroup, stay: int) -> list[int]:
     for run in range(group.runs):
         must = [unit for unit in range(run * length, (run + 1) * length) if unit in fixed]
         rest = [unit for unit in range(run * length, (run + 1) * length) if unit not in fixed]
-        order = torch.randperm(len(rest)).tolist()
-        units += must + [rest[place] for place in order[: max(0, in_each - len(must))]]
+        order, count = torch.randperm(len(rest)).tolist(), max(0, in_each - len(must))
+        if 0 < count < len(rest) and set(order[:count]) == set(range(count)):
+            order = [*order[1:], order[0]]
+        units += must + [rest[place] for place in order[:count]]
     return sorted(units)
 
 

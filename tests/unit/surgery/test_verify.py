@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from secateur.export import standard_form
 from secateur.graph import record, trace
 from secateur.surgery import protect_failing, slice_model, verify_cuts
+from secateur.surgery.verify import legal_units
 from secateur.testing.contracts import with_adapters
 from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Member, NodeGroup
@@ -185,3 +186,14 @@ def test_small_weights_of_a_config_hide_no_mistake(initial: float) -> None:
     graph = protect_failing(model, trace(model))
     assert "slicing differs from masking" in str(graph["layers.0.attention"].protected)
     assert graph["layers.0.mlp"].protected is None
+
+
+def test_a_check_never_keeps_the_leading_units_alone() -> None:
+    """Reformer draws rotations head by head: cutting the last heads alone leaves those of the others as they were."""
+    group = NodeGroup("layers.0.attention", "attention", 4, ())
+    for seed in range(40):
+        torch.manual_seed(seed)
+        for stay in (1, 2, 3):
+            units = legal_units(group, stay)
+            assert len(units) == stay
+            assert units != list(range(stay))
