@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from secateur.pipeline import apply_plan, prune
     from secateur.planning import Budget
     from secateur.stages import Result, save
-    from secateur.surgery import trace
+    from secateur.surgery import checked_trace as trace
     from secateur.types import DependencyGraph, PruningPlan
 
     __version__: str
 
 _HOMES = {
-    "Budget": "planning",
-    "DependencyGraph": "types",
-    "PruningPlan": "types",
-    "Recipe": "config",
-    "Result": "stages",
-    "SecateurError": "errors",
-    "apply_plan": "pipeline",
-    "load": "loading",
-    "load_recipe": "config",
-    "prune": "pipeline",
-    "save": "stages",
-    "trace": "surgery",
+    "Budget": "planning.Budget",
+    "DependencyGraph": "types.DependencyGraph",
+    "PruningPlan": "types.PruningPlan",
+    "Recipe": "config.Recipe",
+    "Result": "stages.Result",
+    "SecateurError": "errors.SecateurError",
+    "apply_plan": "pipeline.apply_plan",
+    "load": "loading.load",
+    "load_recipe": "config.load_recipe",
+    "prune": "pipeline.prune",
+    "save": "stages.save",
+    "trace": "surgery.checked_trace",
 }
 
 __all__ = [
@@ -58,7 +58,8 @@ def __getattr__(name: str) -> Any:
 
         return version("secateur")
     if name in _HOMES:
-        return getattr(importlib.import_module(f"secateur.{_HOMES[name]}"), name)
+        room, _, offered = _HOMES[name].partition(".")
+        return getattr(importlib.import_module(f"secateur.{room}"), offered)
     raise AttributeError(f"module 'secateur' has no attribute {name!r}")
 
 

@@ -156,14 +156,14 @@ def inspect(
     """Show what can be cut out of a model, and why the rest cannot."""
     from secateur import progress, tables
     from secateur.loading import load, outline
-    from secateur.surgery import trace, verify_cuts
+    from secateur.surgery import checked_trace, verify_cuts
     from secateur.surgery.verify import WHOLE_UP_TO
 
     settings = _settings(recipe, overrides, _model_flags(model, device, trust_remote_code))
     opened = settings.model
     progress.show()
     network = outline(**opened.model_dump(exclude={"device", "dtype"}))
-    graph = trace(network, settings.budget.kinds)
+    graph = checked_trace(network, settings.budget.kinds)
     if as_json:
         typer.echo(json.dumps(graph.to_json(), indent=1))
     else:
@@ -173,7 +173,7 @@ def inspect(
             network, _ = load(**opened.model_dump())
         found = verify_cuts(network)
         if not as_json:
-            _console().print(tables.checks(found))
+            _console().print(tables.check_table(found))
         wrong = [check.group for check in found if not check.ok]
         if wrong:
             raise VerificationError(f"Slicing is not masking for {', '.join(wrong[:5])}. Please report this model.")

@@ -37,7 +37,7 @@ from secateur.planning import versions
 from secateur.progress import say
 from secateur.reading import path_of
 from secateur.stages import contents, losses, refuse_what_cannot_work, size
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.whole import place_of
 from secateur.workspace import Workspace
 
@@ -119,7 +119,7 @@ def analyze(
             return found
         output = check_output(output)
         Workspace.place(output, started_as, resume, contents(model))
-    graph = trace(model).opened(recipe.budget.kinds)
+    graph = checked_trace(model).opened(recipe.budget.kinds)
     texts = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed)
     blocks = texts.calibration
     work = Workspace.open(output, started_as, resume, contents(model, texts))

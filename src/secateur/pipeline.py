@@ -44,7 +44,7 @@ from secateur.stages import (
     save,
     take_up,
 )
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.types import PruningPlan
 from secateur.whole import place_of
 from secateur.workspace import Workspace
@@ -126,7 +126,7 @@ def prune(
         output = check_output(output)
         refuse_inputs(output, recipe)
         Workspace.place(output, identity(recipe), resume, contents(model))
-    graph = trace(model, recipe.budget.kinds)
+    graph = checked_trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
@@ -161,7 +161,7 @@ def apply_plan(
     A plan says what goes, not what was learned: weights that a progressive method or recovery trained are in the folder
     that they were saved to. Raises PlanError when the plan was made for another model, before anything changes.
     """
-    return _apply(plan_of(plan), model, Recipe()).model
+    return _apply(read_plan(plan), model, Recipe()).model
 
 
 @alone("output")
@@ -199,11 +199,11 @@ def _apply(
     refuse_what_cannot_work(model)
     check_finite(model, written_dtype(model, recipe.export))
     check_describes_itself(model)
-    graph = trace(model)
+    graph = checked_trace(model)
     plan.check(graph)
     requested = {graph[name].kind for name in plan.kept if graph[name].on_request}
     if requested:  # kinds that are only tried when they are asked for
-        graph = trace(model, requested)
+        graph = checked_trace(model, requested)
         plan.check(graph)
     result = Result(model, tokenizer, plan, graph, recipe, output)
     if output is not None:
@@ -212,7 +212,7 @@ def _apply(
     return result
 
 
-def plan_of(given: Any) -> PruningPlan:
+def read_plan(given: Any) -> PruningPlan:
     """A ``PruningPlan`` from one, from the path of its file, or from its content; PlanError for anything else."""
     if isinstance(given, PruningPlan):
         return given

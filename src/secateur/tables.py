@@ -98,7 +98,7 @@ def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
     return Group(table, caption)
 
 
-def checks(found: Sequence[Check]) -> Table:
+def check_table(found: Sequence[Check]) -> Table:
     """What ``inspect --verify`` found, worst first."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("cut", no_wrap=True)

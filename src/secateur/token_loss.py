@@ -59,7 +59,7 @@ class Split:
         return logits
 
 
-def split(model: nn.Module, ids: torch.Tensor) -> Split | None:
+def split_model(model: nn.Module, ids: torch.Tensor) -> Split | None:
     """``model`` in two halves, tried on a few tokens; None for one whose logits cannot be had in pieces.
 
     That is a model that does anything but call its backbone and then its head (several losses, a head that is no
@@ -84,7 +84,7 @@ def split(model: nn.Module, ids: torch.Tensor) -> Split | None:
 class TokenLoss:
     """The mean next-token loss of a causal LM as its own ``labels`` give it, for backward passes over many batches.
 
-    Decided once, on the first tokens of ``ids``: when the model can be ``split`` and its own loss is the mean
+    Decided once, on the first tokens of ``ids``: when the model can be ``split_model`` and its own loss is the mean
     cross-entropy of its logits, logits come in chunks; otherwise (a router's auxiliary loss is part of it, say) the
     model's own loss is taken as it is. Both give the same gradients.
     """
@@ -96,7 +96,7 @@ class TokenLoss:
             own = model(input_ids=few, labels=few, use_cache=False)
             plain = F.cross_entropy(own.logits[0, :-1].float(), few[0, 1:].to(own.logits.device))
         same = bool((own.loss - plain).abs() <= 1e-5 * plain.abs())
-        self.split = split(model, few) if same else None
+        self.split = split_model(model, few) if same else None
 
     def backward(self, ids: torch.Tensor, weight: float = 1.0) -> float:
         """Add the gradient of ``weight`` times the mean loss over ``ids`` to ``.grad``, and return that product.

@@ -11,7 +11,7 @@ import torch
 from secateur import stages
 from secateur.config import load_recipe
 from secateur.errors import SecateurError
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.testing.tiny import build
 
 
@@ -48,7 +48,7 @@ def test_the_rehearsal_refuses(family: str, method: str, settings: dict[str, Any
     overrides = [f"{key}={value}" for key, value in settings.items()]
     recipe = load_recipe(None, overrides, {"method": method, "budget.ratio": 0.1})
     with pytest.raises(SecateurError, match=message):
-        stages.rehearse(model, trace(model, recipe.budget.kinds), recipe)
+        stages.rehearse(model, checked_trace(model, recipe.budget.kinds), recipe)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -63,6 +63,6 @@ def test_the_rehearsal_lets_the_possible_through_and_leaves_the_model_as_it_was(
     model = build("llama-gqa")
     flags = [parameter.requires_grad for parameter in model.parameters()]
     recipe = load_recipe(None, settings, {"method": method})
-    stages.rehearse(model, trace(model, recipe.budget.kinds), recipe)
+    stages.rehearse(model, checked_trace(model, recipe.budget.kinds), recipe)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert not any("lora_" in name for name, _ in model.named_parameters())

@@ -18,7 +18,7 @@ from secateur import stages
 from secateur.config import load_recipe
 from secateur.export import huggingface
 from secateur.loading import quiet_transformers
-from secateur.surgery import trace, verify_cuts
+from secateur.surgery import checked_trace, verify_cuts
 
 _LLAMA_8B: Mapping[str, Any] = {
     "vocab_size": 128256,
@@ -90,7 +90,7 @@ def test_a_large_model_is_planned_without_its_weights(
     _, _, billions, expected = LARGE[name]
     model = without_weights(name)
     assert model.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01)
-    graph = trace(model)
+    graph = checked_trace(model)
     assert Counter(group.kind for group in graph.prunable) == expected
     assert not [group.name for group in graph if (group.protected or "").startswith("cutting it failed")]
     recipe = load_recipe(None, ["evaluation.speed=false", "recovery.steps=0"], {"method": "magnitude"})

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from secateur.errors import InputError, ModelError, VerificationError
-from secateur.export import ExportSettings, Verification, huggingface, save
+from secateur.export import ExportSettings, Verification, huggingface, save_folder
 from secateur.export.huggingface import write
 from secateur.export.verify import Reference, judge, open_folders
 from secateur.graph import trace
@@ -262,7 +262,7 @@ def test_the_whole_save(tmp_path: Path) -> None:
     (stale / "secateur").mkdir(parents=True)
     (stale / "model-00099.safetensors").write_text("half")
     (tmp_path / "deep" / "out").mkdir()
-    verification = save(
+    verification = save_folder(
         model,
         tiny_tokenizer(chat=True),
         tmp_path / "deep" / "out",
@@ -309,7 +309,7 @@ def test_a_save_that_does_not_verify_leaves_nothing(tmp_path: Path, monkeypatch:
     (tmp_path / "there").mkdir()
     for folder in (tmp_path / "new", tmp_path / "there"):
         with pytest.raises(VerificationError):
-            save(model, None, folder, graph=graph, kept=kept)
+            save_folder(model, None, folder, graph=graph, kept=kept)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert not list((tmp_path / "there").iterdir())
 
@@ -318,7 +318,7 @@ def test_a_full_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     model, graph, kept = cut("llama-gqa", halved)
     with pytest.raises(InputError, match="not empty"):
-        save(model, None, tmp_path, graph=graph, kept=kept)
+        save_folder(model, None, tmp_path, graph=graph, kept=kept)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

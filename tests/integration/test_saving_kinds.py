@@ -13,7 +13,7 @@ import torch
 import secateur
 from secateur.config import Recipe, revise
 from secateur.errors import InputError
-from secateur.export import save
+from secateur.export import save_folder
 from secateur.export.adopt import adopt_config
 from secateur.export.huggingface import write
 from secateur.export.verify import judge, open_folders
@@ -22,7 +22,7 @@ from secateur.surgery import slice_model
 from secateur.surgery.verify import legal_units
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
-from secateur.testing.zoo import Shape, build
+from secateur.testing.zoo import Shape, build_type
 from secateur.types import Kind
 
 CASES = {
@@ -89,8 +89,8 @@ def test_a_vocabulary_is_cut_without_a_tokenizer_only(tmp_path: Path) -> None:
     graph, kept = trace(model), {"vocab": [0, 1, 2, 5, 96]}
     slice_model(model, graph, kept)
     with pytest.raises(InputError, match="another token"):
-        save(model, tiny_tokenizer(), tmp_path / "refused", graph=graph, kept=kept)
-    save(model, None, tmp_path / "out", graph=graph, kept=kept)
+        save_folder(model, tiny_tokenizer(), tmp_path / "refused", graph=graph, kept=kept)
+    save_folder(model, None, tmp_path / "out", graph=graph, kept=kept)
     assert json.loads((tmp_path / "out" / "secateur" / "tokens.json").read_text()) == [0, 1, 2, 5, 96]
 
 
@@ -107,7 +107,7 @@ def test_query_heads_and_kv_heads_go_in_rounds(tmp_path: Path) -> None:
     references = []
     for number, (model_type, rounds) in enumerate(product(("llama", "phi3"), ROUNDS.values())):
         torch.manual_seed(number)
-        model: Any = build(model_type, Shape(heads=9, kv_heads=3, head_dim=8, hidden=72))
+        model: Any = build_type(model_type, Shape(heads=9, kv_heads=3, head_dim=8, hidden=72))
         for last, (kind, counts) in enumerate(rounds, start=1):
             graph = trace(model).opened([kind])
             groups = [group for group in graph.prunable if group.kind == kind]

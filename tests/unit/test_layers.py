@@ -68,3 +68,14 @@ def test_nothing_is_pickled_and_no_device_is_assumed(path: Path) -> None:
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"torch.load", "torch.save", "eval", "exec"}
     assert not {name for name in called if name.endswith(".cuda")}, "use .to(device): the device comes from the model"
+
+
+def test_public_names_are_unique() -> None:
+    """Whoever looks a name up finds one thing; a command of the command line is named as the function that it calls."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    twice = {name: paths for name, paths in homes.items() if len(set(paths) - {"cli.py"}) > 1 and name != "main"}
+    assert not twice

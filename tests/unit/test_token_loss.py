@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur import token_loss
 from secateur.testing.tiny import TINY, VOCAB
-from secateur.token_loss import TokenLoss, split
+from secateur.token_loss import TokenLoss, split_model
 from secateur.training import LoraSettings, attach_lora
 from secateur.walk import borrowed, recomputed
 
@@ -99,7 +99,7 @@ def test_an_auxiliary_loss_is_kept() -> None:
     loss, theirs = own_gradients(model)
     whole = TokenLoss(model, ids())
     assert whole.split is None
-    assert split(model, ids()) is not None  # it is the loss that is more than that of the logits
+    assert split_model(model, ids()) is not None  # it is the loss that is more than that of the logits
     assert whole.backward(ids()) == pytest.approx(loss, rel=1e-5)
     assert_same(gradients(model), theirs)
 

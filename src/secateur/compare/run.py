@@ -34,7 +34,7 @@ from secateur.methods import METHODS, method_class
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
 from secateur.reading import brief, read_json
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.types import DependencyGraph, Kind
 from secateur.whole import place_of, write_whole
 from secateur.workspace import Workspace
@@ -235,7 +235,7 @@ def _rehearse(
     """The dense model with the first row's recipe that it can obey, and its graphs; raises when it can obey none."""
     model, tokenizer = load(**recipe.model.model_dump())
     check_finite(model)
-    graphs = {kinds: trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
+    graphs = {kinds: checked_trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
     failures: list[Exception] = []
     found: stages.Result | None = None
     for row in recipes:

@@ -121,7 +121,7 @@ def pieces_of_split(
         if not document.strip() or mark in seen or split_of(document) != split:
             continue
         seen.add(mark)
-        pieces += cut(document)
+        pieces += cut_document(document)
         length += len(document)
         if length >= characters:
             break
@@ -129,7 +129,7 @@ def pieces_of_split(
     return [replace(piece, first=True) for piece in pieces]
 
 
-def cut(document: str, size: int = _PIECE_CHARACTERS) -> list[Piece]:
+def cut_document(document: str, size: int = _PIECE_CHARACTERS) -> list[Piece]:
     """Cut a document before blank lines into pieces of about ``size`` characters; together they are the document."""
     if len(document) <= size:
         return [Piece(document, True)]

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data.blocks import Packer, TokenBlocks, cut, pieces_of_split, read_ids
+from secateur.data.blocks import Packer, TokenBlocks, cut_document, pieces_of_split, read_ids
 from secateur.data.builtin import SOURCES
 from secateur.data.marks import marks_of
 from secateur.data.sources import FILES, OWN_TEXT, check_source, read_documents
@@ -188,7 +188,9 @@ def _whole_file(name: str, tokenizer: PreTrainedTokenizerBase, window: int, max_
     if Path(name).suffix == ".txt":
         return read_ids(name, tokenizer, window, max_tokens)
     documents = (text for text in read_documents(name, tokenizer) if text.strip())
-    return Packer((piece for text in documents for piece in cut(text)), tokenizer, window).first(max_tokens, name)
+    return Packer((piece for text in documents for piece in cut_document(text)), tokenizer, window).first(
+        max_tokens, name
+    )
 
 
 def _open(

@@ -11,7 +11,7 @@ from secateur.export.huggingface import (
     StandardForm,
     check_output,
     rehearse_saving,
-    save,
+    save_folder,
     standard_form,
     verify_saved,
 )
@@ -42,7 +42,7 @@ __all__ = [
     "licence_of",
     "needs_trust",
     "rehearse_saving",
-    "save",
+    "save_folder",
     "standard_form",
     "verify_folder",
     "verify_saved",

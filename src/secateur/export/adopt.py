@@ -66,5 +66,5 @@ def check_describes_itself(model: PreTrainedModel) -> None:
     if not describes_itself(model):
         raise ModelError(
             f"The weights of this {model.config.model_type} model have other shapes than its config says, as after "
-            "slicing by hand. Save it (export.save with its graph and plan), and load it from there."
+            "slicing by hand. Save it (export.save_folder with its graph and plan), and load it from there."
         )

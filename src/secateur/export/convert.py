@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import InputError, VerificationError
 from secateur.export.agreement import agreement, check_finite, sample_ids
-from secateur.export.huggingface import check_output, check_room, save
+from secateur.export.huggingface import check_output, check_room, save_folder
 from secateur.export.weights import ExportSettings, source_of, written_bytes, written_dtype
 from secateur.graph import trace
 from secateur.progress import say
@@ -51,7 +51,7 @@ def _to_uniform(
     if source_of(model) is not None:
         even.source_folder = model.source_folder
     even.stored_dtype = written_dtype(model, settings)  # type: ignore[assignment]
-    found = save(even, tokenizer, folder, graph=trace(even), kept={}, settings=settings)
+    found = save_folder(even, tokenizer, folder, graph=trace(even), kept={}, settings=settings)
     return (
         f"AutoModelForCausalLM.from_pretrained opens it without more: {found.parameters:,} parameters; logits differ "
         f"by at most {difference:.1e} from those of the model that was filled up."

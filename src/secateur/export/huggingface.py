@@ -222,7 +222,7 @@ def empty_model(form: StandardForm, like: PreTrainedModel) -> PreTrainedModel:
     return standard
 
 
-def save(
+def save_folder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
@@ -285,7 +285,7 @@ def write(
     kept: Kept,
     settings: ExportSettings | None = None,
 ) -> Reference:
-    """The part of ``save`` that writes, without proof; returns what the proof needs."""
+    """The part of ``save_folder`` that writes, without proof; returns what the proof needs."""
     settings = settings or ExportSettings()
     if tokenizer is not None and kept_tokens(graph, kept) is not None:
         raise InputError(

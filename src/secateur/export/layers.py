@@ -7,7 +7,7 @@ import copy
 from transformers import PreTrainedConfig
 
 from secateur.errors import ModelError
-from secateur.export.sizes import Place, place_of, query_heads_name, size_name
+from secateur.export.sizes import SizePlace, query_heads_name, size_name, size_place_of
 from secateur.surgery.rebuild import OWN_NAME, is_listed, is_uneven
 from secateur.types import DependencyGraph, Kept, NodeGroup
 
@@ -25,7 +25,7 @@ class LayerSizes:
         """The config with the sizes of a layer that nothing was cut from."""
         self.sizes: dict[int, dict[str, int]] = {}
         """Layer → name → size; what is missing is as in ``whole``."""
-        self.names: dict[Place, str] = {}
+        self.names: dict[SizePlace, str] = {}
         """What was cut in some layer, now or before → the name of its size."""
         self.cut_now: dict[str, NodeGroup] = {}
         """Name → a group that it counts and that loses units now."""
@@ -74,7 +74,7 @@ class LayerSizes:
     def _layers_with(self, name: str, size: str) -> set[int]:
         """The layers that have what ``name`` counts, cut or not."""
         places = {place for place, other in self.names.items() if other == name}
-        whole = {g.layer for g in self.graph if g.layer is not None and place_of(g) in places}
+        whole = {g.layer for g in self.graph if g.layer is not None and size_place_of(g) in places}
         return whole | {layer for layer, own in self.sizes.items() if size in own}
 
     def _continue_from(self, config: PreTrainedConfig) -> None:
@@ -84,7 +84,7 @@ class LayerSizes:
             rows = frozenset((key, rows) for key, rows in followers.items() if ":" in key)
             least = min(followers.values())
             runs = round(1 / least) if least < 1 else 1
-            self.names[Place(config.pruned_layers["path"], rows, runs)] = self._plain_name(name)
+            self.names[SizePlace(config.pruned_layers["path"], rows, runs)] = self._plain_name(name)
 
     def _plain_name(self, name: str) -> str:
         """The family's name for a size that was written under ours because its validator wanted that."""
@@ -103,7 +103,7 @@ class LayerSizes:
         setattr(self.whole, name, group.size - lost)
 
     def _cut(self, layer_config: PreTrainedConfig, group: NodeGroup, lost: int) -> None:
-        place, layer = place_of(group), group.layer
+        place, layer = size_place_of(group), group.layer
         if place is None or layer is None:
             raise ModelError(f"{group.name} does not lie inside one layer, so layers cannot differ in it. Protect it.")
         if any(place.path != other.path for other in self.names):

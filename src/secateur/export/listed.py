@@ -19,7 +19,7 @@ from secateur.errors import ModelError
 from secateur.export.layers import without_layer_sizes
 from secateur.surgery.attributes import PATTERNS
 from secateur.surgery.configs import settings_of
-from secateur.surgery.rebuild import code_of
+from secateur.surgery.rebuild import auto_map_of
 from secateur.types import Cut, DependencyGraph, Kept
 
 _SIZES = {"hidden": "hidden_size", "vocab": "vocab_size"}
@@ -52,7 +52,7 @@ def listed_config(
         found = _listed(model, family, config, built_with)
         if found is not None:
             config.pruned_layers = found
-            config.auto_map = code_of(family)
+            config.auto_map = auto_map_of(family)
             return config
     raise ModelError(
         f"The cut {config.model_type} model cannot be described by a config: {family.__name__} builds no model that "

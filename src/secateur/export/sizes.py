@@ -62,7 +62,7 @@ def _disagreement(name: str, path: str) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class SizePlace:
     """Where a group lies in its layer; the same in all layers that are built alike."""
 
     path: str
@@ -74,7 +74,7 @@ class Place:
     a KV head loses so much less."""
 
 
-def place_of(group: NodeGroup) -> Place | None:
+def size_place_of(group: NodeGroup) -> SizePlace | None:
     """None for a group that does not lie inside one layer."""
     path, marker, _ = group.members[0].parameter.partition(f".{group.layer}.")
     prefix = path + marker
@@ -84,4 +84,4 @@ def place_of(group: NodeGroup) -> Place | None:
     for member in group.members:
         key = f"{member.parameter.removeprefix(prefix)}:{member.axis}"
         rows[key] = rows.get(key, 0) + member.rows_per_unit  # several members on one axis: fused projections
-    return Place(path, frozenset(rows.items()), group.runs if group.within is not None else 1)
+    return SizePlace(path, frozenset(rows.items()), group.runs if group.within is not None else 1)

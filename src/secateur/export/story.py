@@ -123,7 +123,7 @@ def _cost(whole: Mapping[str, Any], columns: Mapping[str, Any]) -> Iterator[tupl
     ):
         values = [column.get(key) for column in columns.values()]
         if any(value is not None for value in values):
-            yield label, [beside(value, whole.get(key), show) for value in values]
+            yield label, [with_change(value, whole.get(key), show) for value in values]
 
 
 def _mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
@@ -188,7 +188,7 @@ def _caption(metrics: Mapping[str, Any], columns: Collection[Mapping[str, Any]])
     return " ".join(parts)
 
 
-def beside(value: float | None, whole: float | None, show: Any) -> str:
+def with_change(value: float | None, whole: float | None, show: Any) -> str:
     if value is None:
         return ""
     return show(value) if not whole or value == whole else f"{show(value)} ({(value - whole) / whole:+.1%})"

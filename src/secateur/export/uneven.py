@@ -19,7 +19,7 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 from secateur.errors import ModelError
 from secateur.export.layers import LayerSizes, without_layer_sizes
 from secateur.surgery.attributes import attribute_changes
-from secateur.surgery.rebuild import OWN_NAME, code_of
+from secateur.surgery.rebuild import OWN_NAME, auto_map_of
 from secateur.types import NodeGroup
 
 
@@ -51,7 +51,7 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
             f"{config.num_hidden_layers}, so sizes of layers cannot be described. Prune all layers to the same sizes."
         )
     config.pruned_layers = {"path": path, "follows": follows}
-    config.auto_map = code_of(family)
+    config.auto_map = auto_map_of(family)
     per_layer: dict[int | str, dict[str, Any]] = {}
     for layer, own in sizes.sizes.items():
         per_layer[layer] = {names[name]: size for name, size in own.items()}

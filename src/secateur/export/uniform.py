@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.errors import ModelError, SecateurError
 from secateur.export.huggingface import on_meta, shapes_of
 from secateur.export.layers import LayerSizes
-from secateur.export.sizes import place_of, query_heads_name
+from secateur.export.sizes import query_heads_name, size_place_of
 from secateur.graph import trace
 from secateur.surgery import slice_model
 from secateur.surgery.rebuild import OWN_NAME, family_of, is_listed, is_uneven
@@ -110,7 +110,7 @@ def _first_units(graph: DependencyGraph, sizes: LayerSizes) -> dict[str, list[in
 
 def _name_of(group: NodeGroup, sizes: LayerSizes) -> str | None:
     """The name of the size that counts the units of ``group``, which may have biases more than the uneven model."""
-    place = place_of(group) if group.members else None
+    place = size_place_of(group) if group.members else None
     if place is None:
         return None
     return next((n for known, n in sizes.names.items() if known.path == place.path and known.rows <= place.rows), None)

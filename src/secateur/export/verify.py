@@ -24,7 +24,7 @@ from secateur.export.agreement import is_small
 from secateur.export.runtimes import Verdict, runtimes_of
 from secateur.finite import all_finite
 from secateur.reading import read_json
-from secateur.surgery.rebuild import MODELING_FILE, code_of, modeling_source
+from secateur.surgery.rebuild import MODELING_FILE, auto_map_of, modeling_source
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference of logits by dtype, as a fraction of the largest logit (kernels may differ in rounding)."""
@@ -132,7 +132,7 @@ def holds_only_our_code(folder: Path) -> bool:
     family = getattr(transformers, name.removeprefix(f"{Path(MODELING_FILE).stem}.Pruned"), None)
     if any("auto_map" in other for other in others) or not isinstance(family, type):
         return False
-    if not issubclass(family, PreTrainedModel) or config["auto_map"] != code_of(family):
+    if not issubclass(family, PreTrainedModel) or config["auto_map"] != auto_map_of(family):
         return False
     code = list(folder.rglob("*.py"))
     return code == [folder / MODELING_FILE] and code[0].read_bytes() == modeling_source(family).encode()

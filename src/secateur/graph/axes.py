@@ -63,15 +63,15 @@ class Atom:
 
     def __repr__(self) -> str:
         if self.link is not None:
-            return repr(find(self))
+            return repr(representative(self))
         if self.factors is not None:
             return "(" + " x ".join(map(repr, self.factors)) + ")"
         if self.pieces is not None:
-            return "[" + " + ".join(show(piece) for piece in self.pieces) + "]"
+            return "[" + " + ".join(axis_text(piece) for piece in self.pieces) + "]"
         return f"a{self.serial}:{self.size}"
 
 
-def show(axis: Axis) -> str:
+def axis_text(axis: Axis) -> str:
     """One axis as text, for people: ``a1:3 x [a2:6 + a2:6]``."""
     return " x ".join(map(repr, resolve(axis))) or "1"
 
@@ -81,7 +81,7 @@ def leaf(size: int) -> Axis:
     return () if size == 1 else (Atom(size),)
 
 
-def find(atom: Atom) -> Atom:
+def representative(atom: Atom) -> Atom:
     """The representative of everything that was unified with ``atom``."""
     root = atom
     while root.link is not None:
@@ -99,7 +99,7 @@ def resolve(axis: Axis) -> Axis:
     """The leaves and concatenations that ``axis`` is a product of, outermost first."""
     atoms: list[Atom] = []
     for atom in axis:
-        atom = find(atom)
+        atom = representative(atom)
         if atom.factors is not None:
             atoms.extend(resolve(atom.factors))
         else:
@@ -317,7 +317,7 @@ def _unify_atoms(one: Atom, two: Atom) -> None:
         one, two = two, one
     if two.pieces is not None:
         _align(pieces_of((one,)), pieces_of((two,)))
-        one, two = find(one), find(two)
+        one, two = representative(one), representative(two)
         if one is two or one.factors is not None or two.factors is not None:
             return
     two.link = one

@@ -9,22 +9,22 @@ from secateur.importance.block_influence import BlockInfluence
 from secateur.importance.fisher import Fisher
 from secateur.importance.flap import Fluctuation
 from secateur.importance.hesso import HESSO, Hesso
-from secateur.importance.llm_pruner import LLMPruner
+from secateur.importance.llm_pruner import Salience
 from secateur.importance.lora import LoRA
 from secateur.importance.magnitude import Magnitude
 from secateur.importance.random import Random
 from secateur.importance.taylor import Taylor
-from secateur.importance.wanda import Wanda
+from secateur.importance.wanda import WandaSP
 from secateur.plugins import find
 
 _ALL: tuple[type[Criterion], ...] = (
     Random,
     Magnitude,
-    Wanda,
+    WandaSP,
     Fluctuation,
     Taylor,
     Fisher,
-    LLMPruner,
+    Salience,
     BlockInfluence,
     LoRA,
     *HESSO,
@@ -46,11 +46,11 @@ __all__ = [
     "Fisher",
     "Fluctuation",
     "Hesso",
-    "LLMPruner",
     "LoRA",
     "Magnitude",
     "Random",
+    "Salience",
     "Taylor",
-    "Wanda",
+    "WandaSP",
     "criterion_class",
 ]

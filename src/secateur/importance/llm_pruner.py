@@ -46,7 +46,7 @@ def aggregate(scores: Sequence[torch.Tensor], consumers: Sequence[torch.Tensor],
     return stacked.max(0).values if how == "max" else stacked.sum(0)
 
 
-class LLMPruner(Criterion):
+class Salience(Criterion):
     """Gradients times weights in four forms; a score for each row (or column), summed over the rows of a unit.
 
     L is the mean next-token loss. ``second`` and ``mixed`` run one block at a time, so that every sample has a gradient

@@ -28,7 +28,7 @@ def wanda_columns(weight: torch.Tensor, axis: int, mean_square: torch.Tensor) ->
     return weight.float().abs().mean(dim=1 - axis) * mean_square.sqrt()
 
 
-class Wanda(Criterion):
+class WandaSP(Criterion):
     """Wanda-sp on the matrices that consume a unit (role ``in``): a score for each input channel, summed over a unit.
 
     All groups are scored on the activations of the dense model. Works on every module that multiplies its input with

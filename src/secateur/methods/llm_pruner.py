@@ -13,7 +13,7 @@ from secateur.surgery import masked
 from secateur.types import Cut, Scores, Settings
 
 
-class LLMPrunerSettings(importance.LLMPruner):
+class LLMPrunerSettings(importance.Salience):
     """The criterion, and in how many rounds. Protected layers and the ranking are the budget's."""
 
     rounds: int = Field(default=1, ge=1)

@@ -17,7 +17,7 @@ from secateur.types import Cut, NodeGroup, Scores, Settings
 from secateur.walk import LayerStack, Walker, borrowed, calibration_for, watched
 
 
-class WandaSettings(importance.Wanda):
+class WandaSettings(importance.WandaSP):
     """Which activations count."""
 
     inputs: Literal["dense", "pruned"] = "dense"
@@ -29,8 +29,8 @@ class Wanda(Method):
     """Wanda-sp, on the activations of the dense model or layer by layer."""
 
     name: ClassVar[str] = "wanda"
-    paper: ClassVar[str] = importance.Wanda.paper
-    summary: ClassVar[str] = f"one shot: {importance.Wanda.summary}"
+    paper: ClassVar[str] = importance.WandaSP.paper
+    summary: ClassVar[str] = f"one shot: {importance.WandaSP.summary}"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = WandaSettings
     settings: WandaSettings
@@ -44,7 +44,7 @@ class Wanda(Method):
         return layer_by_layer(task, self.settings, {name: len(units) for name, units in removed.items()})
 
 
-def layer_by_layer(task: PruningTask, criterion: importance.Wanda, counts: Mapping[str, int]) -> Decision:
+def layer_by_layer(task: PruningTask, criterion: importance.WandaSP, counts: Mapping[str, int]) -> Decision:
     """Take the ``counts`` lowest units of each group, every layer scored on what the pruned ones before it hand on.
 
     All groups of one layer see that layer while it is whole. Raises ModelError for a model whose layers do not run one

@@ -18,7 +18,7 @@ RunsOn = Literal["transformers", "everywhere", "vllm", "llama.cpp"]
 
 
 @dataclass(frozen=True)
-class Runtime:
+class RuntimeRules:
     """What a runtime that reads plain checkpoints can open."""
 
     ffn_multiple: int
@@ -30,20 +30,20 @@ class Runtime:
     or wrong shapes. Families in neither set were not looked into, and their heads stay whole."""
 
 
-_VLLM = Runtime(
+_VLLM = RuntimeRules(
     ffn_multiple=64,
     heads=frozenset({"llama", "mistral", "phi3", "qwen3", "gemma", "gemma2"}),
     fixed_heads=frozenset({"qwen2"}),
 )
-_LLAMA_CPP = Runtime(
+_LLAMA_CPP = RuntimeRules(
     ffn_multiple=256,
     heads=frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2"}),
     fixed_heads=frozenset({"qwen2", "phi3"}),
 )
-RUNTIMES: Mapping[RunsOn, Runtime] = {
+RUNTIMES: Mapping[RunsOn, RuntimeRules] = {
     "vllm": _VLLM,
     "llama.cpp": _LLAMA_CPP,
-    "everywhere": Runtime(ffn_multiple=256, heads=frozenset({"llama", "mistral", "qwen3", "gemma"})),
+    "everywhere": RuntimeRules(ffn_multiple=256, heads=frozenset({"llama", "mistral", "qwen3", "gemma"})),
 }
 """Runtimes that need equal widths in all layers; transformers is not among them."""
 

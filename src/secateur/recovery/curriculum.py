@@ -79,7 +79,7 @@ def _agreed(losses: Losses, device: torch.device) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecoveryStage:
     """A stretch of training that is about some of the sources."""
 
     name: str
@@ -98,7 +98,7 @@ class Curriculum(StatefulCallback):
     """
 
     order: ReadingOrder
-    stages: Sequence[Stage]
+    stages: Sequence[RecoveryStage]
     initial: Losses
     """Weights that the sources of a stage have in its beginning."""
     round_steps: int = 0

@@ -19,7 +19,7 @@ from secateur.errors import InputError
 from secateur.evaluation import losses_by_source
 from secateur.precision import autocast_dtype
 from secateur.progress import say
-from secateur.recovery.curriculum import Curriculum, Losses, Stage
+from secateur.recovery.curriculum import Curriculum, Losses, RecoveryStage
 from secateur.recovery.distill import Distillation
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
 
@@ -214,10 +214,10 @@ def _curriculum(
     )
 
 
-def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoverySettings) -> list[Stage]:
+def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoverySettings) -> list[RecoveryStage]:
     """One stage, or two where there are sources for a second; each has at least one step."""
     if not second:
-        return [Stage("text", first, settings.steps)]
+        return [RecoveryStage("text", first, settings.steps)]
     if settings.steps < 2:
         raise InputError(
             f"recovery.steps = {settings.steps} is too few for two stages, text and instructions. Set it to at least "
@@ -225,10 +225,10 @@ def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoveryS
         )
     of_second = max(1, int(settings.steps * settings.instruction_share + 1e-9))
     first_ends = max(1, settings.steps - of_second)
-    return [Stage("text", first, first_ends), Stage("instructions", second, settings.steps)]
+    return [RecoveryStage("text", first, first_ends), RecoveryStage("instructions", second, settings.steps)]
 
 
-def _mention_unwatched(stages: Sequence[Stage], task: RecoveryTask, settings: RecoverySettings) -> None:
+def _mention_unwatched(stages: Sequence[RecoveryStage], task: RecoveryTask, settings: RecoverySettings) -> None:
     """Say which sources no round can measure, because the text that is held out has none of theirs."""
     if settings.round_steps == 0:
         return

@@ -28,18 +28,18 @@ from secateur.export import (
     Verification,
     adopt_config,
     licence_of,
+    save_folder,
     write_artefacts,
     written_bytes,
     written_dtype,
 )
-from secateur.export import save as save_folder
 from secateur.lock import alone
 from secateur.methods import Decision, Method, PruningTask, method_class
 from secateur.planning import describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.recovery import RecoveryTask, recover, repair, source_losses
-from secateur.stages.result import Baseline, Measured, Result, State, plan_of
+from secateur.stages.result import Baseline, Measured, Result, State, plan_for
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.types import Cut, PruningPlan, Settings
 from secateur.workspace import Workspace
@@ -95,7 +95,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     recipe = result.recipe
     method = method_class(recipe.method.name)(recipe.method.settings)
     decision = _run(method, _task(result, texts, work))
-    result.plan = plan_of(result.graph, recipe, decision.removed)
+    result.plan = plan_for(result.graph, recipe, decision.removed)
     result.scores, result.updates = decision.scores, decision.updates
     result.measured.method = decision.metrics
     if result.scores is not None:

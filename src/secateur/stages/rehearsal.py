@@ -17,7 +17,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance import Random
 from secateur.methods import PruningTask, method_class
 from secateur.recovery import check_repairable
-from secateur.stages.result import Result, plan_of
+from secateur.stages.result import Result, plan_for
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan
 
@@ -31,7 +31,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     scores = Random().score(model, task.restricted, None, recipe.seed)
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
-    plan = plan_of(graph, recipe, task.allocate(scores))
+    plan = plan_for(graph, recipe, task.allocate(scores))
     if recipe.recovery.repair:
         check_repairable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):

@@ -114,7 +114,7 @@ class Result:
         return self.measured.model_dump(exclude_none=True)
 
 
-def plan_of(graph: DependencyGraph, recipe: Recipe, removed: Removed) -> PruningPlan:
+def plan_for(graph: DependencyGraph, recipe: Recipe, removed: Removed) -> PruningPlan:
     """The plan of a run that removes these units."""
     return make_plan(
         graph,

@@ -5,13 +5,14 @@ from secateur.surgery.mask import masked, unproduced, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.updates import apply_updates, check_updates, updated
-from secateur.surgery.verify import Check, protect_failing, trace, verify_cuts
+from secateur.surgery.verify import Check, checked_trace, protect_failing, verify_cuts
 
 __all__ = [
     "Check",
     "InputMasks",
     "apply_updates",
     "check_updates",
+    "checked_trace",
     "masked",
     "norms_over",
     "protect_failing",
@@ -19,7 +20,6 @@ __all__ = [
     "set_epsilon",
     "sharing_copy",
     "slice_model",
-    "trace",
     "unproduced",
     "updated",
     "verify_cuts",

@@ -80,7 +80,7 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return pruned_class(cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
 
 
-def code_of(family: type[PreTrainedModel]) -> dict[str, str]:
+def auto_map_of(family: type[PreTrainedModel]) -> dict[str, str]:
     """What a config says about where the class of this family's uneven models lies (``auto_map``)."""
     return {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.Pruned{family.__name__}"}
 

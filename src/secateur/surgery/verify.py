@@ -74,7 +74,7 @@ def verify_cuts(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: flo
         return [replace(check, message=check.message + note) for check in checks(small, ratio)]
 
 
-def trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> DependencyGraph:
+def checked_trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> DependencyGraph:
     """``graph.trace``, with every group protected whose like cannot be cut exactly: what users and runs start from.
 
     Groups of ``kinds`` that are protected for their kind alone (experts, layers, hidden, vocabulary, states) are tried

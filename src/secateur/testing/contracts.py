@@ -89,12 +89,12 @@ class ArchitectureContract:
     def test_removing_nothing_is_the_identity(self, traced: Traced) -> None:
         model, graph = traced
         small, everything = sharing_copy(model), {group.name: list(range(group.size)) for group in graph.prunable}
-        slice_model(small, graph, plan_of(graph, everything).kept)
+        slice_model(small, graph, plan_keeping(graph, everything).kept)
         assert torch.equal(logits(small), logits(model))
 
     def test_a_plan_survives_json_and_refuses_another_model(self, plain: Traced) -> None:
         model, graph = plain
-        plan = plan_of(graph, uneven(graph))
+        plan = plan_keeping(graph, uneven(graph))
         again = PruningPlan.model_validate_json(plan.model_dump_json())
         assert again == plan
         plan.check(graph)
@@ -197,7 +197,7 @@ def uneven(graph: DependencyGraph) -> Kept:
     return kept
 
 
-def plan_of(graph: DependencyGraph, kept: Kept) -> PruningPlan:
+def plan_keeping(graph: DependencyGraph, kept: Kept) -> PruningPlan:
     before, after = graph.parameter_count(), graph.parameter_count(kept)
     return PruningPlan(
         fingerprint=graph.fingerprint,

@@ -337,7 +337,7 @@ def configure(model_type: str, shape: Shape) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **options)
 
 
-def build(model_type: str, shape: Shape, seed: int = 0) -> PreTrainedModel:
+def build_type(model_type: str, shape: Shape, seed: int = 0) -> PreTrainedModel:
     """A random fp32 model in eval mode; raises whatever the family raises for a shape that it cannot have."""
     config = configure(model_type, shape)
     with torch.device("meta"):
@@ -360,7 +360,7 @@ def build_any(model_type: str, seed: int = 0) -> tuple[PreTrainedModel, Shape]:
     for form in FORMS:
         shape = Shape.draw(seed, form)
         try:
-            model = build(model_type, shape, seed)
+            model = build_type(model_type, shape, seed)
             with torch.no_grad():
                 trial = sharing_copy(model)  # some families change themselves while they run
                 logits = trial(input_ids=torch.arange(14).reshape(2, 7), use_cache=False).logits

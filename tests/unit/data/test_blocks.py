@@ -28,7 +28,7 @@ from secateur.data import (
     read_texts,
     split_of,
 )
-from secateur.data.blocks import Packer, Piece, check_ids, cut
+from secateur.data.blocks import Packer, Piece, check_ids, cut_document
 from secateur.data.mixture import context_of
 from secateur.data.own_text import write_own_text
 from secateur.errors import DataError, InputError
@@ -239,11 +239,11 @@ def test_one_source_may_be_written_without_a_list() -> None:
 
 def test_cutting_keeps_every_character() -> None:
     document = "\n\n".join(f"Paragraph {index}. " + "word " * 40 for index in range(50))
-    pieces = cut(document, size=1000)
+    pieces = cut_document(document, size=1000)
     assert "".join(piece.text for piece in pieces) == document
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(1000 <= len(piece.text) < 1300 for piece in pieces[:-1])
-    assert cut("short", size=1000) == [Piece("short", True)]
+    assert cut_document("short", size=1000) == [Piece("short", True)]
 
 
 def test_documents_end_with_the_mark_and_begin_as_the_tokenizer_begins_them() -> None:
@@ -405,7 +405,7 @@ def test_the_beginning_of_a_file_grows_until_it_is_enough(
 
 def test_a_long_stretch_without_a_blank_line_is_cut_at_a_space() -> None:
     document = "word " * 100_000 + "x" * 300_000
-    pieces = cut(document)
+    pieces = cut_document(document)
     assert "".join(piece.text for piece in pieces) == document
     assert all(piece.text.endswith(" ") for piece in pieces[:2])
     assert max(len(piece.text) for piece in pieces) <= 100_000

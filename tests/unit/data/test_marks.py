@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from secateur import pipeline
 from secateur.config import load_recipe
 from secateur.data import TextSettings, TokenBlocks, load_blocks, load_whole, read_ids, read_texts
-from secateur.data.blocks import Packer, Piece, cut
+from secateur.data.blocks import Packer, Piece, cut_document
 from secateur.data.marks import Marks, marks_of
 from secateur.data.own_text import write_own_text
 from secateur.errors import DataError
@@ -109,7 +109,7 @@ def test_marks_stand_where_texts_begin_and_end(kind: str, rows: list[str]) -> No
 
 def test_parts_of_a_long_document_in_their_order_begin_no_text() -> None:
     document = "\n\n".join(TEXT * 30 for _ in range(20))
-    assert [piece.first for piece in cut(document)] == [True] + [False] * (len(cut(document)) - 1)
+    assert [piece.first for piece in cut_document(document)] == [True] + [False] * (len(cut_document(document)) - 1)
 
 
 def test_a_template_that_spells_out_the_marks_does_not_double_them() -> None:

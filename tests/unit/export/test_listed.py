@@ -18,7 +18,7 @@ from secateur.surgery import slice_model
 from secateur.surgery.rebuild import is_listed
 from secateur.testing.contracts import logits
 from secateur.testing.tiny import TINY
-from secateur.testing.zoo import Shape, build
+from secateur.testing.zoo import Shape, build_type
 
 
 def cut(model: Any, graph: Any, *kinds: str) -> dict[str, list[int]]:
@@ -50,7 +50,7 @@ def test_a_width_that_scales_follow_survives_two_rounds(tmp_path: Path) -> None:
 
 
 def test_layers_that_differ_in_a_model_of_several_parts_are_listed() -> None:
-    model = build("gemma3", Shape.draw(0, "joined"))
+    model = build_type("gemma3", Shape.draw(0, "joined"))
     graph = trace(model)
     kept = cut(model, graph, "ffn")
     config = standard_form(model, graph, kept).config

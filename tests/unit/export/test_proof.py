@@ -15,12 +15,12 @@ from secateur import pipeline
 from secateur.compare import compare
 from secateur.config import load_recipe
 from secateur.errors import InputError, ModelError, SecateurError, VerificationError
-from secateur.export import FORMS, ExportSettings, check_finite, save
+from secateur.export import FORMS, ExportSettings, check_finite, save_folder
 from secateur.export.agreement import agreement, is_small
 from secateur.export.verify import Reference, holds_only_our_code, judge, open_folders
 from secateur.graph import trace
 from secateur.inspection import analyze, evaluate, verify
-from secateur.surgery.rebuild import code_of, modeling_source
+from secateur.surgery.rebuild import auto_map_of, modeling_source
 from secateur.testing.tiny import TINY, build
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -143,7 +143,7 @@ def test_no_way_leads_past_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "prune": lambda: pipeline.prune(model, None, method="magnitude", output=out),
         "apply": lambda: pipeline.apply(plan, recipe, out),
         "apply_plan": lambda: secateur.apply_plan(plan, model),
-        "save": lambda: save(model, None, out, graph=graph, kept={}),
+        "save": lambda: save_folder(model, None, out, graph=graph, kept={}),
         "verify": lambda: verify(recipe),
         "evaluate": lambda: evaluate(recipe),
         "analyze": lambda: analyze(model, None, output=out),
@@ -179,7 +179,7 @@ def test_code_that_secateur_did_not_write_is_not_run(names: str, file: str, tmp_
 def test_only_the_file_that_secateur_writes_is_ours(tmp_path: Path) -> None:
     family = type(TINY["llama-gqa"]())
     config, file = tmp_path / "config.json", tmp_path / "modeling_pruned.py"
-    config.write_text(json.dumps({"auto_map": code_of(family)}))
+    config.write_text(json.dumps({"auto_map": auto_map_of(family)}))
     assert not holds_only_our_code(tmp_path)
     file.write_text(modeling_source(family))
     assert holds_only_our_code(tmp_path)
@@ -187,9 +187,9 @@ def test_only_the_file_that_secateur_writes_is_ours(tmp_path: Path) -> None:
     (tmp_path / "custom_generate" / "generate.py").write_text("1/0")
     assert not holds_only_our_code(tmp_path)
     (tmp_path / "custom_generate" / "generate.py").unlink()
-    config.write_text(json.dumps({"auto_map": code_of(family) | {"AutoConfig": "other.Config"}}))
+    config.write_text(json.dumps({"auto_map": auto_map_of(family) | {"AutoConfig": "other.Config"}}))
     assert not holds_only_our_code(tmp_path)
-    config.write_text(json.dumps({"auto_map": code_of(family)}))
+    config.write_text(json.dumps({"auto_map": auto_map_of(family)}))
     file.write_text(modeling_source(family) + "\nimport os\n")
     assert not holds_only_our_code(tmp_path)
 

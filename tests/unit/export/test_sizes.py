@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from secateur.errors import ModelError
 from secateur.export.layers import LayerSizes
 from secateur.export.runtimes import runtimes_of
-from secateur.export.sizes import place_of, query_heads_name, size_name
+from secateur.export.sizes import query_heads_name, size_name, size_place_of
 from secateur.graph import trace
 from secateur.testing.tiny import TINY
 from secateur.types import Kind, Member, NodeGroup
@@ -55,11 +55,11 @@ def test_query_heads_are_named_beside_kv_heads() -> None:
 
 def test_members_on_one_axis_are_added_up() -> None:
     graph = trace(TINY["phi3"]())
-    place = place_of(graph["layers.1.attention"])
+    place = size_place_of(graph["layers.1.attention"])
     assert place is not None
     assert place.path == "model.layers"
     assert dict(place.rows) == {"self_attn.qkv_proj.weight:0": 24 + 12 + 12, "self_attn.o_proj.weight:1": 24}
-    assert place == place_of(graph["layers.0.attention"])
+    assert place == size_place_of(graph["layers.0.attention"])
 
 
 def test_layers_of_one_size_make_a_plain_config() -> None:

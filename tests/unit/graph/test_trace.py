@@ -305,7 +305,7 @@ def test_an_unused_parameter_protects_its_module() -> None:
 
 def test_what_makes_hidden_states_of_pictures_keeps_the_hidden_width() -> None:
     """Text alone does not run it, so that it would go on with the old width."""
-    model = zoo.build("gemma3", zoo.Shape.draw(0, "joined"))
+    model = zoo.build_type("gemma3", zoo.Shape.draw(0, "joined"))
     hidden = next(group for group in trace(model) if group.kind == "hidden")
     assert "was not used in the recorded pass" in (hidden.protected or "")
     assert not hidden.on_request
@@ -315,7 +315,7 @@ def test_what_makes_hidden_states_of_pictures_keeps_the_hidden_width() -> None:
 
 
 def test_special_tokens_of_a_model_of_several_parts_stay() -> None:
-    model = zoo.build("gemma3", zoo.Shape.draw(0, "joined"))
+    model = zoo.build_type("gemma3", zoo.Shape.draw(0, "joined"))
     model.config.image_token_id, model.config.get_text_config().eos_token_id = 7, 11
     vocabulary = next(group for group in trace(model) if group.kind == "vocab")
     assert {7, 11} <= dict(vocabulary.fixed).keys()

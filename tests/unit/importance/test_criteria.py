@@ -15,7 +15,7 @@ from torch import nn
 from secateur.data import TokenBlocks
 from secateur.errors import DataError, ModelError
 from secateur.graph import trace
-from secateur.importance import CRITERIA, Fisher, LoRA, Magnitude, Random, Taylor, Wanda
+from secateur.importance import CRITERIA, Fisher, LoRA, Magnitude, Random, Taylor, WandaSP
 from secateur.surgery import masked
 from secateur.testing.tiny import TINY, VOCAB
 from secateur.types import DependencyGraph, NodeGroup, Scores
@@ -102,7 +102,7 @@ def test_magnitude_is_the_reference(family: str, over: Any) -> None:
 def test_wanda_is_the_reference(family: str) -> None:
     model, text = TINY[family](), blocks()
     graph = trace(model)
-    scores = Wanda().score(model, graph, text, seed=0)
+    scores = WandaSP().score(model, graph, text, seed=0)
     for group in graph.prunable:
         torch.testing.assert_close(
             scores[group.name], torch.tensor(wanda(model, group, text.ids)), rtol=1e-4, atol=1e-6
@@ -137,7 +137,7 @@ def test_wanda_of_stacked_experts_averages_the_experts_by_their_tokens() -> None
     experts = model.get_submodule("model.layers.0.mlp.experts")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[1])))
-    scores = Wanda().score(model, graph, text, seed=0)["layers.0.mlp.experts"]
+    scores = WandaSP().score(model, graph, text, seed=0)["layers.0.mlp.experts"]
     hook.remove()
     hidden, chosen = (
         torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in zip(*seen, strict=True)
@@ -152,7 +152,7 @@ def test_wanda_of_stacked_experts_averages_the_experts_by_their_tokens() -> None
     assert model.config._experts_implementation == TINY["mixtral"]().config._experts_implementation
 
 
-@pytest.mark.parametrize("criterion", [Wanda, Taylor, LoRA])
+@pytest.mark.parametrize("criterion", [WandaSP, Taylor, LoRA])
 def test_the_batch_size_does_not_change_scores(criterion: Callable[..., Any]) -> None:
     model = with_lora(TINY["llama-gqa"]())
     graph = trace(model)
@@ -205,7 +205,7 @@ def test_scoring_happens_in_eval_mode() -> None:
     model = TINY["llama-gqa"]()
     dropped = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear")).train()
     graph, text = trace(dropped), blocks()
-    for criterion in (Wanda(), Taylor(), LoRA()):
+    for criterion in (WandaSP(), Taylor(), LoRA()):
         assert_same(criterion.score(dropped, graph, text, 0), criterion.score(dropped, graph, text, 0))
 
 

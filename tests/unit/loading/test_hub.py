@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from secateur.errors import ModelError
-from secateur.export import save
+from secateur.export import save_folder
 from secateur.graph import trace
 from secateur.loading import hub, load, outline
 from secateur.testing.tiny import build
@@ -128,7 +128,7 @@ def test_what_a_result_takes_along_is_fetched_and_nothing_else(
     there = {file.relative_to(model.source_folder).as_posix() for file in model.source_folder.rglob("*")}
     assert there >= set(ALONG)
     assert not there & set(LEFT)
-    save(model, tokenizer, tmp_path / "out", graph=trace(model), kept={})
+    save_folder(model, tokenizer, tmp_path / "out", graph=trace(model), kept={})
     for name in ALONG:
         assert (tmp_path / "out" / name).read_text() == name
 

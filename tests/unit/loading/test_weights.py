@@ -89,7 +89,7 @@ def test_what_a_model_from_python_becomes_promises_none_either(tmp_path: Path) -
     assert model.config.num_mtp_layers == 1
     model.config.mtp_config = {"num_nextn_predict_layers": 2, "depth": 3}
     graph = trace(model)
-    export.save(model, None, tmp_path / "whole", graph=graph, kept={})
+    export.save_folder(model, None, tmp_path / "whole", graph=graph, kept={})
     assert model.config.num_mtp_layers == 1  # it is not changed
     secateur.prune(
         model,

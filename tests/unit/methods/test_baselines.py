@@ -55,7 +55,7 @@ class TestWandaLayerByLayer(MethodContract):
         # by hand: cut what is before the last layer's MLP, and score what is left
         before = {name: units for name, units in pruned.removed.items() if name.startswith("layers.0.")}
         with masked(task.model, task.graph, Cut.removing(task.graph, before)):
-            expected = importance.Wanda().score(task.model, task.graph, task.calibration, seed=0)[last]
+            expected = importance.WandaSP().score(task.model, task.graph, task.calibration, seed=0)[last]
         assert not torch.allclose(expected, dense.scores[last], rtol=1e-3)
         torch.testing.assert_close(pruned.scores[last], expected, rtol=1e-4, atol=1e-6)
 
@@ -71,7 +71,7 @@ def plain_gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_llm_pruner_agrees_with_plain_loops(form: Any, members: Any) -> None:
     model, blocks = build("llama-gqa"), noise(4, 1)
     graph = trace(model)
-    scores = importance.LLMPruner(form=form, members=members).score(model, graph, Calibration(blocks, 3), seed=0)
+    scores = importance.Salience(form=form, members=members).score(model, graph, Calibration(blocks, 3), seed=0)
     mean = plain_gradients(model, blocks.ids)
     single = [plain_gradients(model, block[None]) for block in blocks.ids]
     parameters = dict(model.named_parameters())
@@ -120,7 +120,7 @@ def test_llm_pruner_scores_no_biases(members: Any) -> None:
             if name.endswith("bias"):
                 parameter.data.fill_(fill)
         graph = trace(model)
-        found.append(importance.LLMPruner(members=members).score(model, graph, Calibration(noise(4, 1)), 0))
+        found.append(importance.Salience(members=members).score(model, graph, Calibration(noise(4, 1)), 0))
         if fill == 0.0:
             for group in graph.prunable:
                 assert len(found[0][group.name].unique()) == group.size
@@ -130,7 +130,7 @@ def test_llm_pruner_scores_no_biases(members: Any) -> None:
                 replace(group, members=tuple(m for m in group.members if "bias" not in m.parameter)) for group in graph
             ]
             without = replace(graph, groups=tuple(only))
-            expected = importance.LLMPruner(members=members).score(model, without, Calibration(noise(4, 1)), 0)
+            expected = importance.Salience(members=members).score(model, without, Calibration(noise(4, 1)), 0)
             for group in graph.prunable:
                 torch.testing.assert_close(found[1][group.name], expected[group.name])
 

@@ -14,7 +14,7 @@ from secateur.methods.lhspg import Decay, HalfSpace, Shrinking, decay_factor, ha
 from secateur.surgery import masked, scales_with_zeros, slice_model, zero_units
 from secateur.testing.tiny import TINY
 from secateur.testing.zoo import Shape
-from secateur.testing.zoo import build as build_any
+from secateur.testing.zoo import build_type as build_any
 from secateur.training import LoraSettings, attach_lora, merge_lora
 from secateur.types import Cut
 

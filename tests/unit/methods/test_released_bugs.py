@@ -12,9 +12,9 @@ import torch
 
 from secateur.data import TokenBlocks
 from secateur.graph import trace
-from secateur.importance import LoRA, Wanda
+from secateur.importance import LoRA, WandaSP
 from secateur.importance.flap import Fluctuation
-from secateur.importance.llm_pruner import LLMPruner, salience
+from secateur.importance.llm_pruner import Salience, salience
 from secateur.importance.lora import AdapterGradients
 from secateur.methods import METHODS
 from secateur.methods.base import PruningTask
@@ -89,7 +89,7 @@ def test_llm_pruner_bug_the_sign_of_the_mixed_form_was_lost_in_attention() -> No
     model = build("llama-gqa")
     graph = restrict(trace(model), Budget(ratio=0.2, kinds=("attention",)))
     forms: tuple[Any, ...] = ("first", "second", "mixed")
-    first, second, mixed = (LLMPruner(form=form).score(model, graph, Calibration(noise(4, 1)), 0) for form in forms)
+    first, second, mixed = (Salience(form=form).score(model, graph, Calibration(noise(4, 1)), 0) for form in forms)
     for name in mixed:
         assert not torch.equal(mixed[name], first[name])
         assert (mixed[name] <= first[name] + 0.5 * second[name] + 1e-6).all()
@@ -108,7 +108,7 @@ def test_llm_pruner_bug_gradients_of_all_weights_were_held(monkeypatch: pytest.M
     backward = Calibration.backward
     monkeypatch.setattr(Calibration, "backward", watched)
     model = build("llama-gqa")
-    LLMPruner().score(model, restrict(trace(model), Budget(ratio=0.2, kinds=("ffn",))), Calibration(noise(4, 1)), 0)
+    Salience().score(model, restrict(trace(model), Budget(ratio=0.2, kinds=("ffn",))), Calibration(noise(4, 1)), 0)
     assert held
     assert all(".mlp." in name for name in held)
 
@@ -119,7 +119,7 @@ def test_wanda_sp_and_flap_bug_sequences_of_zeros_were_counted(family: str) -> N
     model, blocks = build(family), noise(4, 1)
     graph = trace(model)
     twice = TokenBlocks(torch.cat([blocks.ids, blocks.ids]), (*blocks.sources, *blocks.sources))
-    for criterion in (Wanda(), Fluctuation()):
+    for criterion in (WandaSP(), Fluctuation()):
         once, again = (criterion.score(model, graph, Calibration(text), 0) for text in (blocks, twice))
         assert same(once, again)
 

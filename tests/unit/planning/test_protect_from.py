@@ -10,14 +10,14 @@ import pytest
 from secateur.analysis import Analysis, Trial
 from secateur.errors import PlanError
 from secateur.planning import Budget, allocate, restrict
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.testing.tiny import TINY
 from secateur.types import DependencyGraph, Scores
 
 
 @pytest.fixture(scope="module")
 def graph() -> DependencyGraph:
-    return trace(TINY["llama-gqa"](), ("query",))
+    return checked_trace(TINY["llama-gqa"](), ("query",))
 
 
 def _analysis(graph: DependencyGraph, folder: Path, **kl: float) -> Path:

@@ -13,7 +13,7 @@ from secateur.config import load_recipe
 from secateur.errors import PlanError
 from secateur.planning import Budget, Problem, allocate, restrict
 from secateur.planning.shares import _shares
-from secateur.surgery import trace
+from secateur.surgery import checked_trace
 from secateur.testing.graphs import llama_graph
 from secateur.testing.tiny import TINY
 from secateur.types import Cut, DependencyGraph, Scores
@@ -69,7 +69,7 @@ def test_both_ratios_are_reached_within_a_unit(ranking: Any, shares: dict[str, f
 
 
 def test_parameters_that_two_groups_of_a_share_live_on_count_once() -> None:
-    graph = trace(TINY["llama-gqa"](), ("query",))  # query heads are parts of the KV heads beside them
+    graph = checked_trace(TINY["llama-gqa"](), ("query",))  # query heads are parts of the KV heads beside them
     budget = Budget(ratio=0.2, shares={"layers.0.*": 0.1})
     [share] = _shares(Problem.of(restrict(graph, budget), scores(graph), budget))
     groups = [graph["layers.0.attention"], graph["layers.0.mlp"]]

@@ -17,7 +17,7 @@ from secateur.data import TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.errors import InputError, ModelError
 from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
-from secateur.recovery.curriculum import Curriculum, Stage, floored, reweigh
+from secateur.recovery.curriculum import Curriculum, RecoveryStage, floored, reweigh
 from secateur.recovery.distill import Distillation
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings
@@ -94,7 +94,9 @@ def test_the_floor_leaves_what_is_above_it_in_proportion() -> None:
     assert floored({"a": 9.0, "b": 0.0}, 0.0) == pytest.approx({"a": 1.0, "b": 0.0})
 
 
-def _staged(stages: list[Stage], initial: dict[str, float], losses: dict[str, float], floor: float) -> Curriculum:
+def _staged(
+    stages: list[RecoveryStage], initial: dict[str, float], losses: dict[str, float], floor: float
+) -> Curriculum:
     """A curriculum whose rounds always find these losses; the dense model's are 1."""
     return Curriculum(
         order=ReadingOrder(list(initial), initial, 0),
@@ -111,7 +113,7 @@ def _staged(stages: list[Stage], initial: dict[str, float], losses: dict[str, fl
 @pytest.mark.parametrize("loss", [0.5, 1.0, 1.7])
 def test_where_all_are_equally_far_behind_the_shares_stay(loss: float) -> None:
     shares = {"a": 9.0, "b": 1.0}
-    curriculum = _staged([Stage("text", ("a", "b"), 100)], shares, dict.fromkeys(shares, loss), floor=0.05)
+    curriculum = _staged([RecoveryStage("text", ("a", "b"), 100)], shares, dict.fromkeys(shares, loss), floor=0.05)
     model = torch.nn.Linear(1, 1)
     for step in range(20):
         curriculum._round(step, model)
@@ -119,7 +121,7 @@ def test_where_all_are_equally_far_behind_the_shares_stay(loss: float) -> None:
 
 
 def test_in_the_second_stage_as_well_no_source_is_below_the_floor() -> None:
-    stages = [Stage("text", tuple("abcd"), 1), Stage("instructions", ("i", "j"), 100)]
+    stages = [RecoveryStage("text", tuple("abcd"), 1), RecoveryStage("instructions", ("i", "j"), 100)]
     losses = dict.fromkeys("abcdj", 1.0) | {"i": 9.0}  # i is far behind, j is not
     curriculum, model = _staged(stages, dict.fromkeys("abcdij", 1.0), losses, floor=0.1), torch.nn.Linear(1, 1)
     curriculum._round(0, model)
@@ -174,7 +176,7 @@ def test_a_source_at_the_floor_comes_back_when_it_falls_behind_later() -> None:
     behind = [{"a": 3.0, "b": 0.0}] * 6 + [{"a": 0.0, "b": 3.0}] * 2
     curriculum = Curriculum(
         order=ReadingOrder(["a", "b"], {"a": 1.0, "b": 1.0}, 0),
-        stages=[Stage("text", ("a", "b"), 100)],
+        stages=[RecoveryStage("text", ("a", "b"), 100)],
         initial={"a": 1.0, "b": 1.0},
         round_steps=1,
         floor=0.1,
@@ -197,7 +199,7 @@ def _watching(losses: list[float], **settings: Any) -> Curriculum:
     found = list(losses)
     return Curriculum(
         order=ReadingOrder(["a"], {"a": 1.0}, 0),
-        stages=[Stage("text", ("a",), 100)],
+        stages=[RecoveryStage("text", ("a",), 100)],
         initial={"a": 1.0},
         round_steps=1,
         measure=lambda model: {"a": found.pop(0)},

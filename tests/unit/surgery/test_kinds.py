@@ -15,8 +15,7 @@ from secateur.graph import record, trace
 from secateur.surgery import masked, sharing_copy, slice_model
 from secateur.surgery.stand_in import randomise
 from secateur.surgery.tokens import kept_tokens, new_ids
-from secateur.surgery.verify import checks, legal_units
-from secateur.surgery.verify import trace as checked_trace
+from secateur.surgery.verify import checked_trace, checks, legal_units
 from secateur.testing.contracts import ids, logits, with_adapters
 from secateur.testing.tiny import SPECS, TINY
 from secateur.types import DependencyGraph, Kind

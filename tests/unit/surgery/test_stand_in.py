@@ -17,7 +17,7 @@ from secateur.surgery import protect_failing, slice_model, verify_cuts
 from secateur.surgery.narrower import in_step
 from secateur.surgery.rebuild import is_listed
 from secateur.surgery.stand_in import stand_in
-from secateur.testing.zoo import Shape, build, build_any
+from secateur.testing.zoo import Shape, build_any, build_type
 from secateur.types import DependencyGraph, Kind
 
 VERIFY, STAND_IN = (importlib.import_module(f"secateur.surgery.{name}") for name in ("verify", "stand_in"))
@@ -114,7 +114,7 @@ def test_so_it_does_of_query_heads_that_went_apart(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("parts", [False, True])
 def test_results_that_list_their_tensors_have_stand_ins(monkeypatch: pytest.MonkeyPatch, parts: bool) -> None:
-    model = uneven(build("gemma3", Shape.draw(0, "joined")), "ffn") if parts else uneven(wide("gemma2"), "hidden")
+    model = uneven(build_type("gemma3", Shape.draw(0, "joined")), "ffn") if parts else uneven(wide("gemma2"), "hidden")
     assert is_listed(model.config)
     one, two = both_sides(monkeypatch, model)
     assert one == two
@@ -123,7 +123,7 @@ def test_results_that_list_their_tensors_have_stand_ins(monkeypatch: pytest.Monk
 
 
 def test_what_reads_pictures_has_one_layer_in_a_stand_in() -> None:
-    model = build("gemma3", Shape.draw(0, "joined"))
+    model = build_type("gemma3", Shape.draw(0, "joined"))
     config = model.config
     config.vision_config.num_hidden_layers = 5
     model = type(model)(config).eval()
@@ -134,7 +134,7 @@ def test_what_reads_pictures_has_one_layer_in_a_stand_in() -> None:
 
 
 def test_what_cannot_have_a_tower_of_one_layer_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("gemma3", Shape.draw(0, "joined"))
+    model = build_type("gemma3", Shape.draw(0, "joined"))
     config = model.config
     config.vision_config.num_hidden_layers = 5
     model, graph = type(model)(config).eval(), trace(model)
