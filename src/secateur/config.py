@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from secateur.analysis import Analysis
+from secateur.compensation import EVERY
 from secateur.data import Purpose, TextSettings
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
@@ -121,8 +122,11 @@ class Recipe(Settings):
         method = method_class(self.method.name)
         used: dict[Purpose, TextSettings] = {"evaluation": self.evaluation}
         baseline = method_class(self.baseline) if self.baseline else method
-        if (method.needs, baseline.needs) != ("nothing", "nothing") or self.recovery.repair:
+        if (method.needs, baseline.needs) != ("nothing", "nothing"):
             used["calibration"] = self.calibration
+        if self.recovery.repair:
+            tokens = max(self.recovery.repair_tokens, EVERY * self.calibration.window)
+            used["repair"] = self.calibration.model_copy(update={"tokens": tokens})
         if method.needs == "training" or self.recovery.steps > 0:
             used["recovery"] = self.recovery
         if self.recovery.steps > 0:

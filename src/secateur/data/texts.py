@@ -20,10 +20,11 @@ _MARGIN = 1.2
 """How much more the model writes than the splits need, because documents fall to them unevenly."""
 
 
-Purpose = Literal["calibration", "recovery", "instructions", "validation", "evaluation"]
+Purpose = Literal["calibration", "repair", "recovery", "instructions", "validation", "evaluation"]
 
 _SPLITS: Mapping[Purpose, Split] = {
     "calibration": "calibration",
+    "repair": "calibration",
     "recovery": "recovery",
     "instructions": "recovery",
     "validation": "calibration",
@@ -32,7 +33,7 @@ _SPLITS: Mapping[Purpose, Split] = {
 """Which documents serve which purpose: recovery is watched on text that it does not train on and nobody evaluates.
 
 It is also other text than calibration reads from the same split, unless there is too little."""
-_SECTIONS: Mapping[Purpose, str] = {"instructions": "recovery", "validation": "recovery"}
+_SECTIONS: Mapping[Purpose, str] = {"repair": "calibration", "instructions": "recovery", "validation": "recovery"}
 """The section of the recipe that a purpose belongs to, where its name is another."""
 
 
@@ -41,6 +42,8 @@ class Texts:
     """Blocks for each purpose; None where a run does not need them."""
 
     calibration: TokenBlocks | None = None
+    repair: TokenBlocks | None = None
+    """What consumers are refitted on."""
     recovery: TokenBlocks | None = None
     """Also what progressive methods train on."""
     instructions: TokenBlocks | None = None

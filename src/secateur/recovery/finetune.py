@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
+from secateur.compensation import Target
 from secateur.data import TextSettings, TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.errors import InputError
@@ -37,10 +38,13 @@ class RecoverySettings(TextSettings):
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
     repair: bool = False
-    """Before any training, and also without: refit in closed form, on calibration text, what consumes the units that
-    stay. It changes nothing where the units that go are zero already, as after lorashear."""
-    repair_ridge: float = Field(default=0.01, gt=0)
-    """How strongly repair holds on to the weights that are there, as a share of the mean square of their inputs."""
+    """Refit the consumers of the kept units in closed form, before any training and also without. It changes nothing
+    after lorashear, where the removed units are zero already."""
+    repair_tokens: int = Field(default=65_536, ge=10)
+    """Calibration tokens that repair reads. 20 for each input of a consumer are enough; fewer fit the noise."""
+    repair_target: Target = "dense"
+    """What a refitted consumer should give. ``dense``: its output in the dense model. ``stream``: what brings the
+    residual stream back to the dense model's. ``own``: what the dense weights give on the pruned model's inputs."""
     round_steps: int = Field(default=0, ge=0)
     """Steps between two measurements of how far each source has fallen behind the dense model, which set the sources'
     weights (LoRAShear's dynamic recovery); 0: the shares stay as they are."""

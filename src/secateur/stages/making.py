@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from secateur.compensation import compensate
 from secateur.config import Recipe, dump
 from secateur.data import Texts, TokenBlocks
 from secateur.errors import InputError, ModelError
@@ -38,7 +39,7 @@ from secateur.methods import Decision, Method, PruningTask, method_class
 from secateur.planning import describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
-from secateur.recovery import RecoveryTask, recover, repair, source_losses
+from secateur.recovery import RecoveryTask, recover, source_losses
 from secateur.stages.result import Baseline, Measured, Result, State, plan_for
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.types import Cut, PruningPlan, Settings
@@ -138,9 +139,17 @@ def _run(method: Method, task: PruningTask) -> Decision:
 def mend(result: Result, texts: Texts) -> None:
     """Refit what consumes the units that stay, before the others are cut out."""
     recipe = result.recipe
-    calibration = recipe.calibration.of(texts.calibration)
-    refits = repair(result.model, result.graph, result.plan.kept, calibration, ridge=recipe.recovery.repair_ridge)
-    result.measured.repair = {name: {"before": refit.before, "after": refit.after} for name, refit in refits.items()}
+    found = compensate(
+        result.model,
+        result.graph,
+        result.plan.kept,
+        recipe.calibration.of(texts.repair),
+        recipe.recovery.repair_target,
+    )
+    apply_updates(result.model, found.updates)
+    facts = asdict(found)
+    del facts["updates"]
+    result.measured.repair = facts
 
 
 def cut(result: Result) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from secateur.analysis import check_weights
+from secateur.compensation import check_refittable
 from secateur.config import Recipe
 from secateur.data import Texts
 from secateur.digest import digest
@@ -16,7 +17,6 @@ from secateur.export import check_describable, rehearse_saving
 from secateur.graph.twin import twin_of
 from secateur.importance import Random
 from secateur.methods import PruningTask, method_class
-from secateur.recovery import check_repairable
 from secateur.stages.result import Result, plan_for
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan
@@ -33,7 +33,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
         check_weights(model, recipe.budget.protect_from)
     plan = plan_for(graph, recipe, task.allocate(scores))
     if recipe.recovery.repair:
-        check_repairable(model, graph, plan.kept)
+        check_refittable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
     method = method_class(recipe.method.name)(recipe.method.settings)

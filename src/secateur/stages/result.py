@@ -54,8 +54,8 @@ class Metrics(BaseModel):
     """The dense model's loss on the text that recovery watches, by source."""
     method: dict[str, Any] | None = None
     """What the method keeps for the record: ``training``, the log of its steps, say."""
-    repair: dict[str, dict[str, float]] | None = None
-    """Consumer → ``before`` and ``after``: how far its output is from the dense one's."""
+    repair: dict[str, Any] | None = None
+    """``refits`` by consumer, the ``step`` of all together, ``loss_before`` and ``loss_after`` on the check windows."""
     recovery: dict[str, Any] | None = None
     """``log`` of the steps, and ``rounds``."""
     speed: dict[str, Any] | None = None

@@ -48,6 +48,11 @@ class Calibration:
         """int64, ``[windows, window]``, on the CPU."""
         return self.blocks.ids
 
+    @property
+    def passes(self) -> int:
+        """How many batches there are."""
+        return -(-len(self) // self.batch_size)
+
     def batches(self) -> Iterator[torch.Tensor]:
         """The ids in order, at most ``batch_size`` windows at a time."""
         return self.blocks.batches(self.batch_size)
@@ -65,7 +70,7 @@ class Calibration:
 
     def run(self, model: nn.Module, description: str) -> None:
         """Run all windows through the model, for whoever watches it (``watched``, hooks)."""
-        for _ in track(self.logits(model), description, -(-len(self) // self.batch_size)):
+        for _ in track(self.logits(model), description, self.passes):
             pass
 
     def backward(self, model: nn.Module) -> float:

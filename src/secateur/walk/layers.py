@@ -26,13 +26,16 @@ class Walker:
 
         One tensor a batch. The walker stays where it is.
         """
-        stop = self.layer + 1 if stop is None else stop
-        moved = []
-        for number, ids in enumerate(self.calibration.batches()):
-            states = self.states[number] if self.layer > 0 else None
-            with self.calibration.autocast(self.stack.model):
-                moved.append(self.stack.states(ids, self.layer, states, stop))
-        return moved
+        return [self.batch(number, stop) for number in range(self.calibration.passes)]
+
+    def batch(self, number: int, stop: int | None = None) -> torch.Tensor:
+        """As ``through``, for one batch."""
+        rows = slice(number * self.calibration.batch_size, (number + 1) * self.calibration.batch_size)
+        states = self.states[number] if self.layer > 0 else None
+        with self.calibration.autocast(self.stack.model):
+            return self.stack.states(
+                self.calibration.ids[rows], self.layer, states, self.layer + 1 if stop is None else stop
+            )
 
     def go_to(self, layer: int) -> None:
         """Move on to the input of ``layer``; nothing happens when the walker is there already."""

@@ -1,0 +1,18 @@
+"""Making up for removed units in closed form: what consumes the kept ones is refitted."""
+
+from __future__ import annotations
+
+from secateur.compensation.gram import Gram, Solution, solve_refit
+from secateur.compensation.refit import EVERY, Compensated, Refit, Target, check_refittable, compensate
+
+__all__ = [
+    "EVERY",
+    "Compensated",
+    "Gram",
+    "Refit",
+    "Solution",
+    "Target",
+    "check_refittable",
+    "compensate",
+    "solve_refit",
+]

@@ -1,0 +1,116 @@
+"""The least-squares problem of one consumer, in matrices whose size does not depend on the number of tokens.
+
+A consumer (down projection of an FFN, output projection of attention) computes ``y = W x``. In the pruned model it sees
+``x'``, of which only the kept inputs S count, and it should still give the dense model's y. With ``H = Σ x' x'ᵀ`` and
+``C = Σ y x'ᵀ`` over tokens, the summed squared error of any weights V of the kept inputs is
+
+    E(V) = Σ y² − 2 ⟨V, C_S⟩ + ⟨V H_SS, V⟩.
+
+Ridge regression towards the weights that are there is ``V = W_S + (C_S − W_S H_SS) (H_SS + λ I)⁻¹``: the more λ, the
+less is changed. One eigendecomposition of H_SS gives V for every λ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""λ as shares of the typical mean square of an input."""
+_SKEWED = 10.0
+"""From this ratio of mean to median on, the median is taken: few inputs are many times as large as all others."""
+
+
+@dataclass
+class Gram:
+    """Sums over tokens, float64."""
+
+    inputs: torch.Tensor
+    """H, ``[inputs, inputs]``."""
+    cross: torch.Tensor
+    """C, ``[outputs, inputs]``."""
+    square: float = 0.0
+    """``Σ y²``."""
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, device: torch.device) -> Gram:
+        """Of no tokens yet."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(zeros(inputs, inputs), zeros(outputs, inputs))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the tokens of one pass: inputs ``[tokens, inputs]`` and wanted outputs ``[tokens, outputs]``.
+
+        Products are computed in float32, which a pass of some thousand tokens stands, and summed up in float64.
+        """
+        x, y = x.float(), y.float()
+        self.inputs += (x.T @ x).double()
+        self.cross += (y.T @ x).double()
+        self.square += float(y.double().square().sum())
+        self.tokens += len(x)
+
+    def towards(self, weight: torch.Tensor) -> Gram:
+        """The same inputs, with ``weight x'`` as the wanted outputs: the dense matrix on the pruned model's inputs."""
+        weight = weight.double()
+        cross = weight @ self.inputs
+        return Gram(self.inputs, cross, float((cross * weight).sum()), self.tokens)
+
+    def error(self, weight: torch.Tensor, kept: torch.Tensor) -> float:
+        """E of ``weight`` (``[outputs, kept]``) as a share of ``Σ y²``; 0 where nothing is wanted."""
+        weight = weight.double()
+        product = weight @ self.inputs[kept][:, kept]
+        total = self.square - 2 * float((weight * self.cross[:, kept]).sum()) + float((weight * product).sum())
+        return max(total, 0.0) / self.square if self.square > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New weights of the kept inputs, or the old ones where no step helps."""
+
+    weight: torch.Tensor
+    """float64, ``[outputs, kept]``."""
+    ridge: float
+    """λ as a share (``RIDGES``)."""
+    step: float
+    """Fraction of the way from the old weights to the ridge solution, 0 to 1."""
+    before: float
+    """Error of the old weights on the windows that nothing was fitted to (``Gram.error``)."""
+    after: float
+    """Error of the new ones on the same windows."""
+
+
+def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor) -> Solution:
+    """Fit on some windows; choose λ, and how far to go, on the others.
+
+    Args:
+        weight: W, ``[outputs, inputs]``.
+        kept: indices of the kept inputs, ``[k]``.
+
+    The step is where the error on ``check`` is smallest along the way, clipped to [0, 1]; it never rises there.
+    """
+    old = weight.double()[:, kept]
+    before = check.error(old, kept)
+    best = Solution(old, 0.0, 0.0, before, before)
+    gram = fit.inputs[kept][:, kept]
+    diagonal = gram.diagonal()
+    if not float(diagonal.sum()) > 0:
+        return best  # the kept inputs are silent on this text: nothing can be said
+    mean, median = float(diagonal.mean()), float(diagonal.median())
+    scale = median if 0 < median * _SKEWED < mean else mean
+    values, vectors = torch.linalg.eigh(gram)
+    missing = (fit.cross[:, kept] - old @ gram) @ vectors
+    there = check.inputs[kept][:, kept]
+    gain = (check.cross[:, kept] - old @ there) @ vectors
+    curvature = vectors.T @ there @ vectors
+    for ridge in RIDGES:
+        change = missing / (values.clamp_min(0) + ridge * scale)
+        steepness = float((change @ curvature * change).sum())
+        step = min(max(float((gain * change).sum()) / steepness, 0.0), 1.0) if steepness > 0 else 0.0
+        new = old + step * (change @ vectors.T)
+        after = check.error(new, kept)
+        if step > 0 and after < best.after:
+            best = Solution(new, ridge, step, before, after)
+    return best

@@ -1,0 +1,273 @@
+"""Repair in closed form, layer by layer: each consumer is refitted on the pruned and refitted layers before it.
+
+Four windows of five are fitted to, and the fifth says how far to go (``gram.solve_refit``). The first positions of a window
+are left out: tokens that attention sinks into have activations a hundred times as large as all others, and would be the
+only ones that count. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.md.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from secateur.compensation.gram import Gram, Solution, solve_refit
+from secateur.errors import ModelError
+from secateur.progress import Bar
+from secateur.surgery import masked, updated
+from secateur.surgery.mask import MASKABLE
+from secateur.surgery.rows import removed_rows
+from secateur.types import Cut, DependencyGraph, Kept
+from secateur.units import Rows
+from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, input_device, watched
+
+Target = Literal["dense", "stream", "own"]
+"""What a consumer should give: ``dense``: what it gives in the dense model; ``stream``: what brings the residual stream
+after it back to the dense model's; ``own``: what the dense matrix gives on the pruned model's inputs."""
+
+EVERY = 5
+"""One window of so many is for checking."""
+SKIPPED = 4
+"""Positions at the beginning of a window that are left out."""
+_FALL_BACK = 0.3
+"""A consumer whose step towards the dense target is shorter is fitted to its own target, if that helps more."""
+_STEPS = (1.0, 0.5)
+"""Fractions of all changes together, tried in turn on the held-out loss."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How one consumer was refitted."""
+
+    before: float
+    """Distance of its output from the target on the check windows, as a share of the target's square."""
+    after: float
+    ridge: float
+    step: float
+    """0: it is left alone."""
+    target: Target
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """New values, not yet written, and what they are worth."""
+
+    updates: dict[str, torch.Tensor]
+    """Path of a parameter → its new values, of the shape before the cut."""
+    refits: dict[str, Refit] = field(default_factory=dict)
+    step: float = 0.0
+    """Fraction of all changes that is in ``updates``; 0 when no fraction lowered the loss."""
+    loss_before: float = float("nan")
+    """Mean loss of the pruned model on the check windows, nats."""
+    loss_after: float = float("nan")
+
+
+def compensate(
+    model: nn.Module,
+    graph: DependencyGraph,
+    kept: Kept,
+    calibration: Calibration | None,
+    target: Target = "dense",
+) -> Compensated:
+    """New values for what consumes the kept units of the groups that are cut; the model is left as it was.
+
+    The columns of removed units keep their values. Stacked experts are not refitted. The result never makes the loss on
+    the check windows larger: all changes are made, half of each, or none. Costs six forward passes over the text for
+    layers with two consumers. Memory: hidden states of both models, and the Gram matrices of one consumer.
+
+    Args:
+        model: the dense model.
+        calibration: 20 tokens for each input of a consumer, or more; at least ``EVERY`` windows.
+
+    Raises:
+        ModelError: as ``check_refittable``.
+        DataError: there is no text.
+    """
+    text = calibration_for(calibration, "repair")
+    cut = Cut.keeping(graph, kept)
+    stack = check_refittable(model, graph, cut)
+    if len(text) < EVERY:
+        raise ModelError(
+            f"Repair needs at least {EVERY} windows, of which one is for checking, and the text has {len(text)}. Give "
+            "more calibration tokens, or set recovery.repair=false."
+        )
+    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
+    with borrowed(model), torch.no_grad(), Bar("repairing", len(stack)) as bar:
+        for layer in range(len(stack)):
+            walk.refit_layer(layer, {name: units for name, units in cut.items() if graph[name].layer == layer})
+            bar.advance()
+        return _guarded(model, graph, cut, text, walk)
+
+
+def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
+    """The layers, when cuts of these groups can be repaired; ModelError otherwise."""
+    for name in kept:
+        if graph[name].kind not in MASKABLE:
+            raise ModelError(
+                f"Repair refits what consumes units of kind {', '.join(MASKABLE)}; {name} is of kind "
+                f"{graph[name].kind}. Leave it whole, or set recovery.repair=false."
+            )
+    try:
+        stack = LayerStack.find(model, graph)
+    except ModelError as error:
+        raise ModelError(f"{error} Repair needs one layer after the other; set recovery.repair=false.") from error
+    for name in kept:
+        if not stack.inside(graph[name]):
+            raise ModelError(f"{name} does not lie in one layer, and repair cannot refit it: recovery.repair=false.")
+    return stack
+
+
+@dataclass
+class _Walk:
+    """Both models on their way through the layers: the dense one, and the pruned one with its new weights."""
+
+    model: nn.Module
+    graph: DependencyGraph
+    dense: Walker
+    pruned: Walker
+    target: Target
+    updates: dict[str, torch.Tensor] = field(default_factory=dict)
+    refits: dict[str, Refit] = field(default_factory=dict)
+
+    def refit_layer(self, layer: int, here: Mapping[str, Sequence[int]]) -> None:
+        """Refit the consumers of this layer one by one, and move on."""
+        consumers = _consumers(self.model, self.graph, here)
+        new: dict[str, torch.Tensor] = {}
+        done: dict[str, Sequence[int]] = {}
+        before: list[tuple[Rows, torch.Tensor]] = []
+        for name in self._in_order(consumers):
+            rows = consumers[name]
+            fit, check = self._grams(before, rows, new, done)
+            solution, target = self._solution(rows, fit, check)
+            self.refits[name] = Refit(solution.before, solution.after, solution.ridge, solution.step, target)
+            if solution.step > 0:
+                new[name] = _written(rows, solution.weight)
+            before.append((rows, _matrix(rows).clone()))
+            done |= {group: here[group] for group in here if _consumes(self.graph, group, name)}
+        self.dense.go_to(layer + 1)
+        with updated(self.model, new), masked(self.model, self.graph, here):
+            self.pruned.go_to(layer + 1)
+        self.updates |= new
+
+    def _in_order(self, consumers: Mapping[str, Rows]) -> list[str]:
+        """Names in the order in which the layer calls them."""
+        if len(consumers) < 2:
+            return list(consumers)
+        called = {name: Inputs() for name in consumers}
+        with watched(self.model, called):
+            self.dense.batch(0)
+        return sorted(consumers, key=lambda name: called[name].turn)
+
+    def _grams(
+        self, before: list[tuple[Rows, torch.Tensor]], rows: Rows, new: Mapping[str, torch.Tensor], done: Kept
+    ) -> tuple[Gram, Gram]:
+        """Sums for fitting and for checking, a batch at a time."""
+        weight = _matrix(rows)
+        fit, check = (Gram.empty(weight.shape[0], weight.shape[1], weight.device) for _ in range(2))
+        watch = [*(one for one, _ in before), rows] if self.target == "stream" else [rows]
+        first = 0
+        for number, ids in enumerate(self.dense.calibration.batches()):
+            seen, now = ({one.name: Inputs() for one in watch} for _ in range(2))
+            with watched(self.model, seen):
+                self.dense.batch(number)
+            with updated(self.model, dict(new)), masked(self.model, self.graph, done), watched(self.model, now):
+                self.pruned.batch(number)
+                wanted = seen[rows.name].values.float() @ weight.float().T
+                if self.target == "stream":
+                    wanted = wanted + self._drift(number, before, seen, now)
+            windows, width = ids.shape
+            x = now[rows.name].values.view(windows, width, -1)[:, SKIPPED:]
+            y = wanted.view(windows, width, -1)[:, SKIPPED:]
+            checks = torch.tensor([(first + row) % EVERY == EVERY - 1 for row in range(windows)])
+            for gram, chosen in ((fit, ~checks), (check, checks)):
+                if bool(chosen.any()):
+                    gram.add(x[chosen].flatten(0, 1), y[chosen].flatten(0, 1))
+            first += windows
+        return fit, check
+
+    def _drift(
+        self,
+        number: int,
+        before: list[tuple[Rows, torch.Tensor]],
+        seen: Mapping[str, Inputs],
+        now: Mapping[str, Inputs],
+    ) -> torch.Tensor:
+        """How far the residual stream before the consumer is from the dense one, ``[tokens, outputs]``.
+
+        ``before`` has the consumers of the layer that were refitted already, with their old weights. Their new weights
+        are in place meanwhile.
+        """
+        drift = torch.zeros(())
+        if self.dense.layer > 0:
+            drift = (self.dense.states[number] - self.pruned.states[number]).float().flatten(0, -2)
+        for rows, old in before:
+            drift = drift + seen[rows.name].values.float() @ old.float().T
+            kept = rows.others.to(old.device)
+            drift = drift - now[rows.name].values.float()[:, kept] @ _matrix(rows).float()[:, kept].T
+        return drift
+
+    def _solution(self, rows: Rows, fit: Gram, check: Gram) -> tuple[Solution, Target]:
+        """Towards the target that was asked for; towards the consumer's own where that leads nowhere."""
+        weight, kept = _matrix(rows), rows.others.to(rows.tensor.device)
+        own = fit.towards(weight), check.towards(weight)
+        if self.target == "own":
+            return solve_refit(*own, weight, kept), "own"
+        solution = solve_refit(fit, check, weight, kept)
+        if solution.step < _FALL_BACK:
+            other = solve_refit(*own, weight, kept)
+            after = check.error(other.weight, kept)
+            if other.step > 0 and after < solution.after:
+                return Solution(other.weight, other.ridge, other.step, solution.before, after), "own"
+        return solution, self.target
+
+
+def _guarded(model: nn.Module, graph: DependencyGraph, cut: Cut, text: Calibration, walk: _Walk) -> Compensated:
+    """The largest fraction of all changes that lowers the loss on the check windows; none when neither does."""
+    check = text.ids[EVERY - 1 :: EVERY]
+    with masked(model, graph, cut):
+        before = _loss(model, check, text)
+    for step in _STEPS:
+        updates = {name: model.get_parameter(name).detach().lerp(new, step) for name, new in walk.updates.items()}
+        with updated(model, updates), masked(model, graph, cut):
+            loss = _loss(model, check, text)
+        if loss < before:
+            return Compensated(updates, walk.refits, step, before, loss)
+    return Compensated({}, walk.refits, 0.0, before, before)
+
+
+def _loss(model: nn.Module, ids: torch.Tensor, text: Calibration) -> float:
+    """Mean next-token loss of these windows."""
+    device = input_device(model)
+    total = 0.0
+    for some in ids.split(text.batch_size):
+        with text.autocast(model):
+            logits = model(input_ids=some.to(device), use_cache=False).logits[:, :-1]
+        targets = some[:, 1:].to(device)
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        total += float(losses)
+    return total / (ids.numel() - len(ids))
+
+
+def _consumers(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[str, Rows]:
+    """The matrices that lose inputs, by name."""
+    rows = removed_rows(model, graph, kept, role="in")
+    return {item.name: item for item in rows if item.tensor.dim() == 2 and item.name.endswith(".weight")}
+
+
+def _consumes(graph: DependencyGraph, group: str, parameter: str) -> bool:
+    return any(member.role == "in" and member.parameter == parameter for member in graph[group].members)
+
+
+def _matrix(rows: Rows) -> torch.Tensor:
+    """The consumer's weight as it is now, ``[outputs, inputs]``."""
+    return rows.tensor.detach().movedim(rows.axis, -1)
+
+
+def _written(rows: Rows, weight: torch.Tensor) -> torch.Tensor:
+    """A copy of the consumer's whole weight with ``weight`` (``[outputs, kept]``) in the columns of the kept inputs."""
+    new = rows.tensor.detach().clone()
+    values = weight.to(new.dtype)
+    return new.index_copy_(rows.axis, rows.others.to(new.device), values if rows.axis == 1 else values.T)
