@@ -115,9 +115,10 @@ def test_repair_alone_mends_a_one_shot_cut(recipe: Recipe) -> None:
     from secateur.config import revise
 
     plain = _prune(revise(recipe, settings))
-    mended = _prune(revise(recipe, {**settings, "recovery.repair": True, "calibration.tokens": 1024}))
+    mended = _prune(revise(recipe, {**settings, "recovery.repair": True, "recovery.repair_tokens": 1024}))
     assert mended.plan.kept == plain.plan.kept
-    assert mended.metrics["repair"]
-    assert all(refit["after"] < refit["before"] for refit in mended.metrics["repair"].values())
+    repair = mended.metrics["repair"]
+    assert repair["loss_after"] < repair["loss_before"]
+    assert all(refit["after"] <= refit["before"] for refit in repair["refits"].values())
     with pytest.raises(InputError, match="reads text"):
         pipeline.prune(TINY["llama-gqa"](), None, recipe=revise(recipe, {**settings, "recovery.repair": True}))

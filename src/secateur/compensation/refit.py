@@ -1,8 +1,8 @@
 """Repair in closed form, layer by layer: each consumer is refitted on the pruned and refitted layers before it.
 
-Four windows of five are fitted to, and the fifth says how far to go (``gram.solve_refit``). The first positions of a window
-are left out: tokens that attention sinks into have activations a hundred times as large as all others, and would be the
-only ones that count. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.md.)
+Four windows of five are fitted to, and the fifth says how far to go (``gram.solve_refit``). The first positions of a
+window are left out: tokens that attention sinks into have activations a hundred times as large as all others, and would
+be the only ones that count. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.md.)
 """
 
 from __future__ import annotations
