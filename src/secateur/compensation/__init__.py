@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from secateur.compensation.gram import Gram, Solution, solve_refit
-from secateur.compensation.refit import EVERY, Compensated, Refit, Target, check_refittable, compensate
+from secateur.compensation.refit import (
+    EVERY,
+    Compensated,
+    Refit,
+    Target,
+    check_refittable,
+    check_removable,
+    compensate,
+    remove_and_compensate,
+)
 
 __all__ = [
     "EVERY",
@@ -13,6 +22,8 @@ __all__ = [
     "Solution",
     "Target",
     "check_refittable",
+    "check_removable",
     "compensate",
+    "remove_and_compensate",
     "solve_refit",
 ]

@@ -7,7 +7,7 @@ be the only ones that count. (Reconstruction after pruning: SlimGPT, FLAP and ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from secateur.compensation.gram import Gram, Solution, solve_refit
+from secateur.compensation.obs import removal_order
 from secateur.errors import ModelError
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
 from secateur.surgery.mask import MASKABLE
 from secateur.surgery.rows import removed_rows
-from secateur.types import Cut, DependencyGraph, Kept
+from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
 from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, input_device, watched
 
@@ -102,8 +103,48 @@ def compensate(
         return _guarded(model, graph, cut, text, walk)
 
 
+def remove_and_compensate(
+    model: nn.Module,
+    graph: DependencyGraph,
+    counts: Mapping[str, int],
+    calibration: Calibration | None,
+    target: Target = "dense",
+) -> tuple[Removed, Compensated]:
+    """Choose ``counts`` units of each group by optimal brain surgery (``obs``), and compensate for them.
+
+    Layer by layer: a group is chosen and its consumer refitted on the pruned and refitted layers before it. Otherwise
+    as ``compensate``.
+
+    Returns:
+        The removed units by group, and the new values.
+    """
+    text = calibration_for(calibration, "obs")
+    stack = check_removable(model, graph, counts)
+    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
+    removed: Removed = {}
+    with borrowed(model), torch.no_grad(), Bar("removing", len(stack)) as bar:
+        for layer in range(len(stack)):
+            here = {name: count for name, count in counts.items() if count and graph[name].layer == layer}
+            removed |= walk.remove_in_layer(layer, here)
+            bar.advance()
+        return removed, _guarded(model, graph, Cut.removing(graph, removed), text, walk)
+
+
+def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str]) -> LayerStack:
+    """The layers, when ``remove_and_compensate`` can cut these groups; ModelError otherwise."""
+    names = list(names)
+    stack = check_refittable(model, graph, names)
+    for name in names:
+        if len(_consumers(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
+            raise ModelError(
+                f"obs needs one linear that consumes a group's units, and {name} has more, or none. Choose another "
+                f'method, or leave the group whole with budget.protect=["{name}"].'
+            )
+    return stack
+
+
 def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
-    """The layers, when cuts of these groups can be repaired; ModelError otherwise."""
+    """The layers, when consumers of these groups can be refitted; ModelError otherwise."""
     for name in kept:
         if graph[name].kind not in MASKABLE:
             raise ModelError(
@@ -134,21 +175,52 @@ class _Walk:
 
     def refit_layer(self, layer: int, here: Mapping[str, Sequence[int]]) -> None:
         """Refit the consumers of this layer one by one, and move on."""
-        consumers = _consumers(self.model, self.graph, here)
+        self._through(layer, _consumers(self.model, self.graph, here), lambda name, fit, rows: (rows, here), here)
+
+    def remove_in_layer(self, layer: int, here: Mapping[str, int]) -> Removed:
+        """Choose the units of this layer's groups, and refit their consumers; so many of each go."""
+        removed: Removed = {}
+        sample = {name: [0] for name in here}
+        consumers = _consumers(self.model, self.graph, Cut.removing(self.graph, sample))
+
+        def choose(name: str, fit: Gram, rows: Rows) -> tuple[Rows, Kept]:
+            [group] = [self.graph[one] for one in here if _consumes(self.graph, one, name)]
+            [member] = [one for one in group.members if one.role == "in" and one.parameter == name]
+            free = [unit for unit in range(group.size) if unit not in {fixed for fixed, _ in group.fixed}]
+            order = removal_order(fit, _matrix(rows), member.rows(free), here[group.name])
+            removed[group.name] = sorted(free[place] for place in order)
+            kept = Cut.removing(self.graph, {group.name: removed[group.name]})
+            return _consumers(self.model, self.graph, kept)[name], kept
+
+        self._through(layer, consumers, choose, {})
+        return removed
+
+    def _through(
+        self,
+        layer: int,
+        consumers: Mapping[str, Rows],
+        choose: Callable[[str, Gram, Rows], tuple[Rows, Kept]],
+        others: Kept,
+    ) -> None:
+        """Refit each consumer in turn, and move both models to the next layer.
+
+        ``choose`` gives the rows of the consumer that are removed, and the units that stay, once its inputs are known.
+        ``others`` are cut as well where the layer is left, whatever consumes them.
+        """
         new: dict[str, torch.Tensor] = {}
         done: dict[str, Sequence[int]] = {}
         before: list[tuple[Rows, torch.Tensor]] = []
         for name in self._in_order(consumers):
-            rows = consumers[name]
-            fit, check = self._grams(before, rows, new, done)
+            fit, check = self._grams(before, consumers[name], new, done)
+            rows, kept = choose(name, fit, consumers[name])
             solution, target = self._solution(rows, fit, check)
             self.refits[name] = Refit(solution.before, solution.after, solution.ridge, solution.step, target)
             if solution.step > 0:
                 new[name] = _written(rows, solution.weight)
             before.append((rows, _matrix(rows).clone()))
-            done |= {group: here[group] for group in here if _consumes(self.graph, group, name)}
+            done |= {group: kept[group] for group in kept if _consumes(self.graph, group, name)}
         self.dense.go_to(layer + 1)
-        with updated(self.model, new), masked(self.model, self.graph, here):
+        with updated(self.model, new), masked(self.model, self.graph, {**others, **done}):
             self.pruned.go_to(layer + 1)
         self.updates |= new
 

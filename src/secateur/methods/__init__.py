@@ -14,6 +14,7 @@ from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
+from secateur.methods.obs import OBS
 from secateur.methods.one_shot import one_shot
 from secateur.methods.periods import Period, Periods, PeriodSettings
 from secateur.methods.saliency import Saliency
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "fisher": one_shot("fisher", importance.Fisher),
     "llm-pruner": LLMPruner,
     "flap": FLAP,
+    "obs": OBS,
     "shortgpt": one_shot("shortgpt", importance.BlockInfluence),
 }
 """Every method by name."""

@@ -6,15 +6,14 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
-from secateur.errors import InputError
 from secateur.graph.twin import twin_of
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_heard
 from secateur.methods.periods import Period, Periods, PeriodSettings
-from secateur.methods.saliency import Saliency
+from secateur.methods.saliency import Saliency, checked_weights
 from secateur.methods.transfer import Transfer
 from secateur.surgery.mask import require_maskable
 from secateur.training import attach_lora
@@ -35,15 +34,7 @@ class LoRAShearSettings(PeriodSettings):
     @field_validator("saliency")
     @classmethod
     def _known(cls, value: dict[str, float | dict[str, Any]]) -> dict[str, float | dict[str, Any]]:
-        try:
-            Saliency(value)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = ".".join(map(str, fault["loc"]))
-            raise ValueError(f"the criterion's option {key}: {fault['msg']}") from error
-        except InputError as error:
-            raise ValueError(str(error)) from error
-        return value
+        return checked_weights(value)
 
     @model_validator(mode="after")
     def _epsilon_is_used(self) -> Self:

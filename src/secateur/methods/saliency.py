@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 
+from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import PruningTask, adapted_graph
 from secateur.types import DependencyGraph, Scores
@@ -42,6 +44,13 @@ class Saliency:
         """The criteria that read trained adapters."""
         return [name for name, criterion in self.criteria.items() if criterion.needs == "adapters"]
 
+    def refuse_readers(self, method: str) -> None:
+        """Raise InputError when a criterion reads adapters, for a method that trains none."""
+        if self.readers:
+            raise InputError(
+                f"{method} trains no adapters, and {', '.join(self.readers)} read them: name other criteria."
+            )
+
     def check(self, adapted: PeftModel, graph: DependencyGraph) -> None:
         """Raise the ModelError that scoring would end with; ``graph`` is that of the model with fresh adapters."""
         for criterion in self.criteria.values():
@@ -61,6 +70,19 @@ class Saliency:
             for name, criterion in self.criteria.items()
         }
         return combine(every, self.weights)
+
+
+def checked_weights(weights: Weights) -> dict[str, Any]:
+    """``weights`` as they are; a ValueError that names the fault when ``Saliency`` does not take them."""
+    try:
+        Saliency(weights)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"the criterion's option {key}: {fault['msg']}") from error
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    return dict(weights)
 
 
 def combine(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:

@@ -1,0 +1,71 @@
+"""Optimal brain surgery on whole units: ZipLM's and SlimGPT's removal, sequential, with exact compensation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from secateur.compensation import Target, check_removable, remove_and_compensate
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.saliency import Saliency, checked_weights
+from secateur.types import Settings
+
+
+class OBSSettings(Settings):
+    """What divides the budget among the groups, and what the weights that stay should give."""
+
+    saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
+    """Criteria with their weights, as in lorashear. They say how many units each group loses, not which."""
+    target: Target = "dense"
+    """See ``recovery.repair_target``."""
+
+    @field_validator("saliency")
+    @classmethod
+    def _known(cls, value: dict[str, float | dict[str, Any]]) -> dict[str, float | dict[str, Any]]:
+        return checked_weights(value)
+
+
+class OBS(Method):
+    """Units are removed where the others can make up for them best; the weights that do so are kept.
+
+    ::
+
+        budget: {ratio: 0.2}
+        method: {name: obs, saliency: {fisher: 1.0}}
+        calibration: {tokens: 65536}
+    """
+
+    name: ClassVar[str] = "obs"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2302.04089"
+    summary: ClassVar[str] = "one shot: units that the other weights can make up for, layer by layer (ZipLM, SlimGPT)"
+    needs: ClassVar[MethodNeeds] = "text"
+    Settings: ClassVar[type[Settings]] = OBSSettings
+    settings: OBSSettings
+
+    @property
+    def compensates(self) -> bool:
+        """See ``Method.compensates``."""
+        return True
+
+    def run(self, task: PruningTask) -> Decision:
+        """See ``Method.run``."""
+        self.check(task)
+        scores = Saliency(self.settings.saliency).scores(task, {}, task.seed)
+        counts = {name: len(units) for name, units in task.allocate(scores).items()}
+        removed, found = remove_and_compensate(
+            task.model, task.restricted, counts, task.calibration, self.settings.target
+        )
+        facts = asdict(found)
+        del facts["updates"]
+        return Decision(removed, scores, found.updates, facts)
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Method.check``: one linear consumes every group, layers run in order, no criterion needs adapters."""
+        super().check(task)
+        saliency = Saliency(self.settings.saliency)
+        saliency.refuse_readers(self.name)
+        for criterion in saliency.criteria.values():
+            criterion.check(task.model, task.restricted)
+        check_removable(task.model, task.restricted, [group.name for group in task.prunable])
