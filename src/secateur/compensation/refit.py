@@ -118,7 +118,7 @@ def remove_and_compensate(
     Returns:
         The removed units by group, and the new values.
     """
-    text = calibration_for(calibration, "obs")
+    text = calibration_for(calibration, "optimal brain surgery")
     stack = check_removable(model, graph, counts)
     walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
     removed: Removed = {}
@@ -137,7 +137,7 @@ def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[st
     for name in names:
         if len(_consumers(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
             raise ModelError(
-                f"obs needs one linear that consumes a group's units, and {name} has more, or none. Choose another "
+                f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. Choose another "
                 f'method, or leave the group whole with budget.protect=["{name}"].'
             )
     return stack
