@@ -137,8 +137,8 @@ def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[st
     for name in names:
         if len(_consumers(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
             raise ModelError(
-                f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. Choose another "
-                f'method, or leave the group whole with budget.protect=["{name}"].'
+                f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. "
+                f'Choose another method, or leave the group whole with budget.protect=["{name}"].'
             )
     return stack
 
