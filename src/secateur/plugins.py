@@ -22,6 +22,7 @@ def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
     a class that is a subclass of none of ``bases``.
     """
     kind = bases[0].__name__.lower()
+    kinds = "criteria" if kind == "criterion" else f"{kind}s"
     if isinstance(name, str) and name in known:
         return _checked(known[name], bases, name)
     if isinstance(name, str) and ":" in name:
@@ -30,7 +31,8 @@ def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
     near = difflib.get_close_matches(shown, known, 1)
     guess = f" (did you mean {near[0]}?)" if near else ""
     raise InputError(
-        f"Unknown {kind} {shown}{guess}. Known: {', '.join(known)}; or a class of your own as package.module:Class."
+        f"Unknown {kind} {shown}{guess}. Known {kinds}: {', '.join(known)}; or "
+        "a class of your own as package.module:Class."
     )
 
 

@@ -20,7 +20,7 @@ from secateur.endings import _advice
 from secateur.errors import InputError, SecateurError
 from secateur.export.words import _written
 from secateur.loading import load
-from secateur.stages import refuse_what_cannot_work
+from secateur.stages import making, refuse_what_cannot_work
 from secateur.testing.tiny import TINY, build
 from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.whole import open_permissions
@@ -70,7 +70,7 @@ def test_a_result_that_could_not_be_saved_is_refused_first(
         words = fault(model, tiny_tokenizer(), monkeypatch)
         keys = {"text": str(tmp_path / "text.txt"), "window": 16, "tokens": 256}
         recipe = {"calibration": keys, "recovery": {"steps": 0, **keys}, "evaluation": keys}
-        monkeypatch.setattr(pipeline, "measure", lambda *_: pytest.fail("measured before it was refused"))
+        monkeypatch.setattr(making, "measure", lambda *_: pytest.fail("measured before it was refused"))
         with pytest.raises(SecateurError, match=said):
             pipeline.prune(model, words, method="magnitude", recipe=recipe, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -149,6 +149,6 @@ def test_a_stage_that_fails_before_anything_is_kept_leaves_nothing(kept: bool, t
     work = Workspace.open(tmp_path / "out", "recipe", False, {})
     if kept:
         work.write_json("trials.json", [])
-    with pytest.raises(KeyboardInterrupt), work.stage("dense", "Measuring", {}):
+    with pytest.raises(KeyboardInterrupt), work.tidied():
         raise KeyboardInterrupt
     assert (tmp_path / ".out.secateur").exists() == kept

@@ -124,7 +124,8 @@ def test_a_model_that_raises_is_said_not_to_compute(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "bad")
     content = json.loads((tmp_path / "bad" / "config.json").read_text())
     (tmp_path / "bad" / "config.json").write_text(json.dumps(content | {"query_pre_attn_scalar": -1}))
-    recipe = load_recipe(flags={"model.name": str(tmp_path / "bad"), "model.device": "cpu"})
+    flags = {"model.name": str(tmp_path / "bad"), "model.device": "cpu", "method": "magnitude", "recovery.steps": 0}
+    recipe = load_recipe(flags=flags)
     for way in (lambda: verify(recipe), lambda: evaluate(recipe), lambda: pipeline.run(recipe, tmp_path / "out")):
         with pytest.raises(ModelError, match="does not compute"):
             way()
