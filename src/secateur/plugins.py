@@ -19,7 +19,7 @@ def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
     Nothing but a name of that form is imported, and only from where Python finds modules (PYTHONPATH).
 
     Raises InputError for an unknown name (with the nearest known one), for a module or class that is not there, and for
-    a class that is a subclass of none of ``bases``.
+    a class that is a subclass of none of ``bases``, lacks an abstract method, or has no ``name``.
     """
     kind = bases[0].__name__.lower()
     kinds = "criteria" if kind == "criterion" else f"{kind}s"
@@ -42,18 +42,24 @@ def _imported(name: str, kind: str) -> Any:
         raise InputError(f"{shortened(name)} does not name a {kind}. Write package.module:Class.")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # its code runs, and may raise anything
+    except (Exception, SystemExit) as error:  # its code runs, and may raise anything; a script may end
         raise InputError(
             f"The {kind} {shortened(name)} cannot be imported: {type(error).__name__}: {error}. Put the folder that "
             "holds the module into PYTHONPATH."
         ) from error
     if not hasattr(found, path):
-        raise InputError(f"The module {module} ({found.__file__}) has no {path}.")
+        raise InputError(f"The module {module} ({getattr(found, '__file__', None) or 'built in'}) has no {path}.")
     return getattr(found, path)
 
 
 def _checked(found: Any, bases: tuple[type, ...], name: str) -> Any:
-    if isinstance(found, type) and issubclass(found, bases):
-        return found
-    wanted = " or ".join(f"{base.__module__}.{base.__name__}" for base in bases)
-    raise InputError(f"{shortened(name)} is no {bases[0].__name__.lower()}: its class must be a subclass of {wanted}.")
+    kind = bases[0].__name__.lower()
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        wanted = " or ".join(f"{base.__module__}.{base.__name__}" for base in bases)
+        raise InputError(f"{shortened(name)} is no {kind}: its class must be a subclass of {wanted}.")
+    lacking = sorted(getattr(found, "__abstractmethods__", ()))
+    if not isinstance(getattr(found, "name", None), str):
+        lacking.append("name")
+    if lacking:
+        raise InputError(f"{shortened(name)} is no whole {kind}: its class lacks {', '.join(lacking)}.")
+    return found

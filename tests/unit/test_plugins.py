@@ -37,6 +37,13 @@ class Last(Method):
     def run(self, task):
         return Decision(task.allocate(task.score(First(reverse=True))))
 
+class Nameless(Criterion):
+    def score(self, model, graph, calibration, seed):
+        return Scores({})
+
+class Half(Method):
+    name, summary = "half", "without run"
+
 class Other:
     pass
 """
@@ -90,6 +97,7 @@ def test_saliency_takes_options_and_classes_of_ones_own(own: str) -> None:
         ("{taylor: {weight: -1}}", "positive"),
         ("{taylor: {weight: true}}", "positive"),
         ("{taylor: {weight: .inf}}", "finite"),
+        (f"{{taylor: {{weight: 1{'0' * 400}}}}}", "finite"),
         ("{taylor: {shape: round}}", "shape"),
         ("{taylor: {form: round}}", "form"),
         ("{taylor: many}", "saliency"),
@@ -114,10 +122,16 @@ def test_a_saliency_that_cannot_be_is_refused_by_name(saliency: str, message: st
         ("own plugin:First", "package.module:Class"),
         ("../own_plugin:First", "package.module:Class"),
         ("broken_plugin:First", "cannot be imported: ValueError: of its own"),
+        ("script_plugin:First", "cannot be imported: SystemExit: 0"),
+        ("sys:First", r"module sys \(built in\) has no First"),
+        ("own_plugin:Nameless", "lacks name"),
+        ("own_plugin:Half", "lacks run"),
+        ("secateur.importance:Criterion", "lacks score, name"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(own: str, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "broken_plugin.py").write_text("raise ValueError('of its own')")
+    (tmp_path / "script_plugin.py").write_text("raise SystemExit(0)")
     with pytest.raises(InputError, match=message):
         load_recipe(None, [], {"method": name})
 

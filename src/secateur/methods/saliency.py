@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import PruningTask, adapted_graph
+from secateur.reading import brief
 from secateur.types import DependencyGraph, Scores
 
 Weights = Mapping[str, float | Mapping[str, Any]]
@@ -32,8 +34,9 @@ class Saliency:
         for name, given in weights.items():
             options = dict(given) if isinstance(given, Mapping) else {"weight": given}
             weight = options.pop("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-                raise ValueError(f"the weight of {name} must be a positive number; got {weight!r}")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight <= sys.float_info.max:
+                raise ValueError(f"the weight of {name} must be a positive, finite number; got {brief(weight)}")
             self.weights[name] = float(weight)
             self.criteria[name] = criterion_class(name).model_validate(options)
         if not self.weights or not math.isfinite(sum(self.weights.values())):
