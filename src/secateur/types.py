@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from secateur.errors import PlanError
-from secateur.reading import path_of, read_json, shortened
+from secateur.reading import brief, path_of, read_json, shortened
 
 Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
@@ -368,7 +369,7 @@ class Scores:
             if broken:
                 raise PlanError(
                     f"{broken} of the {len(score)} scores of {name} are not finite: the model's weights, or its loss "
-                    f"on this text, are not. Compute in fp32 (evaluation.precision, training.precision), or mend the "
+                    f"on this text, are not. Compute in fp32 (calibration.precision, training.precision), or mend the "
                     f"model."
                 )
 
@@ -465,6 +466,25 @@ class PruningPlan(BaseModel):
             raise PlanError(f"{file} is not a pruning plan: {where}: {reason}. {advice}") from error
 
 
+def _units_of(graph: DependencyGraph, name: str, units: Iterable[int]) -> set[int]:
+    """Indices of units of the group ``name``; PlanError where there are none such."""
+    if name not in graph:
+        raise PlanError(
+            f"Units of {shortened(str(name))} are to be removed, and this {graph.model_type} model has none."
+        )
+    size = graph[name].size
+    try:
+        found = set(map(operator.index, units))
+    except TypeError as error:
+        raise PlanError(
+            f"Units of {name} are to be removed that are no list of whole numbers: {brief(units)}."
+        ) from error
+    wrong = sorted(unit for unit in found if not 0 <= unit < size)
+    if wrong:
+        raise PlanError(f"Unit {wrong[0]} of {name} is to be removed, and its units are numbered from 0 to {size - 1}.")
+    return found
+
+
 class Cut(Mapping[str, tuple[int, ...]]):
     """Which units of a model's groups stay and which are removed. Frozen; made by ``keeping`` or ``removing``.
 
@@ -486,8 +506,8 @@ class Cut(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def removing(cls, graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> Cut:
-        """By the units that are removed."""
-        gone = {name: set(units) for name, units in removed.items()}
+        """By the units that are removed. Raises PlanError for a group or a unit that ``graph`` does not have."""
+        gone = {name: _units_of(graph, name, units) for name, units in removed.items()}
         sizes = {name: range(graph[name].size) for name, units in gone.items() if units}
         return cls(
             graph, {name: tuple(unit for unit in size if unit not in gone[name]) for name, size in sizes.items()}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import secateur
 from secateur.config import dump, load_recipe
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurError
+from secateur.graph import trace
 from secateur.importance import criterion_class
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, Decision, PruningTask, method_class
 from secateur.methods.saliency import Saliency
 from secateur.testing.tiny import build
+from secateur.types import Cut
 
 OWN = """
 import torch
@@ -134,6 +138,34 @@ def test_a_name_that_cannot_be_is_refused(own: str, tmp_path: Path, name: str, m
     (tmp_path / "script_plugin.py").write_text("raise SystemExit(0)")
     with pytest.raises(InputError, match=message):
         load_recipe(None, [], {"method": name})
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (Decision({"layers.7.mlp": [0]}), "layers.7.mlp.*has none"),
+        (Decision({"layers.0.mlp": [0, 40]}), "Unit 40 of layers.0.mlp.*0 to 39"),
+        (Decision({"layers.0.mlp": [-1]}), "Unit -1 of layers.0.mlp"),
+        (Decision({"layers.0.mlp": torch.tensor([0.5])}), "no list of whole numbers"),
+        (Decision([]), "a Decision of a mapping"),
+        (None, "answers with None"),
+    ],
+)
+def test_a_method_that_removes_what_is_not_there_is_refused(
+    decision: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(METHODS["random"]):  # type: ignore[misc]
+        def run(self, task: PruningTask) -> Decision:
+            return decision  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(METHODS, "wrong", Wrong)
+    with pytest.raises(SecateurError, match=message):
+        secateur.prune(build("llama-gqa"), ratio=0.1, method="wrong")
+
+
+def test_units_may_be_a_tensor() -> None:
+    graph = trace(build("llama-gqa"))
+    assert Cut.removing(graph, {"layers.0.mlp": torch.tensor([3, 1])}).removed == {"layers.0.mlp": [1, 3]}
 
 
 def test_a_method_is_no_criterion(own: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from secateur.methods import Decision, Method, PruningTask, method_class
 from secateur.planning import describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
+from secateur.reading import brief
 from secateur.recovery import RecoveryTask, recover, source_losses
 from secateur.stages.result import Baseline, Measured, Result, State, plan_for
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
@@ -128,8 +130,14 @@ def take_decision(result: Result, work: Workspace) -> bool:
 
 
 def _run(method: Method, task: PruningTask) -> Decision:
-    """What the method decides; ModelError when it answers with updates that it did not declare, or that do not fit."""
+    """What the method decides.
+
+    Raises ModelError when it answers with no decision, or with updates that it did not declare or that do not fit, and
+    PlanError for units that the model does not have.
+    """
     decision = method.run(task)
+    if not (isinstance(decision, Decision) and isinstance(decision.removed, Mapping)):
+        raise ModelError(f"{method.name} answers with {brief(decision)}. Its run must return a Decision of a mapping.")
     if decision.updates and not method.compensates:
         raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
     check_updates(task.model, task.graph, Cut.removing(task.graph, decision.removed), decision.updates)
