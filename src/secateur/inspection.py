@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.analysis import Analysis, Trial
-from secateur.config import RecipeLike, dump, recipe_of, revise
+from secateur.config import RecipeLike, dump, recipe_of, revise, validate
 from secateur.data import check_blocks, check_sources, check_window, load_whole, read_texts
 from secateur.digest import digest
 from secateur.errors import InputError
@@ -173,12 +173,12 @@ def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis
 
 
 def _one_shot_criterion(name: str) -> Criterion:
-    """The criterion ``name``, which must not need adapters: there are none."""
+    """The criterion ``name``, which must not need adapters: there are none; nor options without default."""
     criterion = criterion_class(name)
     if criterion.needs == "adapters":
         known = [key for key, one in CRITERIA.items() if one.needs != "adapters"]
         raise InputError(f"The criterion {name!r} reads adapters, and an analysis has none. Known: {', '.join(known)}.")
-    return criterion()
+    return validate(criterion, {}, "criterion")
 
 
 def verify(recipe: RecipeLike) -> Verification:

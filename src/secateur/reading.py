@@ -115,6 +115,22 @@ def read_json(path: Path, *, error: type[SecateurError] = InputError, advice: st
     return value
 
 
+def is_json(value: Any) -> bool:
+    """Whether ``value`` is a mapping that JSON can hold, and that is the same when it is read back (NaN aside)."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and _has_text_keys(value)
+
+
+def _has_text_keys(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return (not isinstance(value, dict) or all(isinstance(key, str) for key in value)) and all(
+        map(_has_text_keys, inner)
+    )
+
+
 def check_characters(
     value: Any, text: str, where: str, *, error: type[SecateurError] = InputError, advice: str = ""
 ) -> None:

@@ -100,6 +100,14 @@ def test_settings_of_one_method_are_told_from_those_of_all() -> None:
     assert own == {"lorashear": {"periods": 3}, "flap": {"compensate": False}}
 
 
+def test_settings_below_a_key_of_one_method_are_set_as_in_a_recipe(model: Path) -> None:
+    shared, own = split_overrides(["lorashear.saliency.taylor=2", "lorashear.saliency.fisher={weight: 3}"])
+    assert shared == []
+    [row] = schedule_of(recipe_of(model), ["lorashear"], [0.2], own)
+    assert row.method.settings.model_dump()["saliency"] == {"taylor": 2.0, "fisher": {"weight": 3}}
+    assert split_overrides(["my.package:Mine.saliency.taylor=2"])[1] == {"my.package:Mine": {"saliency.taylor": 2}}
+
+
 def test_a_recipe_sets_its_own_method(model: Path, tmp_path: Path) -> None:
     recipe, out = recipe_of(model, "recovery.steps=0", "method.name=magnitude", "method.over=all"), tmp_path / "out"
     board = compare(recipe, ["magnitude", "wanda"], [0.2], out)
@@ -146,6 +154,25 @@ def test_an_infinite_perplexity_is_read_back(tmp_path: Path) -> None:
     with (tmp_path / "results.csv").open() as file:
         assert float(list(csv.DictReader(file))[1]["perplexity_pruned"]) == math.inf
     assert "<td>inf</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_infinite_numbers_of_the_dense_model_are_read_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = recipe_of(model, "recovery.steps=0"), tmp_path / "out"
+    measured: list[str] = []
+
+    def infinite(result: Any, texts: Any) -> None:
+        measured.append(result.recipe.method.name)
+        making.measure_dense(result, texts)
+        perplexity = dict.fromkeys(result.measured.dense.perplexity, math.inf)
+        result.measured.dense = result.measured.dense.model_copy(update={"perplexity": perplexity})
+
+    monkeypatch.setattr(run.stages, "measure_dense", infinite)
+    boards = [compare(recipe, ["random"], [0.2], out, resume=resume) for resume in (False, True)]
+    assert len(measured) == 1
+    assert boards[0].dense == boards[1].dense
+    assert set(boards[0].dense.values()) == {math.inf}
 
 
 def test_a_comparison_without_any_result_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,17 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
 
 
+def test_a_teacher_is_let_go_once_recovery_has_what_it_needs(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = revise(recipe, {"recovery.teacher": 0.5})
+    with monkeypatch.context() as patch:
+        _kill_in("recovered", patch)
+        with pytest.raises(_KilledError):
+            _run(taught, tmp_path / "out")
+    assert _run(taught, tmp_path / "out", resume=True).teacher is None
+
+
 @pytest.mark.parametrize("damage", ["", "null", '{"dense": {'])
 def test_numbers_that_are_damaged_are_made_again_all_of_them(
     damage: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from secateur import inspection
 from secateur.config import dump, load_recipe
 from secateur.errors import InputError, SecateurError
 from secateur.graph import trace
@@ -44,6 +45,9 @@ class Last(Method):
 class Nameless(Criterion):
     def score(self, model, graph, calibration, seed):
         return Scores({})
+
+class Demanding(First):
+    share: float
 
 class Half(Method):
     name, summary = "half", "without run"
@@ -147,11 +151,14 @@ def test_a_name_that_cannot_be_is_refused(own: str, tmp_path: Path, name: str, m
         (Decision({"layers.0.mlp": [0, 40]}), "Unit 40 of layers.0.mlp.*0 to 39"),
         (Decision({"layers.0.mlp": [-1]}), "Unit -1 of layers.0.mlp"),
         (Decision({"layers.0.mlp": torch.tensor([0.5])}), "no list of whole numbers"),
-        (Decision([]), "a Decision of a mapping"),
-        (None, "answers with None"),
+        (Decision([]), "no mapping of groups"),  # type: ignore[arg-type]
+        (Decision({}, {"layers.0.mlp": torch.zeros(40)}), "neither Scores nor None"),  # type: ignore[arg-type]
+        (Decision({}, metrics={"loss": torch.zeros(1)}), "JSON cannot hold"),
+        (Decision({}, metrics={"steps": [{1: 2}]}), "JSON cannot hold"),
+        (None, "answers with None, and not with a Decision"),
     ],
 )
-def test_a_method_that_removes_what_is_not_there_is_refused(
+def test_a_method_whose_answer_is_no_decision_about_this_model_is_refused(
     decision: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(METHODS["random"]):  # type: ignore[misc]
@@ -166,6 +173,11 @@ def test_a_method_that_removes_what_is_not_there_is_refused(
 def test_units_may_be_a_tensor() -> None:
     graph = trace(build("llama-gqa"))
     assert Cut.removing(graph, {"layers.0.mlp": torch.tensor([3, 1])}).removed == {"layers.0.mlp": [1, 3]}
+
+
+def test_a_criterion_is_asked_by_its_defaults_and_one_without_is_refused(own: str) -> None:
+    with pytest.raises(InputError, match=r"criterion\.share: field required"):
+        inspection.analyze(build("llama-gqa"), None, criterion=f"{own}:Demanding")
 
 
 def test_a_method_is_no_criterion(own: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -201,7 +202,9 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
     own: dict[str, dict[str, Any]] = {}
     for text in overrides:
         key, _, value = text.partition("=")
-        method, _, name = key.strip().rpartition(".") if ":" in key else key.strip().partition(".")
+        module, colon, rest = key.strip().rpartition(":")
+        method, _, name = rest.partition(".")
+        method = module + colon + method
         if name and (method in METHODS or ":" in method):
             own.setdefault(method, {})[name] = parse_value(value, f"--set {brief(text)}")
         else:
@@ -211,7 +214,8 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
 
 def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Recipe:
     given = recipe.method.settings.model_dump(mode="json") if recipe.method.name == name else {}
-    own: dict[str, Any] = {"method": {"name": name, **given, **settings}, "evaluation.baseline": None}
+    own: dict[str, Any] = {"method": {"name": name, **given}, "evaluation.baseline": None}
+    own |= {f"method.{key}": value for key, value in settings.items()}
     if method_class(name).kinds:
         own["budget.kinds"] = list(method_class(name).kinds)
     return revise(recipe, own)
@@ -263,7 +267,7 @@ def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], fo
         stages.measure_dense(result, texts)
         scores = _evaluate_tasks(result, tasks) if tasks else {}
         dense = Dense(weights=weights, measured=result.measured, chance=chance, tasks=scores)
-        write_whole(kept, dense.model_dump_json())
+        write_whole(kept, json.dumps(dense.model_dump()))  # pydantic's own would write null for an infinite number
     if dense.weights != weights:
         raise InputError(
             f"The weights or the config of {result.recipe.model.name} have changed since the dense model was measured "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -40,11 +41,11 @@ from secateur.methods import Decision, Method, PruningTask, method_class
 from secateur.planning import describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
-from secateur.reading import brief
+from secateur.reading import brief, is_json
 from secateur.recovery import RecoveryTask, recover, source_losses
 from secateur.stages.result import Baseline, Measured, Result, State, plan_for
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
-from secateur.types import Cut, PruningPlan, Settings
+from secateur.types import Cut, PruningPlan, Scores, Settings
 from secateur.workspace import Workspace
 
 
@@ -132,16 +133,30 @@ def take_decision(result: Result, work: Workspace) -> bool:
 def _run(method: Method, task: PruningTask) -> Decision:
     """What the method decides.
 
-    Raises ModelError when it answers with no decision, or with updates that it did not declare or that do not fit, and
-    PlanError for units that the model does not have.
+    Raises ModelError when its answer is no whole ``Decision``, or has updates that it did not declare or that do not
+    fit, and PlanError for units that the model does not have.
     """
     decision = method.run(task)
-    if not (isinstance(decision, Decision) and isinstance(decision.removed, Mapping)):
-        raise ModelError(f"{method.name} answers with {brief(decision)}. Its run must return a Decision of a mapping.")
+    _check_form(method, decision)
     if decision.updates and not method.compensates:
         raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
     check_updates(task.model, task.graph, Cut.removing(task.graph, decision.removed), decision.updates)
     return decision
+
+
+def _check_form(method: Method, decision: Any) -> None:
+    """Raise ModelError for what cannot be kept as a ``Decision``: a class of one's own may answer with anything."""
+    wrong = None
+    if not isinstance(decision, Decision):
+        wrong = f"{brief(decision)}, and not with a Decision"
+    elif not isinstance(decision.removed, Mapping):
+        wrong = f"removed = {brief(decision.removed)}, which is no mapping of groups to units"
+    elif not isinstance(decision.scores, Scores | None):
+        wrong = f"scores = {brief(decision.scores)}, which are neither Scores nor None"
+    elif not is_json(decision.metrics):
+        wrong = f"metrics = {brief(decision.metrics)}, which JSON cannot hold (text as keys; no tensors or sets)"
+    if wrong is not None:
+        raise ModelError(f"The method {method.name} answers with {wrong}. Mend its run.")
 
 
 def mend(result: Result, texts: Texts) -> None:
@@ -201,8 +216,11 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
 
 
 def take_recovered(result: Result, work: Workspace) -> bool:
-    """Take over the weights that ``grow_back`` kept; False when they are missing or damaged."""
-    return work.read_weights("recovered.safetensors", result.model)
+    """Take over the weights that ``grow_back`` kept; False when they are missing or damaged. The teacher is let go."""
+    found = work.read_weights("recovered.safetensors", result.model)
+    if found:
+        result.teacher = None
+    return found
 
 
 def time_both(result: Result) -> None:
