@@ -34,6 +34,7 @@ from secateur.inputs import refuse_inputs
 from secateur.loading import is_adapter_folder, load
 from secateur.lock import alone
 from secateur.planning import versions
+from secateur.plugins import source_digest
 from secateur.progress import say
 from secateur.reading import path_of
 from secateur.stages import contents, losses, refuse_what_cannot_work, size
@@ -106,6 +107,7 @@ def analyze(
     """
     recipe = revise(recipe_of(recipe), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
+    source = source_digest([type(chooser)])
     refuse_what_cannot_work(model)
     check_finite(model)
     settings = recipe.calibration
@@ -118,11 +120,11 @@ def analyze(
             Workspace.tidy(output, started_as)
             return found
         output = check_output(output)
-        Workspace.place(output, started_as, resume, contents(model))
+        Workspace.place(output, started_as, resume, contents(model, source))
     graph = checked_trace(model).opened(recipe.budget.kinds)
     texts = read_texts(model, tokenizer, {"calibration": settings}, recipe.seed)
     blocks = texts.calibration
-    work = Workspace.open(output, started_as, resume, contents(model, texts))
+    work = Workspace.open(output, started_as, resume, contents(model, source, texts))
     calibration = settings.of(blocks)
     with work.tidied():
         chosen = cuts(graph, chooser.score(model, graph, calibration, recipe.seed), ratios)

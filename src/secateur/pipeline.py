@@ -28,7 +28,7 @@ from secateur.export import (
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone, held
-from secateur.methods import method_class
+from secateur.methods import method_class, method_source
 from secateur.planning import restrict
 from secateur.progress import say
 from secateur.reading import path_of, read_json
@@ -122,10 +122,11 @@ def prune(
             "text; the folder's secateur/tokens.json then says which token each new id was."
         )
     check_describes_itself(model)
+    source = method_source(recipe.method.name, recipe.method.settings.model_dump(mode="json"))
     if output is not None:
         output = check_output(output)
         refuse_inputs(output, recipe)
-        Workspace.place(output, identity(recipe), resume, contents(model))
+        Workspace.place(output, identity(recipe), resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     plan = rehearse(model, graph, recipe)
@@ -137,7 +138,7 @@ def prune(
         rehearse_output(result, output)
     if dry_run:
         return result
-    work = Workspace.open(output, identity(recipe), resume, contents(model, texts))
+    work = Workspace.open(output, identity(recipe), resume, contents(model, source, texts))
     take_up(result, work)
 
     @contextmanager

@@ -526,7 +526,7 @@ def test_layers_are_tried_before_they_are_cut(model: Path, monkeypatch: pytest.M
     ("methods", "ratios", "message"),
     [
         ([], [0.2], "at least one method"),
-        (["no-such"], [0.2], "Known methods"),
+        (["no-such"], [0.2], "Unknown method no-such.*shortgpt"),
         (["wanda"], [1.2], "between 0 and 1"),
         (["wanda"], [], "between 0 and 1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from secateur.config import dump, load_recipe
 from secateur.errors import InputError, SecateurError
 from secateur.graph import trace
 from secateur.importance import criterion_class
-from secateur.methods import METHODS, Decision, PruningTask, method_class
+from secateur.methods import METHODS, Decision, PruningTask, method_class, method_source
 from secateur.methods.saliency import Saliency
+from secateur.stages import making
 from secateur.testing.tiny import build
 from secateur.types import Cut
 
@@ -178,6 +180,34 @@ def test_units_may_be_a_tensor() -> None:
 def test_a_criterion_is_asked_by_its_defaults_and_one_without_is_refused(own: str) -> None:
     with pytest.raises(InputError, match=r"criterion\.share: field required"):
         inspection.analyze(build("llama-gqa"), None, criterion=f"{own}:Demanding")
+
+
+@pytest.mark.parametrize("method", ["{own}:First", {"name": "lorashear", "saliency": {"taylor": 1, "{own}:First": 1}}])
+def test_a_method_is_known_by_the_files_of_the_classes_of_ones_own(own: str, tmp_path: Path, method: Any) -> None:
+    chosen = load_recipe(flags={"method": json.loads(json.dumps(method).replace("{own}", own))}).method
+    before = method_source(chosen.name, chosen.settings.model_dump())
+    assert before == method_source(chosen.name, chosen.settings.model_dump()) != ""
+    (tmp_path / "own_plugin.py").write_text(OWN.replace("-1 if", "-2 if"))
+    assert method_source(chosen.name, chosen.settings.model_dump()) != before
+    assert method_source("lorashear", {"saliency": {"taylor": 1.0}}) == ""
+
+
+def test_an_unfinished_run_does_not_go_on_with_a_class_that_has_changed(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "cut", fails)
+        with pytest.raises(KeyboardInterrupt):
+            secateur.prune(build("llama-gqa"), ratio=0.1, method=f"{own}:First", output=tmp_path / "out")
+    (tmp_path / "own_plugin.py").write_text(OWN.replace("-1 if", "-2 if"))
+    with pytest.raises(InputError, match="Changed since: the files of your own classes"):
+        secateur.prune(build("llama-gqa"), ratio=0.1, method=f"{own}:First", output=tmp_path / "out", resume=True)
+    (tmp_path / "own_plugin.py").write_text(OWN)
+    secateur.prune(build("llama-gqa"), ratio=0.1, method=f"{own}:First", output=tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_method_is_no_criterion(own: str) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 from secateur.config import Recipe
 from secateur.errors import InputError
 from secateur.inputs import task_files
-from secateur.methods import method_class
 
 _PIECES = 64
 _PIECE = 1 << 16
@@ -43,20 +41,6 @@ def digests(recipe: Recipe, tasks: Sequence[str]) -> dict[str, str]:
 
 def _path(name: str) -> Path:
     return Path(name).expanduser()
-
-
-def code_of(method: str) -> str:
-    """The first 16 digits of a SHA-256 of the file that defines a method of one's own; empty for the built-in ones.
-
-    The whole file, as what the method calls may have changed; empty also where there is none (an interactive session).
-    """
-    one = method_class(method)
-    if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
-        return ""
-    try:
-        return _digest([Path(inspect.getfile(one))])
-    except (OSError, TypeError):
-        return ""
 
 
 def same_file(one: str, other: str) -> bool:

@@ -27,7 +27,7 @@ class Row(BaseModel):
     ratio: float
     """Asked for, of all parameters."""
     code: str = ""
-    """Of a method of one's own: what the file that defines it holds (``contents.code_of``)."""
+    """Of a method of one's own, or criteria in its saliency: what the files hold (``methods.method_source``)."""
     settings: dict[str, Any] = {}
     """The method's own."""
     kinds: list[str] = []

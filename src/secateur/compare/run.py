@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import stages
-from secateur.compare.contents import code_of, same_file
+from secateur.compare.contents import same_file
 from secateur.compare.folder import check_folder, check_rows, identity_of, open_folder, read_rows, write_row
 from secateur.compare.report import write_report
 from secateur.compare.rows import Leaderboard, Row
@@ -31,7 +31,7 @@ from secateur.export import check_finite
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, method_class, method_source
 from secateur.planning import decoder_ratio, versions
 from secateur.progress import say
 from secateur.reading import brief, read_json
@@ -145,7 +145,7 @@ def _has_changed(row: Row) -> bool:
     if row.method not in METHODS and ":" not in row.method:
         return False
     try:
-        return row.code != code_of(row.method)
+        return row.code != method_source(row.method, row.settings)
     except InputError:  # its module is not here; the row stays, as those of other methods that are not named again
         return False
 
@@ -332,12 +332,13 @@ def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: 
 def _run(recipe: Recipe, shared: Shared) -> Row:
     """One row, from the dense model on; what goes wrong in it becomes its message, so that the others go on."""
     name, ratio = recipe.method.name, recipe.budget.ratio
+    settings = recipe.method.settings.model_dump(mode="json")
     say(f"{name} at {ratio:.0%}")
     row = Row(
         method=name,
         ratio=ratio,
-        code=code_of(name),
-        settings=recipe.method.settings.model_dump(mode="json"),
+        code=method_source(name, settings),
+        settings=settings,
         kinds=list(recipe.budget.kinds),
         pruning_steps=pruning_steps(recipe),
         recovery_steps=recipe.recovery.steps,

@@ -5,10 +5,11 @@ A method that scores once and cuts once is a line alone: ``one_shot`` of its cri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from secateur import importance
-from secateur.importance import Criterion
+from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import Decision, Method, PruningTask
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner
@@ -20,7 +21,7 @@ from secateur.methods.periods import Period, Periods, PeriodSettings
 from secateur.methods.saliency import Saliency
 from secateur.methods.transfer import Transfer
 from secateur.methods.wanda import Wanda
-from secateur.plugins import find
+from secateur.plugins import find, source_digest
 
 METHODS: dict[str, type[Method]] = {
     "lorashear": LoRAShear,
@@ -47,6 +48,16 @@ def method_class(name: Any) -> type[Method]:
     return one_shot(name, found) if issubclass(found, Criterion) else found
 
 
+def method_source(name: str, settings: Mapping[str, Any]) -> str:
+    """``plugins.source_digest`` of a method and of the criteria of one's own in its ``saliency``; empty for secateur's.
+
+    Raises InputError when one of them is not there.
+    """
+    saliency = settings.get("saliency")
+    named = [one for one in saliency if ":" in one] if isinstance(saliency, Mapping) else []
+    return source_digest([method_class(name), *map(criterion_class, named)])
+
+
 __all__ = [
     "METHODS",
     "Decision",
@@ -58,5 +69,6 @@ __all__ = [
     "Saliency",
     "Transfer",
     "method_class",
+    "method_source",
     "one_shot",
 ]

@@ -75,11 +75,13 @@ def rehearse_output(result: Result, output: Path) -> None:
     )
 
 
-def contents(model: PreTrainedModel, texts: Texts | None = None) -> dict[str, str]:
+def contents(model: PreTrainedModel, source: str, texts: Texts | None = None) -> dict[str, str]:
     """Digests of what a run computes from, by the names that a message uses: weights, and texts once they are read.
 
-    The same recipe may name other contents tomorrow, and an unfinished run must not go on with those.
+    The same recipe may name other contents tomorrow, and an unfinished run must not go on with those. ``source`` is
+    that of classes of one's own (``plugins.source_digest``), empty where there are none.
     """
     read = {} if texts is None else vars(texts)
     blocks = {f"the text of {purpose}": "none" if found is None else found.digest for purpose, found in read.items()}
-    return {"the model's weights": digest(model), **blocks}
+    own = {"the files of your own classes": source} if source else {}
+    return {"the model's weights": digest(model), **own, **blocks}
