@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -98,7 +99,10 @@ def _by_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when what happens within takes longer; in the main thread, where alarms arrive."""
+    """Raise TimeoutError when what happens within takes longer; in the main thread, where alarms arrive.
+
+    An alarm of the caller's goes off when it would have, or afterwards.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -106,13 +110,16 @@ def _at_most(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> NoReturn:
         raise TimeoutError(f"it takes longer than {seconds:g} seconds")
 
+    started = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,20 @@ def test_a_template_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -
         render([{"role": "user", "content": "a"}], tokenizer)
     assert signal.getsignal(signal.SIGALRM) == handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_an_alarm_of_the_callers_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHAT, "apply_chat_template", lambda *_, **__: time.sleep(0.05) or "text")
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 60, 30)
+        assert render([{"role": "user", "content": "a"}], CHAT) == "text"
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert left < 59.96
+        assert interval == 30
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_default_of_several_templates_is_taken() -> None:
