@@ -17,20 +17,18 @@ from secateur.importance.taylor import Taylor
 from secateur.importance.wanda import WandaSP
 from secateur.plugins import find
 
-_ALL: tuple[type[Criterion], ...] = (
-    Random,
-    Magnitude,
-    WandaSP,
-    Fluctuation,
-    Taylor,
-    Fisher,
-    Salience,
-    BlockInfluence,
-    LoRA,
-    *HESSO,
-)
-
-CRITERIA: dict[str, type[Criterion]] = {criterion.name: criterion for criterion in _ALL}
+CRITERIA: dict[str, type[Criterion]] = {
+    "random": Random,
+    "magnitude": Magnitude,
+    "wanda": WandaSP,
+    "flap": Fluctuation,
+    "taylor": Taylor,
+    "fisher": Fisher,
+    "llm-pruner": Salience,
+    "block-influence": BlockInfluence,
+    "lora": LoRA,
+    **{criterion.name: criterion for criterion in HESSO},
+}
 """Every criterion by name. Its fields are its options."""
 
 
