@@ -27,7 +27,7 @@ from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
 from secateur.loading import ModelSettings
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, Method, method_class
 from secateur.planning import Budget
 from secateur.reading import DEEPEST, brief, check_characters, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
@@ -91,14 +91,16 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _baseline_is_one_shot(self) -> Recipe:
         """A baseline is measured on the dense model that the run goes on with: it must leave it as it is."""
-        one_shot = [
-            name for name, method in METHODS.items() if method.needs != "training" and not method.changes_weights
-        ]
-        if self.evaluation.baseline not in (None, *one_shot):
+        name = self.evaluation.baseline
+        if name is None:
+            return self
+        one_shot = [key for key, method in METHODS.items() if _leaves_the_model(method)]
+        if name not in one_shot and not (":" in name and _leaves_the_model(method_class(name))):
             raise ValueError(
-                f"evaluation.baseline is {self.evaluation.baseline!r}; it must be a one-shot method that changes no "
-                f"weights ({', '.join(one_shot)}) or null"
+                f"evaluation.baseline is {name!r}; it must be a one-shot method that changes no weights "
+                f"({', '.join(one_shot)}; or a class of your own as package.module:Class) or null"
             )
+        validate(method_class(name).Settings, {}, "evaluation.baseline")
         return self
 
     @model_validator(mode="after")
@@ -217,6 +219,11 @@ def validate(settings: type[SettingsT], tree: Mapping[str, Any], prefix: str = "
         return settings.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(_explain(error, settings, prefix))) from error
+
+
+def _leaves_the_model(method: type[Method]) -> bool:
+    """Whether a model that the method has looked at is as it was before."""
+    return method.needs != "training" and not method.changes_weights
 
 
 RecipeLike: TypeAlias = "Recipe | str | PathLike[str] | Mapping[str, Any] | None"

@@ -123,6 +123,7 @@ def prune(
         )
     check_describes_itself(model)
     source = method_source(recipe.method.name, recipe.method.settings.model_dump(mode="json"))
+    source += method_source(recipe.baseline, {}) if recipe.baseline else ""
     if output is not None:
         output = check_output(output)
         refuse_inputs(output, recipe)

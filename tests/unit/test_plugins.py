@@ -51,6 +51,9 @@ class Nameless(Criterion):
 class Demanding(First):
     share: float
 
+class Changes(Last):
+    changes_weights = True
+
 class Half(Method):
     name, summary = "half", "without run"
 
@@ -208,6 +211,13 @@ def test_an_unfinished_run_does_not_go_on_with_a_class_that_has_changed(
     (tmp_path / "own_plugin.py").write_text(OWN)
     secateur.prune(build("llama-gqa"), ratio=0.1, method=f"{own}:First", output=tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_baseline_may_be_of_ones_own(own: str) -> None:
+    assert load_recipe(None, [f"evaluation.baseline={own}:First"]).baseline == f"{own}:First"
+    for wrong, message in (("Demanding", r"evaluation\.baseline\.share: field required"), ("Changes", "no weights")):
+        with pytest.raises(InputError, match=message):
+            load_recipe(None, [f"evaluation.baseline={own}:{wrong}"])
 
 
 def test_a_method_is_no_criterion(own: str) -> None:
