@@ -1,6 +1,7 @@
-"""secateur: cut whole structures out of language models, guided by LoRA, and grow the lost knowledge back.
+"""secateur: prune whole structures from language models, guided by LoRA, and recover the lost knowledge.
 
-The names below are the public face. They are imported when first used, so that ``import secateur`` is instant.
+The names below are the public interface. They are imported at their first use, because ``import secateur`` must be
+fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a knowledge distribution analysis found, as a small file: how much the model depends on each node group."""
+"""The file of a knowledge distribution analysis: how much the model depends on each node group."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from secateur.types import DependencyGraph, Kind
 _ADVICE = "Give the analysis.json that `secateur analyze` wrote."
 
 Deviation = Literal["kl", "perplexity"]
-"""How the deviation of a pruned model is counted: KL from the dense model's predictions, or change of perplexity."""
+"""Measure of the deviation of a pruned model: KL from the dense model's predictions, or change of perplexity."""
 
 
 _ROUNDING = 1e-3
-"""How far below 0 rounding may take the KL of a cut that changes nothing."""
+"""Tolerance for rounding: the KL of a cut that changes nothing may be this far below 0."""
 
 
 class Trial(BaseModel):
-    """One node group cut by one ratio, all others whole."""
+    """One node group cut by one ratio; all others are whole."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -36,10 +36,10 @@ class Trial(BaseModel):
     ratio: float = Field(gt=0, lt=1)
     """Asked."""
     units: int = Field(ge=2)
-    """Of the group."""
+    """Fraction of the group's units, as asked."""
     removed: int = Field(ge=1)
-    """Units that went; the nearest to ``ratio`` that the group can lose, at least one, and one stays. Several ratios
-    may come to the same number, which is measured once."""
+    """Number of removed units: the nearest to ``ratio`` that the group can lose; at least one is removed and one is
+    kept. Several ratios may give the same number, which is measured once."""
     loss: float = Field(ge=0)
     """Mean next-token loss, nats."""
     kl: float = Field(ge=-_ROUNDING)
@@ -48,7 +48,7 @@ class Trial(BaseModel):
     @model_validator(mode="after")
     def _one_unit_stays(self) -> Trial:
         if self.removed >= self.units:
-            raise ValueError(f"removed is {self.removed} and units is {self.units}: at least one unit stays")
+            raise ValueError(f"removed is {self.removed} and units is {self.units}: at least one unit must be kept")
         return self
 
 
@@ -63,11 +63,11 @@ class Analysis(BaseModel):
     fingerprint: str
     """``DependencyGraph.fingerprint`` of the model."""
     weights: str | None = None
-    """``digest`` of the model's weights, which tells a fine-tune from its base; None when not known."""
+    """``digest`` of the model's weights, which differs between a fine-tune and its base; None when not known."""
     recipe: str = ""
-    """All settings that it was made with, as text; an analysis is finished when its own are those asked for."""
+    """All settings of the analysis, as text. A finished analysis is reused only for the same settings."""
     criterion: str
-    """What chose the units within a group."""
+    """Criterion that chose the units within a group."""
     text: list[str]
     tokens: int = Field(ge=1)
     """Tokens read, in windows of ``window``."""
@@ -84,7 +84,7 @@ class Analysis(BaseModel):
         for number, trial in enumerate(self.trials):
             other = seen.setdefault((trial.group, trial.ratio), trial)
             if other is not trial:
-                raise ValueError(f"trials.{number} is of {trial.group} at {trial.ratio:g}, as is one before it")
+                raise ValueError(f"trials.{number} is of {trial.group} at {trial.ratio:g}, like an earlier one")
         return self
 
     def check(self, graph: DependencyGraph, file: Path) -> None:
@@ -108,8 +108,8 @@ class Analysis(BaseModel):
     def deviations(self, by: Deviation) -> dict[str, float]:
         """Group name → deviation, summed over the ratios (Alg. 3, line 4), most sensitive first.
 
-        Each is scaled from the fraction that really went to the one that was asked, so that a group of few units (two
-        KV heads of which one goes at 25 %) is not ranked by the rounding.
+        Each is scaled from the fraction that was removed to the one asked. Otherwise a group of few units (two KV
+        heads, of which one is removed at 25 %) would be ranked by the rounding.
         """
         found: dict[str, float] = {}
         for trial in self.trials:
@@ -134,7 +134,7 @@ class Analysis(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Analysis:
-        """Read an analysis; raises PlanError when the file is missing or not one, with the place in it."""
+        """Read an analysis. Raises PlanError when the file is missing or invalid, with the place of the fault."""
         file = path_of(path, "The analysis", PlanError)
         try:
             return cls.model_validate(read_json(file, error=PlanError, advice=_ADVICE), strict=True)
@@ -146,10 +146,10 @@ class Analysis(BaseModel):
 
 
 def check_weights(model: nn.Module, file: Path) -> None:
-    """Raise PlanError when the analysis in ``file`` is of a model with other weights; its shapes are not looked at."""
+    """Raise PlanError when the analysis in ``file`` is of a model with other weights. Shapes are not checked."""
     analysis = Analysis.load(file)
     if analysis.weights is None:
-        say(f"{file} does not tell of which weights it is (an older analysis): only shapes were compared.")
+        say(f"{file} has no digest of its weights (an older analysis). Only shapes were compared.")
     elif analysis.weights != digest(model):
         raise PlanError(
             f"The analysis {file} is of {analysis.base_model or 'a model without a name'} with other weights, such as "
@@ -158,7 +158,7 @@ def check_weights(model: nn.Module, file: Path) -> None:
 
 
 def percent(fraction: float) -> str:
-    """As it was given: ``25%``, ``99.99%`` (never rounded up to 100)."""
+    """A fraction as text: ``25%``, ``99.99%`` (never rounded up to 100)."""
     return f"{100 * fraction:.10g}%"
 
 

@@ -1,6 +1,6 @@
 """The command line: every command is a thin call into the library.
 
-Heavy imports live inside the commands, so that ``--help`` answers at once. Errors that are the user's to mend become
+Heavy imports are inside the commands, because ``--help`` must answer at once. Errors that the user can correct become
 one message on standard error and exit code 1, in one place (``endings``).
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     cls=Commands,
     name="secateur",
-    help="Cut whole structures out of large language models, guided by LoRA, and grow the lost knowledge back.",
+    help="Prune whole structures from large language models, guided by LoRA, and recover the lost knowledge.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 class Runtime(StrEnum):
-    """Programs that the result must open in."""
+    """Programs that must open the result."""
 
     transformers = "transformers"
     everywhere = "everywhere"
@@ -53,14 +53,14 @@ class Runtime(StrEnum):
 
 
 class Form(StrEnum):
-    """What a saved model can be turned into."""
+    """Forms that a saved model can be converted to."""
 
     gguf = "gguf"
     uniform = "uniform"
     onnx = "onnx"
 
 
-# What several commands take: the same names, with the same meaning, in all of them.
+# Options of several commands, with the same names and the same meaning in all of them.
 Model = Annotated[str, typer.Argument(help="A folder, a hub id or a built-in name.", metavar="MODEL")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A YAML file with settings.", metavar="FILE", show_default=False)
@@ -116,8 +116,8 @@ def prune(
     runs_on: Annotated[Runtime | None, typer.Option(help="Programs that must open the result.")] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished stage in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print what would be done.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue after the last finished stage for OUT.")] = False,
 ) -> None:
     """Make a model smaller: prune, recover, measure, save and verify."""
     flags = {
@@ -135,7 +135,7 @@ def prune(
         progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
         _report(finished, output)
         return
-    with resumable(f"What is finished is kept; the same command with --resume goes on to {output}.", output):
+    with resumable(f"Finished stages are kept. The same command with --resume continues the run for {output}.", output):
         result = pipeline.run(settings, output=output, resume=resume, dry_run=dry_run)
     if not dry_run:
         _report(result.metrics, output)
@@ -153,7 +153,7 @@ def inspect(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what can be cut out of a model, and why the rest cannot."""
+    """Show which node groups of a model can be pruned, and why the others cannot."""
     from secateur import progress, tables
     from secateur.loading import load, outline
     from secateur.surgery import checked_trace, verify_cuts
@@ -169,15 +169,17 @@ def inspect(
     else:
         _console().print(tables.groups(graph))
     if verify:
-        if graph.parameter_count() <= WHOLE_UP_TO:  # a larger one is represented by a small one, without its weights
+        if graph.parameter_count() <= WHOLE_UP_TO:  # else a small model of its kind is checked, without its weights
             network, _ = load(**opened.model_dump())
         found = verify_cuts(network)
         if not as_json:
             _console().print(tables.check_table(found))
         wrong = [check.group for check in found if not check.ok]
         if wrong:
-            raise VerificationError(f"Slicing is not masking for {', '.join(wrong[:5])}. Please report this model.")
-        progress.say(f"All {len(found)} cuts compute what masking them computes.")
+            raise VerificationError(
+                f"Slicing and masking disagree for {', '.join(wrong[:5])}. Please report this model."
+            )
+        progress.say(f"All {len(found)} cuts compute the same as masking.")
 
 
 @app.command()
@@ -187,10 +189,10 @@ def analyze(
         Path | None, typer.Option("-o", "--output", help="New folder for the analysis and its heat map.", metavar="DIR")
     ] = None,
     ratios: Annotated[
-        str, typer.Option(help="Fractions of a group to take away, with commas between them.", metavar="A,B")
+        str, typer.Option(help="Fractions of a group to remove, separated by commas.", metavar="A,B")
     ] = "0.25,0.5",
     criterion: Annotated[
-        str, typer.Option(help="What chooses the units within a group: taylor, wanda, magnitude ...", metavar="NAME")
+        str, typer.Option(help="Criterion that chooses units in a group: taylor, wanda, magnitude ...", metavar="NAME")
     ] = "taylor",
     text: Annotated[
         list[str] | None, typer.Option(help="File or source to measure on; may be repeated.", metavar="FILE")
@@ -201,9 +203,9 @@ def analyze(
     overrides: Overrides = None,
     device: Device = None,
     trust_remote_code: Trust = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted analysis for DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted analysis for DIR.")] = False,
 ) -> None:
-    """Find where a model's knowledge sits: cut each group alone, and measure how far its predictions move."""
+    """Measure how sensitive each node group is: cut it alone, and measure the change of the predictions."""
     fractions = [parse_ratio(part, "--ratios", "of each group") for part in _names(ratios, "--ratios")]
     from secateur import inspection, progress, tables
     from secateur.loading import load
@@ -216,7 +218,9 @@ def analyze(
     }
     settings = _settings(recipe, overrides, flags)
     progress.show()
-    with resumable("What is measured is kept; the same command with --resume goes on." if output else "", output):
+    with resumable(
+        "Finished measurements are kept. The same command with --resume continues." if output else "", output
+    ):
         found = inspection.analyze(
             *load(**settings.model.model_dump()),
             ratios=fractions,
@@ -227,7 +231,7 @@ def analyze(
         )
     _console().print(tables.analysis(found, by=settings.budget.protect_by, share=settings.budget.protect_share))
     if output is not None:
-        progress.say(f"{output / 'analysis.json'} is what --set budget.protect_from takes; beside it the heat map.")
+        progress.say(f"{output / 'analysis.json'} can be used as --set budget.protect_from. The heat map is beside it.")
 
 
 @app.command()
@@ -241,10 +245,10 @@ def evaluate(
     window: Window = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="At most so many tokens of each file (else all), and of all sources together.", metavar="N"),
+        typer.Option(help="Token limit for each file (default: all), and for all sources together.", metavar="N"),
     ] = None,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers to this file too.", metavar="FILE")
+        Path | None, typer.Option("--json", help="Write the numbers to this file, too.", metavar="FILE")
     ] = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
@@ -280,7 +284,7 @@ def evaluate(
 
 @app.command()
 def apply(
-    plan: Annotated[Path, typer.Argument(help="A plan.json, as a run leaves it or edited.", metavar="PLAN")],
+    plan: Annotated[Path, typer.Argument(help="A plan.json of a run; it may be edited.", metavar="PLAN")],
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.", metavar="OUT")],
     recipe: RecipeFile = None,
@@ -288,14 +292,14 @@ def apply(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Cut a model as a plan says, without training, and save it, verified."""
+    """Cut a model by a plan, without training, then save and verify it."""
     from secateur import pipeline, progress
     from secateur.types import PruningPlan
 
     settings = _settings(recipe, overrides, _model_flags(model, device, trust_remote_code))
     progress.show()
     result = pipeline.apply(PruningPlan.load(plan), settings, output)
-    progress.say(f"{result.plan.parameters_after:,} of {result.plan.parameters_before:,} parameters are left.")
+    progress.say(f"{result.plan.parameters_after:,} of {result.plan.parameters_before:,} parameters are kept.")
     progress.say(f"The model is in {output}")
 
 
@@ -305,8 +309,8 @@ def export(
     to: Annotated[
         Form,
         typer.Option(
-            help="gguf: a file for llama.cpp; uniform: layers filled up with zeros to equal sizes, opened by all that "
-            "know the family; onnx: a graph for ONNX Runtime."
+            help="gguf: a file for llama.cpp; uniform: layers padded with zeros to equal sizes, for every program that "
+            "supports the family; onnx: a graph for ONNX Runtime."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="New file (gguf) or folder.", metavar="PATH")],
@@ -315,13 +319,13 @@ def export(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a saved model in a form for other programs, and let these open it where they are installed."""
+    """Convert a saved model for other programs, and open it with them if they are installed."""
     from secateur import pipeline, progress
 
     settings = _settings(recipe, overrides, _model_flags(folder, device, trust_remote_code))
     progress.show()
     progress.say(pipeline.convert(settings, to.value, output))
-    progress.say(f"It is in {output}")
+    progress.say(f"The converted model is in {output}")
 
 
 @app.command()
@@ -332,7 +336,7 @@ def verify(
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Open a saved folder in a fresh process, compare its logits, and say which programs will take it."""
+    """Open a saved folder in a fresh process, compare its logits, and print which programs support it."""
     from secateur import inspection, progress, tables
 
     settings = _settings(recipe, overrides, _model_flags(folder, device, trust_remote_code))
@@ -344,12 +348,10 @@ def verify(
 @app.command()
 def compare(
     model: Model,
-    methods: Annotated[
-        str, typer.Option(help="Methods with commas between them; random is always added.", metavar="A,B")
-    ],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; random is always added.", metavar="A,B")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables, plot and page.", metavar="DIR")],
     ratios: Annotated[
-        str, typer.Option(help="Fractions of all parameters to remove, with commas between them.", metavar="A,B")
+        str, typer.Option(help="Fractions of all parameters to remove, separated by commas.", metavar="A,B")
     ] = "0.2,0.5",
     tasks: Tasks = None,
     recipe: RecipeFile = None,
@@ -363,7 +365,7 @@ def compare(
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that DIR lacks.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Add the rows that are missing in DIR.")] = False,
 ) -> None:
     """Compare methods under the same budget, text, training steps and evaluation."""
     fractions = [parse_ratio(ratio, "--ratios") for ratio in _names(ratios, "--ratios")]
@@ -374,7 +376,7 @@ def compare(
     shared, own = split_overrides(overrides or [])
     settings = _settings(recipe, shared, _model_flags(model, device, trust_remote_code))
     progress.show()
-    with resumable("The rows that are finished are kept; the same command with --resume adds the others."):
+    with resumable("Finished rows are kept. The same command with --resume adds the others."):
         comparison = run(
             settings,
             _names(methods, "--methods"),
@@ -387,7 +389,7 @@ def compare(
     _console().print(tables.leaderboard(comparison))
     _console().print(f"Tables, plot and page are in {output}: report.html, results.csv, results.json, quality.png")
     if all(row.error is not None for row in comparison.rows):
-        raise InputError("No row has a result; why is below the table. --resume tries again what failed.")
+        raise InputError("No row has a result; the reasons are below the table. --resume tries the failed rows again.")
 
 
 @app.command()
@@ -408,7 +410,7 @@ def data() -> None:
     for source in SOURCES.values():
         missing = "" if source.folder else f"\n    not installed: {source.install}"
         typer.echo(f"{source.name:<12} {source.size:<20} {source.licence}\n    {source.description}{missing}")
-    typer.echo(f"{OWN_TEXT:<12} {'as asked for':<20} none\n    what the model to be pruned writes itself")
+    typer.echo(f"{OWN_TEXT:<12} {'as asked for':<20} none\n    text that the model to be pruned writes itself")
     typer.echo(
         "\nOther text: files (.txt, .jsonl, .parquet) and hub datasets (id:config:split), for instance\n"
         "    --set calibration.text=my.jsonl --set recovery.text=[my.jsonl,wikipedia]"
@@ -416,22 +418,22 @@ def data() -> None:
 
 
 def _model_flags(model: str | None, device: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """What the command line says about the model, as keys of the recipe; None where it says nothing."""
+    """The command line's options for the model, as keys of the recipe; None for options that were not given."""
     return {"model.name": model, "model.device": device, "model.trust_remote_code": trust_remote_code or None}
 
 
 def _settings(recipe: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe that a command runs with: the file, then what was given as options, then ``--set``."""
+    """The recipe of a command: the file, overridden by options, overridden by ``--set``."""
     from secateur.config import load_recipe
 
     return load_recipe(recipe, overrides or [], {key: value for key, value in flags.items() if value is not None})
 
 
 def _names(text: str, option: str) -> list[str]:
-    """What stands between the commas; raises InputError when that is nothing."""
+    """The names between the commas; raises InputError when there are none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise InputError(f"{option} {text!r} names nothing. Put one or more there, with commas between them.")
+        raise InputError(f"{option} {text!r} names nothing. Give one or more names, separated by commas.")
     return names
 
 
@@ -450,7 +452,7 @@ def parse_ratio(text: str, option: str = "--ratio", of: str = "of all parameters
 
 
 def _check_writable(file: Path) -> None:
-    """Raise InputError when ``--json`` could not be written in the end; nothing is written yet."""
+    """Raise InputError when ``--json`` could not be written at the end. Writes nothing."""
     place = place_of(file, "--json")
     folder = place.parent
     if not folder.is_dir():
@@ -464,9 +466,9 @@ def _check_writable(file: Path) -> None:
 
 
 def _write_whole(file: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all; raises InputError when it cannot be."""
+    """Write a file atomically; raises InputError when it cannot be written."""
     try:
-        write_whole(place_of(file), text)  # through a link, which stays
+        write_whole(place_of(file), text)  # through a link, which is kept
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}. The numbers are: {text}") from error
 
@@ -489,7 +491,7 @@ def _report(metrics: Mapping[str, Any], output: Path) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    # what a model writes and how folders are called is text, whatever brackets and colons are in it
+    # text of a model and names of folders may contain brackets and colons, which are not markup
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 

@@ -1,7 +1,7 @@
-"""The recipe: every setting of a run in one frozen object, read from YAML, with errors that name the way out.
+"""The recipe: every setting of a run in one frozen object, read from YAML, with errors that name the next step.
 
-Nothing is defined here but the composition: each section is the ``Settings`` class of the room that it configures, and
-the docstrings there are the documentation (``describe``, ``dump``, docs/recipes.md).
+Only the composition is defined here. Each section is the ``Settings`` class of the room that it configures, and the
+docstrings there are the documentation (``describe``, ``dump``, docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ DEFAULT_METHOD = "lorashear"
 
 
 class MethodChoice(Settings):
-    """A method by name, with the settings that this method has; in YAML ``wanda`` or ``{name: lorashear, ...}``."""
+    """A method by name with its own settings; in YAML ``wanda`` or ``{name: lorashear, ...}``."""
 
     name: str = DEFAULT_METHOD
     """Which method chooses the units; ``secateur methods`` lists them."""
     settings: SerializeAsAny[Settings]
-    """The method's own settings; in YAML they stand beside the name."""
+    """The method's own settings; in YAML they are written beside the name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,22 +65,22 @@ class MethodChoice(Settings):
 
 
 class Recipe(Settings):
-    """Everything that decides what a run computes. Same recipe, same machine: same plan."""
+    """All settings that determine the result of a run. The same recipe on the same machine gives the same plan."""
 
     model: ModelSettings = ModelSettings()
     """The model to prune and how it is loaded."""
     budget: Budget = Budget()
-    """How much must go, and from where."""
+    """How much to prune, and from which groups."""
     calibration: CalibrationSettings = CalibrationSettings()
-    """Text that importance is measured on, and how it is run through the model."""
+    """The text for measuring importance, and how it is run through the model."""
     method: MethodChoice = Field(default_factory=lambda: MethodChoice.model_validate(DEFAULT_METHOD))
-    """How the units that go are chosen."""
+    """How the units to remove are chosen."""
     lora: LoraSettings = LoraSettings()
-    """The adapters that guide pruning and carry recovery."""
+    """The adapters for pruning and recovery."""
     training: TrainingSettings = TrainingSettings()
-    """How the adapters are trained, while pruning and while recovering."""
+    """How the adapters are trained, during pruning and during recovery."""
     recovery: RecoverySettings = RecoverySettings()
-    """Growing the lost knowledge back after the cut."""
+    """Recovery of the lost knowledge after the cut."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """What is measured before and after."""
     export: ExportSettings = ExportSettings()
@@ -90,7 +90,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _baseline_is_one_shot(self) -> Recipe:
-        """A baseline is measured on the dense model that the run goes on with: it must leave it as it is."""
+        """A baseline is measured on the dense model of the run. It must not change its weights."""
         name = self.evaluation.baseline
         if name is None:
             return self
@@ -105,7 +105,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _kinds_of_the_method(self) -> Recipe:
-        """The kinds that the method is bound to, unless the budget names some; ``revise`` finds them unset again."""
+        """Set the kinds that the method requires, unless the budget names some. ``revise`` finds them unset again."""
         kinds = method_class(self.method.name).kinds
         if kinds and "kinds" not in self.budget.model_fields_set:
             budget = self.budget.model_copy(update={"kinds": kinds})
@@ -120,7 +120,7 @@ class Recipe(Settings):
 
     @property
     def texts(self) -> dict[Purpose, TextSettings]:
-        """The text that a run reads, by what it is for."""
+        """The text settings of a run, by purpose."""
         method = method_class(self.method.name)
         used: dict[Purpose, TextSettings] = {"evaluation": self.evaluation}
         baseline = method_class(self.baseline) if self.baseline else method
@@ -142,7 +142,7 @@ class Recipe(Settings):
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the recipe, as documentation shows it."""
+    """One key of the recipe, for the documentation."""
 
     name: str
     """Dotted, such as ``budget.ratio``."""
@@ -155,11 +155,11 @@ class Key:
 def load_recipe(
     path: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe; what it does not say has its default.
+    """Read a recipe. Missing keys get their defaults.
 
-    ``flags`` maps dotted keys to values (command-line options); ``overrides`` are ``section.key=value`` texts whose
-    values are YAML, and win. Raises InputError for a file that cannot be read, an unknown key or a value that is not
-    allowed, and names what is.
+    ``flags`` maps dotted keys to values (command-line options). ``overrides`` are ``section.key=value`` texts with YAML
+    values, and override everything else. Raises InputError for a file that cannot be read, an unknown key or a value
+    that is not allowed, and names the allowed ones.
     """
     tree = _read(path) if path is not None else {}
     for key, value in (flags or {}).items():
@@ -183,15 +183,15 @@ def revise(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every key filled in and a line of meaning above each; ``load_recipe`` reads it back."""
+    """The recipe as YAML with every key, and its meaning in a comment above it. ``load_recipe`` reads it back."""
     return "\n".join(["# A secateur recipe with every key: secateur prune --recipe FILE", *_lines(recipe, 0)]) + "\n"
 
 
 def identity(recipe: Recipe) -> str:
-    """The recipe as far as it decides what is computed: how the result is timed and written may change on resume.
+    """The part of the recipe that determines what is computed. Timing and writing may change on resume.
 
-    What an analysis found is part of it, as the same file may hold another one by then. Raises PlanError when
-    ``budget.protect_from`` cannot be read.
+    It contains a digest of the analysis in ``budget.protect_from``, because that file may change. Raises PlanError when
+    it cannot be read.
     """
     evaluation = recipe.evaluation.model_copy(update={"speed": True})
     text = dump(recipe.model_copy(update={"evaluation": evaluation, "export": ExportSettings()}))
@@ -203,7 +203,7 @@ def identity(recipe: Recipe) -> str:
 
 
 def describe(settings: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
-    """Every key below ``settings``, in order, with type, default and meaning; methods' own keys are not among them."""
+    """Every key below ``settings``, in order, with type, default and meaning; without the methods' own keys."""
     for name, field in settings.model_fields.items():
         nested = _model_in(field.annotation)
         if nested is not None and nested is not Settings:
@@ -222,16 +222,16 @@ def validate(settings: type[SettingsT], tree: Mapping[str, Any], prefix: str = "
 
 
 def _leaves_the_model(method: type[Method]) -> bool:
-    """Whether a model that the method has looked at is as it was before."""
+    """Whether the method does not change the model."""
     return method.needs != "training" and not method.changes_weights
 
 
 RecipeLike: TypeAlias = "Recipe | str | PathLike[str] | Mapping[str, Any] | None"
-"""What callers in Python may give as a recipe (``recipe_of``)."""
+"""A recipe as callers in Python may give it (``recipe_of``)."""
 
 
 def recipe_of(given: RecipeLike) -> Recipe:
-    """What callers in Python give as a recipe: one, the path of its file, a mapping of its keys, or None for defaults.
+    """The recipe from a ``Recipe``, the path of its file, a mapping of its keys, or None for the defaults.
 
     Raises InputError for anything else, and for a recipe that is not allowed.
     """
@@ -242,8 +242,8 @@ def recipe_of(given: RecipeLike) -> Recipe:
     if given is None or isinstance(given, Mapping):
         return load_recipe(flags={str(key): value for key, value in (given or {}).items()})
     raise InputError(
-        f"A {type(given).__name__} is no recipe. Give what secateur.config.load_recipe returns, the path of a YAML "
-        "file, or a mapping of sections to keys."
+        f"A {type(given).__name__} is no recipe. Give a Recipe (secateur.config.load_recipe), the path of a YAML file, "
+        "or a mapping of sections to keys."
     )
 
 
@@ -271,8 +271,8 @@ _MOST_DIGITS = 1000
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML would take: a key that stands twice in a mapping, of which the last would quietly win, and
-    what grows without an end, by nesting or by anchors that stand for others many times."""
+    """Refuses two things that YAML accepts: duplicate keys, of which YAML would take the last without a word, and
+    content that grows without limit, by nesting or by anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -286,14 +286,17 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MOST_DIGITS:
-            raise yaml.composer.ComposerError(None, None, "it holds a number of too many digits", node.start_mark)
+            raise yaml.composer.ComposerError(None, None, "it contains a number of too many digits", node.start_mark)
         if node is not None and id(node) not in self._values:
             inner = [] if isinstance(node, yaml.ScalarNode) else node.value
             pairs = [one for item in inner for one in (item if isinstance(item, tuple) else (item,))]
             count = 1 + sum(self._values.get(id(one), _MOST_VALUES) for one in pairs)  # not yet there: it holds itself
             if count > _MOST_VALUES:
                 raise yaml.composer.ComposerError(
-                    None, None, f"anchors and all, it holds more than {_MOST_VALUES:,} values", node.start_mark
+                    None,
+                    None,
+                    f"with all anchors followed, it contains more than {_MOST_VALUES:,} values",
+                    node.start_mark,
                 )
             self._values[id(node)] = count
         return node
@@ -302,16 +305,16 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A YAML value; ``where`` it stood goes into the InputError for one that is none."""
+    """Parse a YAML value. ``where`` names its place in the InputError for invalid YAML."""
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        # besides its own errors: dates that do not exist, words tagged as numbers, numbers of too many digits
+        # beside its own errors: dates that do not exist, words tagged as numbers, numbers of too many digits
         reason = shortened(" ".join(str(error).split()), 300)
         raise InputError(f"{where} is not YAML that can be read: {reason}") from error
     check_characters(value, text, where)
@@ -319,7 +322,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dicts. Naming another method drops the keys of the one before; the same keeps them."""
+    """Set a dotted key in nested dicts. Naming another method drops the previous method's keys."""
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
     if key == "method" and isinstance(value, str):
@@ -339,7 +342,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> list[str]:
-    """One line per fault: what was given, what is allowed. A value that each of several types refuses is named once."""
+    """One line per fault, with the given and the allowed value. A value that several types refuse is named once."""
     faults: dict[str, list[str]] = {}
     for fault in error.errors():
         keys, parent, unknown = _walk(settings, fault["loc"])
@@ -350,7 +353,7 @@ def _explain(error: ValidationError, settings: type[BaseModel], prefix: str) -> 
         reason = shortened(str(fault["msg"]).removeprefix("Value error, ").rstrip("."), 400)
         if fault["type"] == "model_type":
             reason = f"It has keys of its own: {', '.join(_keys_of(key, parent))}"
-        # what breaks a rule between the keys of a section is the whole section, which would say little
+        # a rule between keys fails for the whole section; printing that would say little
         given = key if isinstance(fault["input"], Mapping) else f"{key} = {brief(fault['input'])} is not allowed"
         faults.setdefault(given, []).append(reason[:1].lower() + reason[1:])
     return [f"{given}: {', or '.join(dict.fromkeys(why))}." if why else given for given, why in faults.items()]
@@ -374,7 +377,7 @@ def _walk(settings: type[BaseModel], path: Sequence[int | str]) -> tuple[list[st
 
 
 def _unknown(key: str, parent: type[BaseModel]) -> str:
-    """The line for a key that does not exist: the nearest that does, and all that are allowed there."""
+    """The line for a key that does not exist: the nearest known key, and all keys allowed there."""
     section, _, last = key.rpartition(".")
     allowed = _keys_of(section, parent)
     # the right key in the wrong section, such as --set ratio=0.3, is nearer than a similar word
@@ -387,7 +390,7 @@ def _unknown(key: str, parent: type[BaseModel]) -> str:
 
 
 def _keys_of(section: str, settings: type[BaseModel]) -> list[str]:
-    """The keys that a user may write in a section; a method's own stand beside its name."""
+    """The keys that a user may write in a section; a method's own keys are written beside its name."""
     keys = [name for name in settings.model_fields if name != "settings"]
     return ["name", *keys] if section == "method" and "name" not in keys else keys
 

@@ -1,4 +1,4 @@
-"""A short hash of a model's weights: whether two models of the same shapes are the same one."""
+"""A short hash of a model's weights, which identifies it among models of the same shapes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 _WEIGHTS_OF_A_PARAMETER = 1024
-"""So many weights of each parameter, evenly spaced, are hashed."""
+"""Number of weights of each parameter to hash, evenly spaced."""
 
 
 def digest(model: nn.Module) -> str:
-    """Hash of some weights of every parameter, which tells two models of the same shapes apart in a moment.
+    """Hash of some weights of every parameter, a quick way to distinguish models of the same shapes.
 
-    They are compared as bfloat16, so that a model is the same in fp32 and in bf16 (not always in fp16, which rounds
-    elsewhere). Adapters are parameters like any other.
+    The weights are rounded to bfloat16: a model has the same hash in fp32 and in bf16 (not always in fp16, which rounds
+    differently). Adapters count as parameters.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():

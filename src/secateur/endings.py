@@ -21,11 +21,11 @@ from secateur.errors import SecateurError, is_full, out_of_memory
 from secateur.whole import beside, place_of
 
 _ONE_SIGNAL_SECONDS = 10.0
-"""A terminal that closes and a scheduler send several: those after the first must not interrupt the tidying."""
+"""A closing terminal and a scheduler send several signals. Those after the first must not interrupt the clean-up."""
 
 
 class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP has come: as Ctrl-C, from a scheduler or a terminal that was closed."""
+    """SIGTERM or SIGHUP was received, from a scheduler or a closed terminal. It is treated like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,7 +38,7 @@ class Commands(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         try:
             return super().main(*args, **options)
-        except OSError as error:  # of --help and --version, which the parser answers: no room for what they print
+        except OSError as error:  # from --help and --version, which the parser answers: no space for their output
             if debugging():
                 raise
             typer.echo(f"Error: {_message(error)}", err=True)
@@ -59,7 +59,7 @@ class Commands(TyperGroup):
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(_exit_code(interrupt)) from interrupt
         except Exception as error:
-            # what the parser raises (usage errors, --help) brings its own exit code; who closes a pipe has seen enough
+            # errors of the parser (usage errors, --help) have their own exit code; a closed pipe is no error
             if debugging() or hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
                 raise
             typer.echo(f"Error: {_message(error)}", err=True)
@@ -68,13 +68,16 @@ class Commands(TyperGroup):
 
 @contextmanager
 def resumable(kept: str, output: Path | None = None) -> Iterator[None]:
-    """Say what an interruption leaves, and end with the exit code that shells give it; say what an error leaves of an
-    unfinished run for ``output``."""
+    """On an interruption, print ``kept`` and end with the exit code that shells use for it. On an error, print where
+    the unfinished run for ``output`` is kept."""
     try:
         yield
     except Exception as error:
         if output is not None and (left := _unfinished(output)) is not None and str(left) not in str(error):
-            typer.echo(f"What is finished is kept in {left}: --resume goes on, or delete it to start anew.", err=True)
+            typer.echo(
+                f"Finished stages are kept in {left}. Continue with --resume, or delete that folder to start again.",
+                err=True,
+            )
         raise
     except KeyboardInterrupt as interrupt:
         typer.echo(f"Interrupted. {kept}".strip(), err=True)
@@ -100,9 +103,9 @@ def _exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise ``Ended`` where the program is, so that everything is let go as by Ctrl-C.
+    """SIGTERM and SIGHUP raise ``Ended``, and clean-up runs as after Ctrl-C.
 
-    What torch computes in C++ ends first. A signal that whoever started this wants ignored (nohup) stays ignored.
+    A computation of torch in C++ is finished first. A signal that the caller ignores (nohup) is still ignored.
     """
     last = -_ONE_SIGNAL_SECONDS
 
@@ -126,8 +129,8 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Give a process that was started without standard streams some that lead nowhere, before a file gets their
-    numbers; and let a terminal that cannot show a character show its code."""
+    """Open null streams for a process that was started without standard streams, or a file would get their numbers. A
+    terminal that cannot show a character shows its code."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -136,12 +139,12 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  # for as long as it runs
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError):  # what a caller has put there may be anything that can be written
+        with suppress(AttributeError, ValueError):  # a caller may have put any writable object there
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _message(error: Exception) -> str:
-    """One message for what no part of the program has foreseen: the machine's failures, or else a bug."""
+    """One message for an unforeseen error: a failure of the machine, or else a bug."""
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 1000 else f"{reason[:1000]}…"
     advice = _advice(error)
@@ -154,24 +157,26 @@ def _message(error: Exception) -> str:
 
 
 def _advice(error: Exception) -> str | None:
-    """What to do about a failure of the machine or of what was given, rather than of the program; None for that."""
+    """Advice for a failure of the machine or of an input; None for a failure of the program."""
     if out_of_memory(error):
         return "Not enough memory: lower batch sizes or windows, or --set training.gradient_checkpointing=true."
     if is_full(error):
-        return "The disk is full. Make room; what can be resumed goes on with --resume after the last finished stage."
+        return (
+            "The disk is full. Free some space. --resume continues after the last finished stage, where there is one."
+        )
     if isinstance(error, RecursionError) and _was_reading(error):
-        return "Something that was given is nested too deep to be read: a model's JSON file, text or a recipe."
+        return "An input is nested too deep to be read: a model's JSON file, a text or a recipe."
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
-        return "No folder for temporary files can be written. Set TMPDIR to one that can, with room in it."
+        return "No folder for temporary files is writable. Set TMPDIR to a writable folder with free space."
     if isinstance(error, FileNotFoundError) and _working_folder_is_gone():
-        return "The folder that this was started in is gone. Change to one that exists."
+        return "The current folder no longer exists. Change to one that exists."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "This place cannot be written or read. Mend its permissions, or name another one."
+        return "This path cannot be written or read. Change its permissions, or name another one."
     return None
 
 
 def _was_reading(error: RecursionError) -> bool:
-    """Whether the deepest frames are those of a reader, or of a library that walks what was read."""
+    """Whether the deepest frames belong to a reader of input, or to a library that processes it."""
     trace, names = error.__traceback__, []
     while trace is not None:
         names.append(trace.tb_frame.f_globals.get("__name__", "").partition(".")[0])

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what was given, what is allowed, and what to do next."""
+"""The errors that users see. Each message has the given value, the allowed values, and the next step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 
 
 class SecateurError(Exception):
-    """Base of every error that is the user's to mend; the CLI prints it as one message, without a traceback."""
+    """Base of every error that the user can correct. The CLI prints it as one message, without a traceback."""
 
 
 class InputError(SecateurError):
@@ -26,7 +26,7 @@ class DataError(SecateurError):
 
 
 class VerificationError(SecateurError):
-    """Something that was written or cut does not compute what it should."""
+    """A written or cut model computes something else than expected."""
 
 
 _NO_MEMORY = (
@@ -43,9 +43,9 @@ _NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or what caused it, is a lack of memory, of the machine or of an accelerator.
+    """Whether ``error``, or one of its causes, is a lack of memory of the machine or of an accelerator.
 
-    torch and safetensors say so in words only, as RuntimeError or as an error of their own.
+    torch and safetensors report it only in the message, as RuntimeError or as an error of their own.
     """
     seen: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
@@ -65,7 +65,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a file could not be written to its end; safetensors and torch say so in words only."""
+    """Whether a disk or quota was full. safetensors and torch report it only in the message."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in numbers

@@ -1,4 +1,4 @@
-"""Where a model stops computing numbers: NaN and infinity pass through every comparison that is written carelessly."""
+"""Finds the place where NaN or infinity begins in a model. Careless comparisons do not detect them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 
 def first_not_finite(model: nn.Module, ids: torch.Tensor) -> str | None:
-    """Where NaN or infinity begins in the answer to ``ids`` ``[batch, length]``; None when all logits are finite.
+    """The place where NaN or infinity begins for ``ids`` ``[batch, length]``; None when all logits are finite.
 
-    The name of the first parameter that holds such a value; when there is none, the name of the first module, in the
-    order of computing, whose output does (the class of ``model`` for what no module within it computes). The model is
-    run once in the mode that it is in, and is left as it was. Its weights must be there, not on the meta device.
+    It is the name of the first parameter with such a value. If there is none, it is the name of the first module, in
+    the order of computation, with such an output (the class of ``model`` if no module within it has one). The model
+    runs once in its present mode, and is not changed. Its weights must not be on the meta device.
     """
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What a recipe reads from files: nothing may be written over it, or into a model's folder."""
+"""The input files of a recipe. No output may overwrite them, or be written into a model's folder."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ _FOLDER = re.compile(r"(?:dataset_path|data_dir):\s*['\"]?([^\s'\",}]+)")
 def refuse_inputs(
     output: str | os.PathLike[str], recipe: Recipe, tasks: Sequence[str] = (), others: Sequence[Path | None] = ()
 ) -> None:
-    """Raise InputError when ``output``, by whatever name or link, is a file that is read, or in a folder of a model or
-    of tasks.
+    """Raise InputError when ``output``, under any name or link, is an input file, or is in a folder of a model or of
+    tasks.
 
     Args:
         tasks: names of tasks, task files or folders, as they were given.
-        others: more files that are read, such as the recipe's own.
+        others: further input files, such as the recipe's own.
     """
     place = place_of(output)
     for what, path in (*_inputs(recipe, tasks), *(("file", path) for path in others if path is not None)):
         if not os.path.exists(path):  # Path.exists raises for names that are too long
             continue
         if _is_same(place, path):
-            raise InputError(f"{output} is what is read ({what} {path}), and would be replaced. Name another place.")
+            raise InputError(f"{output} is an input ({what} {path}), and would be replaced. Name another output.")
         if os.path.isdir(path) and any(_is_same(above, path) for above in place.parents):
-            raise InputError(f"{output} lies in the folder of the {what}, {path}, which stays as it is. Name another.")
+            raise InputError(
+                f"{output} is in the folder of the {what}, {path}, which is not changed. Name another output."
+            )
 
 
 def _inputs(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """What each is, and where it may lie; built-in names and words that are no paths lie nowhere."""
+    """Kind and path of each input; built-in names and words that are no paths have none."""
     recovery = recipe.recovery
     texts = [*recipe.calibration.text, *recovery.text, *recovery.instructions, *recipe.evaluation.text]
     analysis = [] if recipe.budget.protect_from is None else [str(recipe.budget.protect_from)]
     for what, names in (("model", [recipe.model.name]), ("text", texts), ("task", tasks), ("analysis", analysis)):
         for name in names:
-            with suppress(SecateurError):  # what is wrong with a name is said where it is opened
+            with suppress(SecateurError):  # a fault of a name is reported where it is opened
                 yield what, path_of(name)
     with suppress(HFValidationError):  # not a hub id
         yield "model", Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=recipe.model.name, repo_type="model"))
@@ -65,7 +67,7 @@ def _inputs(recipe: Recipe, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 
 def task_files(path: Path) -> set[Path]:
-    """A task file or those of a folder, with what they include, call and name: other files, folders of items, code."""
+    """A task file or those of a folder, with all files that they include, call or name: other files, items, code."""
     waiting = list(path.glob("*.yaml")) if path.is_dir() else [path]
     tasks, others = set[Path](), set[Path]()
     while waiting:
@@ -88,7 +90,7 @@ def _named(file: Path, text: str) -> Iterator[Path]:
 
 
 def _places(file: Path, word: str) -> list[Path]:
-    """Where a name in a task file may lie: as it is, or beside the task file."""
+    """Possible paths of a name in a task file: as it is, or beside the task file."""
     return [Path(word), file.parent / word] if len(word) < 1000 else []
 
 

@@ -1,4 +1,4 @@
-"""Looking at a model without changing it: how good it is, where its knowledge sits, whether its folder opens."""
+"""Evaluates, analyses and verifies a model without changing it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int |
     parameters, bytes and speed of the recipe's model, under ``model``; beside it window, windows (``Windows``),
     tokens and machine.
 
-    Files are measured whole, or their first ``max_tokens`` tokens; sources by their evaluation split (``load_whole``).
+    Files are measured whole, or up to their first ``max_tokens`` tokens. Sources are measured on their evaluation split
+    (``load_whole``).
     """
     recipe = recipe_of(recipe)
     check_sources(recipe.evaluation)
@@ -60,7 +61,7 @@ def evaluate(recipe: RecipeLike, tasks: Sequence[str] = (), *, max_tokens: int |
     assert tokenizer is not None  # there would be no blocks
     check_blocks(blocks, model, tokenizer)
     numbers: dict[str, Any] = {}
-    if tasks:  # after the text, whose lack would lose hours of tasks; before what a misspelt task should not cost
+    if tasks:  # after the text: a missing text would lose hours of tasks; but before the slow measurements
         numbers["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=recipe.evaluation.batch_size)
     measured = losses(model, recipe, blocks)
     numbers |= size(model, recipe)
@@ -88,22 +89,21 @@ def analyze(
     output: Path | None = None,
     resume: bool = False,
 ) -> Analysis:
-    """What ``secateur analyze`` does: cut every node group alone, at each ratio, and measure how far predictions move.
+    """What ``secateur analyze`` does: cut every node group alone, at each ratio, and measure the change of the
+    predictions.
 
-    LoRAShear's knowledge distribution analysis (Algorithm 3). The model is given back bit by bit as it was.
+    LoRAShear's knowledge distribution analysis (Algorithm 3). The model is restored bit by bit.
 
     Args:
-        ratios: fractions of a group's units to take away, each strictly between 0 and 1; order and repeats mean
-            nothing.
-        criterion: what chooses them within the group; a name from ``importance.CRITERIA``, or
-            ``package.module:Class``.
+        ratios: fractions of a group's units to remove, each strictly between 0 and 1. Order and repeats are ignored.
+        criterion: chooses the units within the group; a name from ``importance.CRITERIA``, or ``package.module:Class``.
         recipe: its sections ``calibration`` (the text, batch size and precision) and ``seed`` are used,
             ``budget.kinds`` for which groups, and ``budget.protect_by`` and ``protect_share`` for what the
             picture marks.
         output: new folder for ``analysis.json`` (which ``budget.protect_from`` takes), ``analysis.csv`` and
             ``heatmap.png``. Until it is finished, what was measured is kept beside it.
-        resume: go on with what an interrupted call measured for ``output``, of the same settings, weights and text; of
-            a finished one of the same settings and weights, what it found is given back.
+        resume: continue an interrupted call for ``output`` with the same settings, weights and text. If a call with the
+            same settings and weights is finished, its analysis is returned.
     """
     recipe = revise(recipe_of(recipe), {"model.name": model.config._name_or_path or ""})
     chooser = _one_shot_criterion(criterion)
@@ -159,8 +159,8 @@ def analyze(
 
 
 def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis | None:
-    """What an analysis of the same settings left in ``output``, if there is one; InputError for other weights, and for
-    files that are not as it left them."""
+    """The finished analysis with the same settings in ``output``, or None. Raises InputError for other weights, and for
+    files that were changed since."""
     file = place_of(output) / "analysis.json"
     found = Analysis.load(file) if file.is_file() else None
     if found is None or found.recipe != started_as:
@@ -168,14 +168,14 @@ def _finished(output: Path, started_as: str, model: PreTrainedModel) -> Analysis
     check_sums(file.parent, file.parent / SUMS)
     if found.weights != digest(model):
         raise InputError(
-            f"The analysis in {output} is finished, and the model's weights are not those that it is of. Name another "
-            "folder for an analysis of these, or delete that one."
+            f"The analysis in {output} is finished, and the model's weights are not those that it analysed. Name "
+            "another folder for an analysis of these, or delete that one."
         )
     return found
 
 
 def _one_shot_criterion(name: str) -> Criterion:
-    """The criterion ``name``, which must not need adapters: there are none; nor options without default."""
+    """The criterion ``name``. Raises InputError for one that needs adapters, or has options without a default."""
     criterion = criterion_class(name)
     if criterion.needs == "adapters":
         known = [key for key, one in CRITERIA.items() if one.needs != "adapters"]
@@ -186,9 +186,9 @@ def _one_shot_criterion(name: str) -> Criterion:
 def verify(recipe: RecipeLike) -> Verification:
     """What ``secateur verify`` does: open the recipe's folder again in a fresh process, without secateur.
 
-    Raises VerificationError unless that process computes and generates what this one does, and InputError for a name
-    that is no folder, or for one with an adapter, or that names code which secateur did not write and the recipe does
-    not trust.
+    Raises VerificationError unless that process computes and generates the same as this one. Raises InputError for a
+    name that is no folder, for a folder with an adapter, and for a folder with foreign code that the recipe does not
+    trust.
     """
     recipe = recipe_of(recipe)
     folder = path_of(recipe.model.name, "The folder")
@@ -203,7 +203,7 @@ def verify(recipe: RecipeLike) -> Verification:
     trusted = recipe.model.trust_remote_code
     if needs_trust(folder) and not (trusted or holds_only_our_code(folder)):
         raise InputError(
-            f"{folder} brings modelling code, which the fresh process would run. Add --trust-remote-code if you trust "
-            "it."
+            f"{folder} contains modelling code, which the fresh process would run. Add --trust-remote-code if you "
+            "trust it."
         )
     return verify_saved(model, folder, trusted)

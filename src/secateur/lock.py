@@ -1,4 +1,4 @@
-"""One run at a time for an output: a file beside it names the process, and its machine, that is at work there."""
+"""One run at a time for an output: a file beside it names the process, and its machine, that writes it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from secateur.whole import beside, place_of
 
 try:
     import fcntl
-except ImportError:  # not on this system: the file alone must do
+except ImportError:  # not on this system: only the file is used
     fcntl = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _SAME_START_SECONDS = 2.0
-"""The system says when a process started by clocks that are set now and then."""
+"""Tolerance of start times, in seconds: the system's clock may be adjusted."""
 
 
 class _Owner(NamedTuple):
@@ -36,7 +36,7 @@ class _Owner(NamedTuple):
     pid: int
     host: str
     started: float
-    """Seconds since the epoch: another process may have the same number later."""
+    """Start in seconds since the epoch; another process may get the same number later."""
 
 
 class _Held(NamedTuple):
@@ -45,11 +45,11 @@ class _Held(NamedTuple):
 
 
 _held: dict[Path, _Held] = {}
-"""The files that this process holds."""
+"""The lock files of this process."""
 
 
 def alone(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A function becomes one that holds the place in its argument of this name while it runs; None is no place."""
+    """Decorator: the function locks the output in its argument of this name while it runs; None locks nothing."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
@@ -67,19 +67,19 @@ def alone(argument: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 @contextmanager
 def held(output: str | os.PathLike[str]) -> Iterator[None]:
-    """Be the only one that writes ``output``, on this machine and on others that see the same folder.
+    """Lock ``output`` for one run, on this machine and on others with the same folder.
 
-    The thread that holds it may enter again. Raises InputError for a place that cannot be (``place_of``) or cannot be
-    written, and when another run holds it: the message names its process and machine. What a process of this machine
-    left that is dead (killed, a power cut) is taken over; one of another machine cannot be asked, and the message says
-    which file to delete. The file is ``.NAME.running`` beside the output; afterwards it is gone, with folders above it
-    that were made for it and hold nothing else.
+    The thread with the lock may enter again. Raises InputError for an invalid path (``place_of``), for one that cannot
+    be written, and when another run has the lock: the message names its process and machine. The lock of a dead process
+    of this machine (killed, a power cut) is taken over. A process of another machine cannot be checked; the message
+    then names the file to delete. The file is ``.NAME.running`` beside the output. It is removed afterwards, with
+    folders above it that were made for it and are empty.
 
-    Where the file system knows ``flock``, the lock is one, which no dead process has; elsewhere process number and
-    start must do. A forked child holds nothing.
+    Where the file system supports ``flock``, it is used, and a dead process never has the lock. Elsewhere process
+    number and start are compared. A forked child does not inherit the lock.
     """
     place = place_of(output)
-    if not place.name:  # the root of the file system, which everybody refuses
+    if not place.name:  # the root of the file system, which other checks refuse
         yield
         return
     file, process, thread = beside(place, "running"), os.getpid(), threading.get_ident()
@@ -121,7 +121,7 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 def _take(file: Path, place: Path) -> int:
-    """Open ``file`` and write this process into it; raises InputError when another one is at work."""
+    """Open ``file`` and write this process into it; raises InputError when another process has the lock."""
     while True:
         opened = _open(file)
         if opened is None:
@@ -130,7 +130,7 @@ def _take(file: Path, place: Path) -> int:
         free = taken = False
         try:
             locked = _lock(descriptor)
-            if not _is_open(file, descriptor):  # who had it has just removed it
+            if not _is_open(file, descriptor):  # its owner has just removed it
                 continue
             owner = _read(descriptor, file, place)
             free = locked is not False and (is_new or (locked is True if owner is None else _is_dead(owner)))
@@ -148,7 +148,7 @@ def _take(file: Path, place: Path) -> int:
 
 
 def _open(file: Path) -> tuple[int, bool] | None:
-    """A descriptor, and whether the file is a new one; None when it came or went in between."""
+    """A descriptor, and whether the file is new; None when it was created or removed in between."""
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
@@ -181,13 +181,14 @@ def _is_open(file: Path, descriptor: int) -> bool:
 
 
 def _read(descriptor: int, file: Path, place: Path) -> _Owner | None:
-    """Who is named in the file; None when nothing was written yet. InputError for a file of somebody else."""
+    """The owner in the file; None when nothing was written yet. Raises InputError for a file of another program."""
     text = os.pread(descriptor, 4096, 0)
     try:
         return _Owner(**json.loads(text)) if text.strip(b"\0 ") else None
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{file} is in the way: it should say which run is writing {place}, and does not. If none is, delete it."
+            f"{file} is in the way: it should name the run that is writing {place}, and does not. If there is no such "
+            "run, delete it."
         ) from error
 
 
@@ -230,7 +231,7 @@ def _release(file: Path, descriptor: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the lock is its parent's alone, and ends with that."""
+    """In a forked child: forget the lock, which belongs to the parent only."""
     for held in _held.values():
         with suppress(OSError):
             os.close(held.descriptor)

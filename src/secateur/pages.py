@@ -1,4 +1,4 @@
-"""Pages and cards from templates; whatever is put into one cannot break out of it."""
+"""Pages and cards from templates. Every value is escaped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from markupsafe import Markup
 
 
 def html_page(package: str, template: str, values: Mapping[str, Any]) -> str:
-    """The HTML that ``template``, a file in ``package``, makes of ``values``; all of these are escaped."""
+    """The HTML of ``template``, a file in ``package``, with ``values``; all values are escaped."""
     return _environment(package, autoescape=True).get_template(template).render(values)
 
 
 def markdown_page(package: str, template: str, values: Mapping[str, Any]) -> str:
-    """The Markdown that ``template`` makes of ``values``.
+    """The Markdown of ``template`` with ``values``.
 
-    These lose their line breaks and get backslashes where Markdown would see a sign of its own; what the template marks
-    as ``safe`` stays as it is. Inside the template ``plain`` is a filter that does the same (for lists), and ``fence``
-    makes the backticks that hold a text.
+    Line breaks are removed from values, and characters with a meaning in Markdown get backslashes. Values that the
+    template marks as ``safe`` are not changed. In the template, the filter ``plain`` does the same (for lists), and
+    ``fence`` gives backticks that enclose a text.
     """
     environment = _environment(package, autoescape=False)
     environment.finalize = _plain
@@ -48,6 +48,6 @@ def _plain(value: object) -> Markup:
 
 
 def _fence(text: object) -> Markup:
-    """Backticks enough to hold ``text``."""
+    """Enough backticks to enclose ``text``."""
     longest = max((len(run) for run in re.findall(r"`+", str(text))), default=0)
     return Markup("`" * max(3, longest + 1))

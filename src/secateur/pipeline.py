@@ -1,4 +1,4 @@
-"""The whole run on one page: discover, decide, cut, grow back, measure, save, verify."""
+"""The whole run on one page: discover, decide, cut, recover, measure, save, verify."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
 
 @alone("output")
 def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
-    """The numbers of a run of this recipe that ended in ``output``; None when there is none.
+    """The numbers of a finished run of this recipe in ``output``; None when there is none.
 
-    What a kill has left of its stages goes. Raises InputError when a file is not as that run left it.
+    Stages that a killed run left behind are removed. Raises InputError when a file was changed since the run.
     """
     folder = place_of(output)
     written, metrics = folder / ARTEFACTS / "recipe.yaml", folder / ARTEFACTS / "metrics.json"
@@ -97,18 +97,18 @@ def prune(
 
     Args:
         model: any causal language model of transformers.
-        tokenizer: of that model. Without one there is no text: the method must need none, and nothing is evaluated
-            or, unless the recipe insists, recovered.
+        tokenizer: of that model. Without one there is no text: the method must need none, nothing is evaluated, and
+            there is no recovery unless the recipe asks for it.
         ratio: fraction of all parameters to remove, between 0 and 1; default 0.2.
         method: a name from ``secateur methods``; default ``lorashear``.
         recipe: every other setting: a ``Recipe``, the path of its file, or a mapping of its keys. ``ratio`` and
-            ``method`` win over what it says.
-        output: folder to save to; until it is finished, the stages are kept beside it.
-        resume: go on after the last finished stage of an interrupted run for ``output``, with the same recipe, weights
-            and text.
+            ``method`` override it.
+        output: folder to save to. Until the run is finished, its stages are kept beside it.
+        resume: continue after the last finished stage of an interrupted run for ``output``, with the same recipe,
+            weights and text.
         dry_run: discover, check the budget and the text, and stop. The result's plan is by random scores.
 
-    Raises SecateurError for anything that is the caller's to mend, as early as it can be known.
+    Raises SecateurError for every fault that the caller can correct, as early as possible.
     """
     refuse_what_cannot_work(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
@@ -117,9 +117,9 @@ def prune(
     check_finite(model, written_dtype(model, recipe.export))
     if tokenizer is not None and "vocab" in recipe.budget.kinds:
         raise InputError(
-            "Cutting the vocabulary numbers the tokens anew, which a tokenizer cannot follow. Leave vocab out of "
+            "Cutting the vocabulary renumbers the tokens, which a tokenizer cannot follow. Leave vocab out of "
             "budget.kinds, or prune without a tokenizer: secateur.prune(model, None, ...) with a method that needs no "
-            "text; the folder's secateur/tokens.json then says which token each new id was."
+            "text. The folder's secateur/tokens.json then maps each new id to its old one."
         )
     check_describes_itself(model)
     source = method_source(recipe.method.name, recipe.method.settings.model_dump(mode="json"))
@@ -156,19 +156,19 @@ def prune(
 def apply_plan(
     plan: PruningPlan | str | os.PathLike[str] | Mapping[str, Any], model: PreTrainedModel
 ) -> PreTrainedModel:
-    """Cut ``model`` as ``plan`` says, in place, and return it; its config describes the small model afterwards.
+    """Cut ``model`` by ``plan`` in place and return it. Its config describes the small model afterwards.
 
-    The plan may be the path of a plan.json, or what stands in one.
+    The plan may be the path of a plan.json, or its content.
 
-    A plan says what goes, not what was learned: weights that a progressive method or recovery trained are in the folder
-    that they were saved to. Raises PlanError when the plan was made for another model, before anything changes.
+    A plan contains the units to remove, and no weights: weights that a progressive method or recovery trained are only
+    in the folder of that run. Raises PlanError when the plan was made for another model, before anything changes.
     """
     return _apply(read_plan(plan), model, Recipe()).model
 
 
 @alone("output")
 def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
-    """What ``secateur apply`` does: cut the model that the recipe names as ``plan`` says, and save it, verified."""
+    """What ``secateur apply`` does: cut the recipe's model by ``plan``, save it, and verify it."""
     check_output(output)
     refuse_inputs(output, recipe)
     model, tokenizer = load(**recipe.model.model_dump())
@@ -178,11 +178,12 @@ def apply(plan: PruningPlan, recipe: Recipe, output: Path) -> Result:
 
 
 def convert(recipe: Recipe, form: Form, output: Path) -> str:
-    """What ``secateur export`` does: write the recipe's model in another form; says how it was checked.
+    """What ``secateur export`` does: write the recipe's model in another form. Returns how it was checked.
 
     ``uniform``: layers of different sizes filled up with zeros, as a plain folder. ``gguf``: a file for llama.cpp.
-    ``onnx``: a folder with a graph for ONNX Runtime. ``output`` is a new folder, or a new file for ``gguf``.
-    Raises ModelError for what a form cannot hold, VerificationError when what was written computes something else.
+    ``onnx``: a folder with a graph for ONNX Runtime. ``output`` is a new folder, or a new file for ``gguf``. Raises
+    ModelError for a model that the form does not support, and VerificationError when the written one computes something
+    else.
     """
     target = FORMS[form].check(output)
     refuse_inputs(target, recipe)
@@ -237,8 +238,8 @@ def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Recipe:
-    """The recipe with the arguments that win over it, refused when it needs text and there can be none."""
-    # the model that is here, not the one that a recipe would open
+    """The recipe with the arguments that override it. Raises InputError when it needs text and there is none."""
+    # the model given, not the one that a recipe names
     flags: dict[str, Any] = {"budget.ratio": ratio, "method": method, "model.name": model.config._name_or_path or ""}
     if recipe is None and tokenizer is None:
         flags["recovery.steps"] = 0

@@ -1,4 +1,4 @@
-"""A class by its name: one that secateur brings, or one of the user's own as ``package.module:Class``."""
+"""Finds a class by its name: a built-in one, or one of the user's own as ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
-    """The class ``name``: a row of ``known``, or ``package.module:Class``, which is imported.
+    """The class ``name``: an entry of ``known``, or ``package.module:Class``, which is imported.
 
-    Nothing but a name of that form is imported, and only from where Python finds modules (PYTHONPATH).
+    Only a name of that form is imported, and only from Python's own search path (PYTHONPATH).
 
-    Raises InputError for an unknown name (with the nearest known one), for a module or class that is not there, and for
-    a class that is a subclass of none of ``bases``, lacks an abstract method, or has no ``name``.
+    Raises InputError for an unknown name (with the nearest known one), for a module or class that does not exist, and
+    for a class that is no subclass of ``bases``, lacks an abstract method, or has no ``name``.
     """
     kind = bases[0].__name__.lower()
     kinds = "criteria" if kind == "criterion" else f"{kind}s"
@@ -43,7 +43,8 @@ def find(name: Any, known: Mapping[str, type[T]], *bases: type) -> type[T]:
 def source_digest(classes: Iterable[type]) -> str:
     """The first 16 digits of a SHA-256 of the files that define these classes; empty when all are secateur's own.
 
-    Whole files, as what a class calls may have changed. A class without a file (an interactive session) is left out.
+    It covers whole files, because functions that a class calls may have changed. A class without a file (an interactive
+    session) is left out.
     """
     files = set()
     for one in classes:
@@ -65,8 +66,8 @@ def _imported(name: str, kind: str) -> Any:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # its code runs, and may raise anything; a script may end
         raise InputError(
-            f"The {kind} {shortened(name)} cannot be imported: {type(error).__name__}: {error}. Put the folder that "
-            "holds the module into PYTHONPATH."
+            f"The {kind} {shortened(name)} cannot be imported: {type(error).__name__}: {error}. Add the folder of the "
+            "module to PYTHONPATH."
         ) from error
     if not hasattr(found, path):
         raise InputError(f"The module {module} ({getattr(found, '__file__', None) or 'built in'}) has no {path}.")

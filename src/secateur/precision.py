@@ -1,4 +1,4 @@
-"""In which type matrix products are computed, weights stay in float32; and the widths that their kernels take."""
+"""The type of matrix products (weights are in float32), and the widths that their kernels support."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "bf16", "fp32"]
-"""``bf16``: autocast over fp32 weights; ``fp32``: no autocast; ``auto``: bf16 where the processor computes in it."""
+"""``bf16``: autocast over fp32 weights; ``fp32``: no autocast; ``auto``: bf16 where the processor supports it."""
 
 GROUPED_MULTIPLE = 8
-"""Widths of stacked experts that every kernel of grouped matrix products takes are multiples of this."""
+"""Every kernel of grouped matrix products supports widths of stacked experts that are multiples of this."""
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -21,7 +21,7 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """A context in which matrix products are computed as ``precision`` says."""
+    """A context in which matrix products are computed in ``precision``."""
     dtype = autocast_dtype(precision, device)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 

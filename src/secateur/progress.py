@@ -1,6 +1,6 @@
 """One way of showing progress: a bar with the time left on a terminal, a line now and then elsewhere.
 
-Silent by default, so that the library prints nothing; the CLI switches it on with ``show()``.
+Silent by default: the library prints nothing. The CLI switches it on with ``show()``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def show(on: bool = True) -> None:
 
 
 def say(message: str) -> None:
-    """Tell the user what happens now; nothing when progress is off."""
+    """Print a message for the user; nothing when progress is off."""
     if _console is not None:
         _console.print(message)
 
@@ -49,7 +49,7 @@ class Bar:
         return self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move on by ``steps``; ``note`` (such as a loss) is shown beside the description."""
+        """Advance by ``steps``; ``note`` (such as a loss) is shown beside the description."""
         self.done += steps
         label = f"{self.description} {note}".strip()
         if self._bar is not None:

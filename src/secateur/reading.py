@@ -1,7 +1,7 @@
-"""Reading what people and other programs wrote: names of files, text and JSON, or one message that says why not.
+"""Reads input of people and other programs: names of files, text and JSON. Each refusal is one message.
 
-Every file that is not ours is read through this room. It refuses what is no ordinary file (a device has no end), what
-is not UTF-8, what is nested too deep, numbers of thousands of digits, and names that the file system cannot hold.
+Every foreign file is read through this room. It refuses files that are not ordinary (a device has no end), text that is
+not UTF-8, deep nesting, numbers of thousands of digits, and names that the file system does not support.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHORT.maxlevel = 4
 
 
 def brief(value: Any, longest: int = 100) -> str:
-    """``repr`` of a value that somebody gave, for a message: of a large one the beginning, in a moment."""
+    """``repr`` of an input value for a message; only the beginning of a large one."""
     try:
         shown = _SHORT.repr(value)
     except ValueError:  # Python refuses to write numbers of more than 4,300 digits
@@ -37,7 +37,7 @@ def brief(value: Any, longest: int = 100) -> str:
 
 
 def shortened(text: str, longest: int = 100) -> str:
-    """A text for a message: of a long one the beginning."""
+    """A text for a message; only the beginning of a long one."""
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
@@ -47,10 +47,10 @@ def path_of(name: str | os.PathLike[str], what: str = "The path", error: type[Se
     Args:
         what: begins the message, such as ``The model``.
 
-    The path need not exist. Refused are what is no name at all, an empty name, a NUL character, the home of an unknown
-    user, and names that are too long for the file system or go round in a circle of links.
+    The path need not exist. Refused are values that are no names, an empty name, a NUL character, the home of an
+    unknown user, names that are too long for the file system, and links in a circle.
     """
-    if not isinstance(name, str | os.PathLike):  # callers in Python give what they like
+    if not isinstance(name, str | os.PathLike):  # callers in Python may give any object
         raise error(f"{what} is {brief(name)}. Give the path of a file or folder.")
     shown = repr(os.fspath(name))[1:-1]
     shown = shown if len(shown) <= 80 else f"{shown[:60]}…"
@@ -78,7 +78,7 @@ def read_text(path: Path, *, error: type[SecateurError] = InputError, advice: st
 
 @contextmanager
 def open_text(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> Iterator[TextIO]:
-    """An ordinary file in UTF-8, open for reading it in parts; what goes wrong meanwhile is raised as ``error``."""
+    """An ordinary file in UTF-8, open for reading it in parts. Failures meanwhile are raised as ``error``."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise error(f"{path} is no ordinary file. {advice}".strip())
@@ -93,7 +93,7 @@ def open_text(path: Path, *, error: type[SecateurError] = InputError, advice: st
 
 
 def parse_json(text: str, where: str, *, error: type[SecateurError] = InputError, advice: str = "") -> Any:
-    """The value of a JSON text; ``where`` it stood begins the message of ``error``."""
+    """The value of a JSON text; ``where`` names its place at the start of the message of ``error``."""
     try:
         value = json.loads(text)
         check_depth(value, where, error=error, advice=advice)
@@ -103,12 +103,12 @@ def parse_json(text: str, where: str, *, error: type[SecateurError] = InputError
     except RecursionError as reason:
         raise error(f"{where} is nested too deep. {advice}".strip()) from reason
     except ValueError as reason:  # Python refuses to read numbers of more than 4,300 digits
-        raise error(f"{where} holds a number of too many digits. {advice}".strip()) from reason
+        raise error(f"{where} contains a number of too many digits. {advice}".strip()) from reason
     return value
 
 
 def read_json(path: Path, *, error: type[SecateurError] = InputError, advice: str = "") -> Any:
-    """``read_text`` and ``parse_json`` of a file; its texts can be written again."""
+    """``read_text`` and ``parse_json`` of a file; checks that its strings can be written again."""
     text = read_text(path, error=error, advice=advice)
     value = parse_json(text, str(path), error=error, advice=advice)
     check_characters(value, text, str(path), error=error, advice=advice)
@@ -134,9 +134,10 @@ def _has_text_keys(value: Any) -> bool:
 def check_characters(
     value: Any, text: str, where: str, *, error: type[SecateurError] = InputError, advice: str = ""
 ) -> None:
-    """Raise ``error`` when ``value``, parsed from ``text``, holds half of a surrogate pair: no file can hold that.
+    """Raise ``error`` when ``value``, parsed from ``text``, contains half of a surrogate pair, which UTF-8 does not
+    support.
 
-    JSON and YAML can spell one, as in ``"\\ud800"``.
+    JSON and YAML can contain one, as in ``"\\ud800"``.
     """
     if r"\u" not in text:
         return
@@ -144,14 +145,14 @@ def check_characters(
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as reason:
         raise error(f"{where} holds half of a surrogate pair, which is no character. {advice}".strip()) from reason
-    except (TypeError, ValueError):  # keys of a kind that JSON has not; what holds itself
+    except (TypeError, ValueError):  # keys of a type that JSON does not support; a value that contains itself
         return
 
 
 def check_depth(value: Any, where: str, *, error: type[SecateurError] = InputError, advice: str = "") -> None:
     """Raise ``error`` when lists and mappings in ``value`` are nested more than ``DEEPEST`` levels.
 
-    What YAML's anchors put in many places is looked at once a level.
+    A value that YAML's anchors repeat is checked once for each level.
     """
     level = [value]
     for _ in range(DEEPEST):

@@ -20,7 +20,7 @@ from secateur.types import DependencyGraph, NodeGroup
 
 
 def results(comparison: Comparison) -> Group:
-    """Models side by side; the last one is what a run ends with."""
+    """Models side by side; the last one is the result of the run."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for name in comparison.columns:
@@ -47,7 +47,7 @@ def leaderboard(found: Leaderboard) -> Table:
 
 
 def groups(graph: DependencyGraph) -> Group:
-    """The node groups of a model; alike ones of different layers share a line."""
+    """The node groups of a model. Equal groups of different layers share a line."""
     alike: dict[tuple[str, str, int, str], list[NodeGroup]] = {}
     for group in graph:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", group.name)
@@ -68,7 +68,7 @@ def groups(graph: DependencyGraph) -> Group:
 
 
 def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
-    """Node groups by how much the model depends on them, most sensitive first; below, what stays whole."""
+    """Node groups by sensitivity, most sensitive first; below the table, the groups that would be protected."""
     ratios = sorted({trial.ratio for trial in found.trials})
     table = Table(box=SIMPLE_HEAD)
     table.add_column("group", no_wrap=True)
@@ -91,15 +91,15 @@ def analysis(found: Analysis, *, by: Deviation, share: float) -> Group:
         table.add_row(name, first.kind, f"{first.units:,}", *cells, mark, style="bold" if mark else None)
     caption = (
         f"The whole model has perplexity {show_number(math.exp(found.dense_loss))} on {found.tokens:,} tokens of "
-        f"{', '.join(found.text)}; each group was cut alone, units chosen by {found.criterion}. Marked is the "
-        f"most sensitive {percent(share)} by {by} ({len(sensitive)} of {len(found.deviations(by))} groups): "
-        "budget.protect_from keeps it whole."
+        f"{', '.join(found.text)}. Each group was cut alone, with units chosen by {found.criterion}. The most "
+        f"sensitive {percent(share)} by {by} ({len(sensitive)} of {len(found.deviations(by))} groups) is marked: "
+        "budget.protect_from excludes it from pruning."
     )
     return Group(table, caption)
 
 
 def check_table(found: Sequence[Check]) -> Table:
-    """What ``inspect --verify`` found, worst first."""
+    """The results of ``inspect --verify``, worst first."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("cut", no_wrap=True)
     table.add_column("largest difference", justify="right")
@@ -110,14 +110,14 @@ def check_table(found: Sequence[Check]) -> Table:
 
 
 def verdicts(found: Verification) -> Group:
-    """What ``verify`` found in a folder, and which programs will take it."""
+    """The results of ``verify`` for a folder, and the programs that support it."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("program", "opens it", "because"):
         table.add_column(name, overflow="fold")
     for verdict in found.runtimes:
         table.add_row(verdict.runtime, verdict.opens, f"{verdict.why} ({verdict.basis})")
     text = (
-        f"{found.class_name} with {found.parameters:,} parameters opens in a fresh process; logits differ by at most "
+        f"{found.class_name} with {found.parameters:,} parameters opens in a fresh process. Logits differ by at most "
         f"{found.logits_difference:.1e} of {found.logits_scale:.1f} in {found.dtype}."
     )
     return Group(table, text if found.sample is None else f"{text}\nIt writes: {found.sample}")

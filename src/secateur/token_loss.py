@@ -1,8 +1,8 @@
-"""The next-token loss with its gradient, logits being computed for a few positions at a time.
+"""The next-token loss with its gradient. Logits are computed for a few positions at a time.
 
-Logits are the largest tensors of a small model: 512 tokens of a vocabulary of 49,152 are 100 MB, and the loss holds
-them three times (logits, log-softmax, gradient). They depend on the hidden state of their own position alone, so that
-nothing but habit asks for all of them at once.
+Logits are the largest tensors of a small model: 512 tokens of a vocabulary of 49,152 are 100 MB, and the loss needs
+them three times (logits, log-softmax, gradient). They depend on the hidden state of their own position only, therefore
+they need not be computed all at once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers.utils import ModelOutput
 _LOGITS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, 43 positions of a vocabulary of 49,152."""
 _TRIAL = 4
-"""Tokens of the trial that says whether a model can be split."""
+"""Tokens of the test whether a model can be split."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A causal LM in two halves: its backbone, which ends in hidden states, and what its own code makes of these.
+    """A causal LM in two halves: its backbone, which returns hidden states, and the computation of logits from these.
 
-    The second half is the model's own forward pass with the backbone's finished output in place of the backbone: head,
-    bias, scaling and soft-capping of the logits are what they are in the family.
+    The second half is the model's own forward pass, with the finished output in place of the backbone: head, bias,
+    scaling and soft-capping of the logits are those of the family.
     """
 
     model: nn.Module
@@ -51,7 +51,7 @@ class Split:
     def logits(self, ids: torch.Tensor, output: Any, states: torch.Tensor) -> torch.Tensor:
         """``[batch, positions, vocabulary]`` from hidden states ``[batch, positions, hidden]`` of some positions.
 
-        ``output`` is what ``states`` returned for ``ids``.
+        ``output`` is the result of ``states`` for ``ids``.
         """
         finished = replace(output, last_hidden_state=states)
         with _forward(self.backbone, lambda *args, **kwargs: finished):
@@ -62,8 +62,8 @@ class Split:
 def split_model(model: nn.Module, ids: torch.Tensor) -> Split | None:
     """``model`` in two halves, tried on a few tokens; None for one whose logits cannot be had in pieces.
 
-    That is a model that does anything but call its backbone and then its head (several losses, a head that is no
-    module), or whose logits in pieces are not those of its own forward pass.
+    That is the case when a model does more than calling its backbone and then its head (several losses, a head that is
+    no module), or when logits in pieces differ from those of its own forward pass.
     """
     few = ids[:1, :_TRIAL]
     with torch.no_grad():
@@ -82,7 +82,8 @@ def split_model(model: nn.Module, ids: torch.Tensor) -> Split | None:
 
 
 class TokenLoss:
-    """The mean next-token loss of a causal LM as its own ``labels`` give it, for backward passes over many batches.
+    """The mean next-token loss of a causal LM, equal to its own loss for ``labels``, for backward passes over many
+    batches.
 
     Decided once, on the first tokens of ``ids``: when the model can be ``split_model`` and its own loss is the mean
     cross-entropy of its logits, logits come in chunks; otherwise (a router's auxiliary loss is part of it, say) the
@@ -102,7 +103,7 @@ class TokenLoss:
         """Add the gradient of ``weight`` times the mean loss over ``ids`` to ``.grad``, and return that product.
 
         Args:
-            ids: ``[batch, window]``, on the device where token ids go in.
+            ids: ``[batch, window]``, on the device of the input embedding.
         """
         if self.split is None:
             loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss * weight
@@ -129,7 +130,7 @@ class TokenLoss:
 def _chunk(
     halves: Split, ids: torch.Tensor, output: Any, states: torch.Tensor, targets: torch.Tensor, weight: float
 ) -> float:
-    """Backward pass from the summed loss of some positions to their hidden states, and to the head where it trains."""
+    """Backward pass from the summed loss of some positions to their hidden states, and to the head if it is trained."""
     logits = halves.logits(ids, output, states).float().flatten(0, 1)
     loss = F.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum") * weight
     loss.backward()
@@ -142,7 +143,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _calls(model: nn.Module, ids: torch.Tensor) -> tuple[list[tuple[nn.Module, Any]], torch.Tensor]:
-    """What the module that owns the head calls directly in one forward pass, with what came out; and the logits."""
+    """The modules that the head's owner calls directly in one forward pass, with their outputs; and the logits."""
     head = _head(model)
     owner = next((m for m in model.modules() if any(child is head for child in m.children())), model)
     calls: list[tuple[nn.Module, Any]] = []
@@ -170,7 +171,7 @@ def _calls(model: nn.Module, ids: torch.Tensor) -> tuple[list[tuple[nn.Module, A
 
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, ``module`` computes ``forward``; an own forward of the instance comes back afterwards."""
+    """A context in which ``module`` computes ``forward``; a forward of the instance is restored afterwards."""
     before = module.__dict__.get("forward")
     try:
         module.forward = forward

@@ -1,6 +1,6 @@
-"""The nouns that every room shares: what can be cut, how good it is, and what was decided.
+"""The types that every room shares: node groups, scores, plans and cuts.
 
-Nothing here holds a model's tensors, and nothing here knows a model family.
+None of them contains a model's tensors or depends on a model family.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from secateur.reading import brief, path_of, read_json, shortened
 Kind = Literal["ffn", "attention", "query", "expert", "layer", "hidden", "vocab", "state"]
 Role = Literal["out", "in"]
 Kept = Mapping[str, Sequence[int]]
-"""Group name → units that stay; a group without an entry stays whole."""
+"""Group name → kept units; a group without an entry is kept whole."""
 Removed = dict[str, list[int]]
 """Group name → units that are removed, ascending."""
 
@@ -34,8 +34,8 @@ _LARGEST = 2**31 - 1
 
 
 class Settings(BaseModel):
-    """Base of every recipe section: frozen, typed, unknown keys refused, numbers finite and whole ones of 31 bits; one
-    value stands for a list of one."""
+    """Base of every recipe section. It is frozen and typed, refuses unknown keys, and requires finite numbers and
+    integers of 31 bits. A single value is read as a list of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _whole_numbers_fit(cls, value: Any) -> Any:
-        """So that products of two of them (steps and batch size) are still positions in a text."""
+        """Limit integers: a product of two (steps and batch size) must still be a position in a text."""
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(item, int) and abs(item) > _LARGEST for item in items):
             raise ValueError(f"whole numbers are at most {_LARGEST:,}")
@@ -65,7 +65,7 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Member:
-    """One axis of one parameter that a node group's units live on.
+    """One axis of one parameter with rows of a node group's units.
 
     Unit ``u`` owns the rows ``offset + u * stride + w`` for every ``offset`` in ``offsets`` and ``w < width``; where
     there is a gap, ``u // run * gap`` rows further on.
@@ -75,8 +75,8 @@ class Member:
     """Path as in ``model.named_parameters()`` (or of a persistent buffer)."""
     axis: int
     role: Role
-    """``out``: the parameter produces the units (rows of an up projection, a bias, a norm weight);
-    ``in``: it consumes them by contraction (columns of a down projection), so that zeroing these removes the unit."""
+    """``out``: the parameter produces the units (rows of an up projection, a bias, a norm weight); ``in``: it consumes
+    them by contraction (columns of a down projection), and zeroing these removes the unit."""
     offsets: tuple[int, ...]
     stride: int
     width: int
@@ -90,12 +90,12 @@ class Member:
         return len(self.offsets) * self.width
 
     def elements_per_unit(self, shape: Sequence[int]) -> int:
-        """Elements of a parameter of this shape that go with one unit while its other axes stay whole."""
+        """Elements of a parameter of this shape that are removed with one unit while its other axes are whole."""
         return self.rows_per_unit * math.prod(size for axis, size in enumerate(shape) if axis != self.axis)
 
     @property
     def in_order(self) -> bool:
-        """Whether the units lie one after the other from the first row on, each in one piece."""
+        """Whether the units follow each other from the first row on, each in one piece."""
         return self.offsets == (0,) and self.stride == self.width and self.gap == 0
 
     def rows(self, units: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -109,9 +109,9 @@ class Member:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Structures of one place in the model that can go unit by unit.
+    """Structures of one place in the model that can be removed unit by unit.
 
-    A unit is LoRAShear's *minimally removable structure*: everything that must go together.
+    A unit is LoRAShear's *minimally removable structure*: all rows that depend on each other, and are removed together.
     """
 
     name: str
@@ -126,24 +126,24 @@ class NodeGroup:
     """Index of the decoder layer it belongs to; None for groups that span the model."""
     renormalised: tuple[str, ...] = ()
     """Reductions other than matrix products that run over the units (``mean`` of an RMS norm, ``softmax``, ``top-k``).
-    Removing units of such a group is exact, but it is not the same as zeroing: the reduction must see its neutral
-    element at removed units, and a divisor must count the survivors."""
+    Removing units of such a group is exact, but it is not the same as zeroing: removed units must be the reduction's
+    neutral element, and a divisor must count the kept units."""
     on_request: bool = False
-    """Protected for no other reason than its kind: a budget that names the kind (``DependencyGraph.opened``), or a plan
-    that names the group, may cut it all the same."""
+    """Protected only for its kind: a budget that names the kind (``DependencyGraph.opened``), or a plan that names the
+    group, may cut it."""
     least: int = 1
-    """The fewest units that may stay: a router that chooses the best two needs two."""
+    """Smallest number of units to keep: a router that chooses the best two needs two."""
     runs: int = 1
-    """The units lie in so many runs of equal length, which must keep equal numbers of units (the groups of a
-    group-limited router, the query heads of each KV head)."""
+    """Number of runs of equal length, which must keep equal numbers of units (the groups of a group-limited router, the
+    query heads of each KV head)."""
     fixed: tuple[tuple[int, str], ...] = ()
-    """Units that must stay, each with the reason, ascending."""
+    """Units that must be kept, each with the reason, ascending."""
     modules: tuple[str, ...] = ()
-    """Path of the module that each unit is, for units that go as a whole (decoder layers); such a group has no
-    members, and all parameters in a module go with its unit."""
+    """Path of the module of each unit, for units that are whole modules (decoder layers). Such a group has no members,
+    and all parameters in a module are removed with its unit."""
     within: str | None = None
-    """Name of the group whose units these are parts of (query heads are parts of KV heads): of the two, one plan cuts
-    one. Groups that are not within another share no rows."""
+    """Name of the group whose units contain these (query heads are parts of KV heads). One plan cuts only one of the
+    two. Groups that are not within another share no rows."""
 
     @property
     def movable(self) -> list[int]:
@@ -154,7 +154,7 @@ class NodeGroup:
     def in_turn(self, order: Sequence[int]) -> list[int]:
         """``order``, with the first of each run first, then the second of each, and so on.
 
-        So much of it as is a multiple of ``runs`` has equally many units of each run. ``order`` has, too.
+        Every prefix whose length is a multiple of ``runs`` has equal numbers of units of each run. So must ``order``.
         """
         length = self.size // self.runs
         by_run = [[unit for unit in order if unit // length == run] for run in range(self.runs)]
@@ -184,7 +184,7 @@ class DependencyGraph:
 
     @cached_property
     def unit_of(self) -> dict[str, tuple[str, int]]:
-        """Parameter → the group and the unit of it whose module it lies in, where units are modules."""
+        """Parameter → its group and unit, for groups whose units are modules."""
         units = {path: (group.name, unit) for group in self.groups for unit, path in enumerate(group.modules)}
         found = {}
         for name in self.shapes if units else ():
@@ -197,7 +197,7 @@ class DependencyGraph:
 
     @cached_property
     def alike(self) -> dict[str, int]:
-        """One of the parameters that lose the same with every unit → how many of them there are."""
+        """One of the parameters that lose the same with every unit → the number of such parameters."""
         alike: dict[object, list[str]] = {}
         for name, shape in self.shapes.items():
             owners = [(group.name, member.axis, member.rows_per_unit) for group, member in self.of_parameter(name)]
@@ -214,7 +214,7 @@ class DependencyGraph:
         return iter(self.groups)
 
     def of_parameter(self, parameter: str) -> list[tuple[NodeGroup, Member]]:
-        """The groups that own an axis of ``parameter``, with the member that says which."""
+        """The groups that own an axis of ``parameter``, with their members."""
         return self._by_parameter.get(parameter, [])
 
     @property
@@ -223,7 +223,7 @@ class DependencyGraph:
         return tuple(group for group in self.groups if group.protected is None)
 
     def opened(self, kinds: Iterable[Kind]) -> DependencyGraph:
-        """The same graph, with groups of these kinds unprotected that are protected for their kind alone."""
+        """The same graph, in which groups of these kinds are prunable if they are protected only for their kind."""
         wanted = set(kinds)
         return replace(
             self,
@@ -234,7 +234,7 @@ class DependencyGraph:
         )
 
     def parameters_of(self, group: NodeGroup) -> list[str]:
-        """The parameters that get smaller, or go, when units of ``group`` go."""
+        """The parameters that are cut or removed with units of ``group``."""
         if group.modules:
             return [name for name, (owner, _) in self.unit_of.items() if owner == group.name]
         return list(dict.fromkeys(member.parameter for member in group.members if member.parameter in self.shapes))
@@ -247,7 +247,7 @@ class DependencyGraph:
         return units
 
     def check_kept(self, kept: Kept) -> None:
-        """Raise PlanError unless every entry names a group that may be cut and legal units of it."""
+        """Raise PlanError unless every entry names a prunable group and legal units of it."""
         for name, units in kept.items():
             if name not in self:
                 raise PlanError(f"The plan names the group {name}, which this {self.model_type} model does not have.")
@@ -264,15 +264,15 @@ class DependencyGraph:
             if self[name].within in cut:
                 raise PlanError(
                     f"The plan cuts {self[name].within} and {name}, whose units are parts of the units of the former. "
-                    "Cut one of the two, and the other in a second run on what this one leaves."
+                    "Cut one of the two, and the other in a second run on the result."
                 )
 
     def parameter_count(self, kept: Kept | None = None) -> int:
-        """Parameters of the model, or of what is left of it when only ``kept`` units stay (exact, by shapes)."""
+        """Parameters of the model, or after a cut to ``kept`` (exact, by shapes)."""
         return sum(many * self.numel(name, kept or {}) for name, many in self.alike.items())
 
     def numel(self, parameter: str, kept: Kept) -> int:
-        """Elements of ``parameter`` when only ``kept`` units stay; only the lengths matter, save for whole modules."""
+        """Elements of ``parameter`` after a cut to ``kept``. Only the lengths matter, except for whole modules."""
         owner, unit = self.unit_of.get(parameter, ("", 0))
         if owner in kept and unit not in kept[owner]:
             return 0
@@ -286,8 +286,8 @@ class DependencyGraph:
         return count
 
     def unit_cost(self, group: NodeGroup) -> int:
-        """Parameters that go with one unit of ``group`` when everything else stays whole; the mean over the units
-        where these are modules."""
+        """Parameters removed with one unit of ``group`` when everything else is whole; the mean over the units if these
+        are modules."""
         if group.modules:
             return sum(math.prod(self.shapes[name]) for name in self.parameters_of(group)) // group.size
         members = [member for member in group.members if member.parameter in self.shapes]
@@ -295,11 +295,11 @@ class DependencyGraph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the groups and of where they live (parameters, their shapes, axis, rows of a unit): a plan fits
-        models that share it.
+        """Hash of the groups and their places (parameters, their shapes, axis, rows of a unit). A plan fits models with
+        the same fingerprint.
 
-        Adapters do not change it: they are left out, and what they wrap has its own name again. Whole layers are left
-        out as well, and groups within another: what is in the others says enough.
+        Adapters do not change it: they are left out, and wrapped modules have their own names. Whole layers, and groups
+        within another, are left out as well: the other groups identify the model.
         """
         facts = [
             (group.name, group.kind, group.size, self._places(group))
@@ -335,7 +335,7 @@ def _check_cut(group: NodeGroup, stays: set[int]) -> None:
         raise PlanError(f"The plan cuts {group.name}, which is protected: {group.protected}.")
     for unit, reason in group.fixed:
         if unit not in stays:
-            raise PlanError(f"The plan removes unit {unit} of {group.name}, which must stay: {reason}.")
+            raise PlanError(f"The plan removes unit {unit} of {group.name}, which must be kept: {reason}.")
     if len(stays) < group.least:
         raise PlanError(f"The plan keeps {len(stays)} units of {group.name}, which needs at least {group.least}.")
     if group.runs == 1:
@@ -356,10 +356,10 @@ class Scores:
     values: Mapping[str, torch.Tensor]
     """Group name → float tensor of shape ``[group.size]``, finite, on the CPU."""
     of_loss: bool = False
-    """Whether a score estimates by how much the loss changes, so that those of different groups can be compared once
-    they are divided by the parameters that go with a unit."""
+    """Whether a score estimates a change of the loss. Scores of different groups can then be compared after division by
+    the parameters removed with a unit."""
     on_one_scale: bool = False
-    """Whether scores of different groups can be compared as they are."""
+    """Whether scores of different groups can be compared without scaling."""
 
     def __post_init__(self) -> None:
         for name, score in self.values.items():
@@ -369,8 +369,8 @@ class Scores:
             if broken:
                 raise PlanError(
                     f"{broken} of the {len(score)} scores of {name} are not finite: the model's weights, or its loss "
-                    f"on this text, are not. Compute in fp32 (calibration.precision, training.precision), or mend the "
-                    f"model."
+                    "on this text, are not. Compute in fp32 (calibration.precision, training.precision), or correct "
+                    "the model."
                 )
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -389,7 +389,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read what ``save`` wrote; raises SafetensorError or OSError when the file is damaged."""
+        """Read the file of ``save``; raises SafetensorError or OSError when it is damaged."""
         with safe_open(path, framework="pt") as file:
             scale = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
@@ -397,7 +397,7 @@ class Scores:
 
 
 class PruningPlan(BaseModel):
-    """Which units of which groups stay. Small, printable, JSON; it can be edited by hand and applied again."""
+    """The kept units of each group. It is small, printable JSON, which can be edited by hand and applied again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -418,7 +418,7 @@ class PruningPlan(BaseModel):
     sizes: dict[str, int] = {}
     """Group name → units before the cut, for every group in ``kept``."""
     kept: dict[str, list[StrictInt]] = {}
-    """Group name → indices of the units that stay, ascending; a group that is not listed stays whole."""
+    """Group name → indices of kept units, ascending; a group that is not listed is kept whole."""
 
     @model_validator(mode="after")
     def _gets_smaller(self) -> PruningPlan:
@@ -429,7 +429,7 @@ class PruningPlan(BaseModel):
         return self
 
     def removed(self, name: str) -> list[int]:
-        """Indices of the units of group ``name`` that go, ascending."""
+        """Indices of the removed units of group ``name``, ascending."""
         if name not in self.kept:
             return []
         keep = set(self.kept[name])
@@ -439,8 +439,9 @@ class PruningPlan(BaseModel):
         """Raise PlanError unless the plan was made for a model with this graph and every entry is legal."""
         if self.fingerprint != graph.fingerprint:
             raise PlanError(
-                f"The plan was made for another model ({self.base_model or 'unnamed'}, fingerprint {self.fingerprint});"
-                f" this {graph.model_type} model has fingerprint {graph.fingerprint}. Apply it to the model it names."
+                f"The plan was made for another model ({self.base_model or 'unnamed'}, fingerprint "
+                f"{self.fingerprint}); this {graph.model_type} model has fingerprint {graph.fingerprint}. Apply it to "
+                "the model that it names."
             )
         for name in self.kept:
             if name in graph and self.sizes.get(name) != graph[name].size:
@@ -467,7 +468,7 @@ class PruningPlan(BaseModel):
 
 
 def _units_of(graph: DependencyGraph, name: str, units: Iterable[int]) -> set[int]:
-    """Indices of units of the group ``name``; PlanError where there are none such."""
+    """Indices of units of the group ``name``. Raises PlanError for units that it does not have."""
     if name not in graph:
         raise PlanError(
             f"Units of {shortened(str(name))} are to be removed, and this {graph.model_type} model has none."
@@ -486,10 +487,10 @@ def _units_of(graph: DependencyGraph, name: str, units: Iterable[int]) -> set[in
 
 
 class Cut(Mapping[str, tuple[int, ...]]):
-    """Which units of a model's groups stay and which are removed. Frozen; made by ``keeping`` or ``removing``.
+    """The kept and removed units of a model's groups. Frozen; made by ``keeping`` or ``removing``.
 
-    Read as a mapping it is the ``kept`` of a plan: group name → units that stay, ascending. Groups that stay whole are
-    left out.
+    As a mapping it is the ``kept`` of a plan: group name → kept units, ascending. Groups that are kept whole are left
+    out.
     """
 
     def __init__(self, graph: DependencyGraph, kept: Mapping[str, tuple[int, ...]]) -> None:
@@ -498,7 +499,8 @@ class Cut(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def keeping(cls, graph: DependencyGraph, kept: Mapping[str, Iterable[int]]) -> Cut:
-        """By the units that stay; groups that ``kept`` does not name stay whole. A ``Cut`` of ``graph`` is itself."""
+        """A cut by its kept units. Groups not in ``kept`` are kept whole. A ``Cut`` of ``graph`` is returned
+        unchanged."""
         if isinstance(kept, Cut) and kept.graph is graph:
             return kept
         named = {name: tuple(sorted(set(units))) for name, units in kept.items() if name in graph}
@@ -506,7 +508,7 @@ class Cut(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def removing(cls, graph: DependencyGraph, removed: Mapping[str, Iterable[int]]) -> Cut:
-        """By the units that are removed. Raises PlanError for a group or a unit that ``graph`` does not have."""
+        """A cut by its removed units. Raises PlanError for a group or a unit that ``graph`` does not have."""
         gone = {name: _units_of(graph, name, units) for name, units in removed.items()}
         sizes = {name: range(graph[name].size) for name, units in gone.items() if units}
         return cls(
@@ -515,7 +517,7 @@ class Cut(Mapping[str, tuple[int, ...]]):
 
     @cached_property
     def groups(self) -> tuple[tuple[NodeGroup, list[int]], ...]:
-        """The groups that lose units, with the indices of those, in model order."""
+        """The groups that lose units, with the indices of these units, in model order."""
         found = []
         for group in self.graph:
             if group.name in self._kept:

@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole, or not at all; where they may be, and what lies beside them."""
+"""Atomic writes of files and folders, and the paths of outputs and of the files beside them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from secateur.errors import InputError
 from secateur.reading import brief, path_of
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
-"""In bytes, on the file systems of today."""
+"""Longest name of a file in bytes, on common file systems."""
 _ROOM = 200
-"""Bytes that the names of files within an output may take, with what is put before and after its name."""
+"""Bytes reserved for the names of files within an output, and for the prefix and ending of its name."""
 
 
 def cache_folder() -> Path:
-    """Where secateur keeps converted models and written text: SECATEUR_CACHE, else the user's cache folder."""
+    """The folder for converted models and written text: SECATEUR_CACHE, else the user's cache folder."""
     chosen = os.environ.get("SECATEUR_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -29,14 +29,14 @@ def cache_folder() -> Path:
 
 
 def place_of(output: str | os.PathLike[str], what: str = "The output") -> Path:
-    """The absolute path of a file or folder to be written, without links; nothing is made.
+    """The absolute path of a file or folder to be written, without links. Creates nothing.
 
-    Raises InputError for what can be the name of none: see ``path_of``; names that are too long, also when the folders
-    above them do not exist yet; and names that are not UTF-8, which libraries that open model folders cannot pass on.
+    Raises InputError for an invalid name (``path_of``), for names that are too long, also when the folders above do not
+    exist yet, and for names that are not UTF-8, which libraries that open model folders do not support.
     """
     try:
         path = path_of(output, what).resolve()
-    except (OSError, RuntimeError) as error:  # the working folder is gone; links that go round in a circle
+    except (OSError, RuntimeError) as error:  # the working folder no longer exists; links in a circle
         raise InputError(f"{what} {brief(str(output))} is no path: {error}. Give another one.") from error
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
         raise InputError(f"{what} {brief(str(path))} is no path: a name in it is too long. Give another one.")
@@ -46,13 +46,13 @@ def place_of(output: str | os.PathLike[str], what: str = "The output") -> Path:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} {brief(str(path))} has a name that is not UTF-8, which not all programs open. Give another one."
+            f"{what} {brief(str(path))} has a name that is not UTF-8, which not all programs support. Give another one."
         ) from error
     return path
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A hidden name beside ``path`` for what is kept while it is written: ``.NAME.ENDING``, a long NAME shortened."""
+    """A hidden name beside ``path`` for temporary files: ``.NAME.ENDING``, with a long NAME shortened."""
     name = f".{path.name}.{ending}"
     if len(name.encode()) > _LONGEST_NAME:
         digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]
@@ -62,11 +62,12 @@ def beside(path: Path, ending: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write a file or a folder to: it becomes ``path`` when all goes well, or else it goes.
+    """A name beside ``path`` for writing a file or a folder. It is renamed to ``path`` on success, and removed on an
+    error.
 
-    A file that is there is replaced, a folder only when it is empty. What a killed process left is removed first, so
-    that the caller must be the only one that writes ``path`` (``lock.held``). Everything is on the disk before it has
-    its name: a power cut, too, leaves all of it or what was there before.
+    An existing file is replaced, a folder only when it is empty. Files of a killed process are removed first, therefore
+    only one caller may write ``path`` (``lock.held``). Everything is on the disk before the rename: after a power cut
+    there is either all of it, or the previous state.
     """
     scratch = beside(path, "saving")
     remove(scratch)
@@ -86,7 +87,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def open_permissions(path: Path) -> None:
-    """Temporary folders and weight files are private; give ``path`` and all below it what any new file would get."""
+    """Give ``path`` and all below it the default permissions; temporary folders and weight files are private."""
     umask = os.umask(0)
     os.umask(umask)
     for each in (path, *path.rglob("*")):
@@ -102,7 +103,7 @@ def remove(path: Path) -> None:
 
 
 def store(path: Path) -> None:
-    """Have the disk hold a file, or a folder with all that is in it."""
+    """Flush a file, or a folder with everything in it, to the disk."""
     if not path.is_dir():
         store_file(path)
         return
@@ -113,7 +114,7 @@ def store(path: Path) -> None:
 
 
 def store_file(path: Path) -> None:
-    """Have the disk hold what was written to ``path``."""
+    """Flush the content of ``path`` to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,7 +123,7 @@ def store_file(path: Path) -> None:
 
 
 def _store_names(folder: Path) -> None:
-    """Have the disk hold which names are in ``folder``, where the file system can be asked for that."""
+    """Flush the names in ``folder`` to the disk, where the file system supports that."""
     try:
         store_file(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where an unfinished run lives: beside its output, stage by stage, each written whole or not at all."""
+"""The files of an unfinished run: beside its output, stage by stage, each written atomically."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Workspace:
     """The files of a run before it is finished, in ``.OUT.secateur`` beside ``OUT``; in memory when there is no OUT.
 
-    A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed. One
-    that cannot be read all the same (a disk that failed) counts as missing, so that its stage is made again.
+    A stage's file exists only when the stage is finished: it is written under a temporary name and then renamed. A file
+    that cannot be read (after a failure of the disk) counts as missing, and its stage is run again.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -40,25 +40,27 @@ class Workspace:
     def place(output: Path, recipe: str, resume: bool, contents: Mapping[str, str]) -> Path:
         """Folder of a run for ``output``; raises InputError as ``open`` does, and writes nothing.
 
-        ``contents`` may be a part of those given to ``open``: the others are not looked at.
+        ``contents`` may be a part of those for ``open``; the others are not checked.
         """
         folder = _folder_of(output)
         if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"{folder} is in the way: an unfinished run is kept under this name. Move it elsewhere.")
+            raise InputError(
+                f"{folder} is in the way: secateur keeps unfinished runs under this name. Move or rename it."
+            )
         if not _begun(folder):
             return folder  # there is nothing to lose
         if not resume:
             raise InputError(
-                f"An unfinished run for {output} is kept in {folder}. Add --resume to go on with it, "
-                "or delete that folder to start anew."
+                f"An unfinished run for {output} is kept in {folder}. Add --resume to continue it, or delete that "
+                "folder to start again."
             )
-        anew = f"What that run was started with is not known: delete the folder {folder} to start anew."
+        anew = f"The settings of that run are not known. Delete the folder {folder} to start again."
         before = read_text(folder / "recipe.yaml", advice=anew)
         if before != recipe:
             was, now = _first_difference(before, recipe)
             raise InputError(
                 f"The unfinished run in {folder} was started with another recipe ({folder / 'recipe.yaml'}): {was!r} "
-                f"there, {now!r} here. Repeat its settings to resume it, or delete that folder to start anew."
+                f"there, {now!r} here. Repeat its settings to resume it, or delete that folder to start again."
             )
         known = read_json(folder / "contents.json", advice=anew)
         if not isinstance(known, dict):
@@ -67,21 +69,21 @@ class Workspace:
         if changed:
             raise InputError(
                 f"The unfinished run in {folder} was started with other contents under the same names. Changed since: "
-                f"{', '.join(changed)}. Put back what was there to resume it, or delete that folder to start anew."
+                f"{', '.join(changed)}. Put back the old ones to resume it, or delete that folder to start again."
             )
         return folder
 
     @classmethod
     def open(cls, output: Path | None, recipe: str, resume: bool, contents: Mapping[str, str]) -> Workspace:
-        """Start a run, or go on with the one that was interrupted.
+        """Start a run, or resume an interrupted one.
 
         Args:
-            output: where the finished folder will be; None keeps nothing on disk.
-            recipe: the full recipe as text: a run goes on only with the recipe that it was started with.
-            resume: whether to go on with what is there.
-            contents: what the run computes from, by name, with a digest of each: a run goes on only with the same.
+            output: the finished folder; None keeps nothing on disk.
+            recipe: the full recipe as text. A run is resumed only with the same recipe.
+            resume: whether to resume an unfinished run.
+            contents: name of each input → its digest. A run is resumed only with the same.
 
-        Raises InputError when an unfinished run is there and ``resume`` is not set, or when its recipe or contents
+        Raises InputError when there is an unfinished run and ``resume`` is not set, or when its recipe or contents
         differ.
         """
         if output is None:
@@ -114,13 +116,13 @@ class Workspace:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str, kind: type[T]) -> T | None:
-        """What ``write_json`` kept, as pydantic makes a ``kind`` of it; None when it is not there, or damaged."""
+        """The content of ``write_json`` as a ``kind`` (by pydantic); None when it is missing or damaged."""
         return self._read(name, lambda path: TypeAdapter(kind).validate_python(read_json(path)))
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
-        """What ``read`` makes of a kept file; None when it is not there, or damaged, which is said.
+        """The result of ``read`` for a kept file; None when it is missing, or damaged, with a message.
 
-        Lack of memory to read it is raised.
+        A lack of memory is raised.
         """
         path = self.path(name)
         if path is None or not path.exists():
@@ -130,7 +132,7 @@ class Workspace:
         except (InputError, ValidationError, SafetensorError, OSError) as error:
             if out_of_memory(error):
                 raise
-            say(f"  {path} is damaged: what it held is made again.")
+            say(f"  {path} is damaged. Its content is computed again.")
             return None
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -139,7 +141,7 @@ class Workspace:
                 save_file(tensors, scratch)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What ``write_tensors`` kept; None when it is not there, or damaged."""
+        """The tensors of ``write_tensors``; None when they are missing or damaged."""
         return self._read(name, load_file)
 
     def write_scores(self, name: str, scores: Scores) -> None:
@@ -148,7 +150,7 @@ class Workspace:
                 scores.save(scratch)
 
     def read_scores(self, name: str) -> Scores | None:
-        """What ``write_scores`` kept; None when it is not there, or damaged."""
+        """The scores of ``write_scores``; None when they are missing or damaged."""
         return self._read(name, Scores.load)
 
     def write_weights(self, name: str, model: nn.Module) -> None:
@@ -158,7 +160,8 @@ class Workspace:
                 save_model(model, str(scratch))
 
     def read_weights(self, name: str, model: nn.Module) -> bool:
-        """Load what ``write_weights`` kept into a model of the same shapes; False when it is not there, or damaged."""
+        """Load the weights of ``write_weights`` into a model of the same shapes; False when they are missing or
+        damaged."""
         return self._read(name, lambda path: load_model(model, str(path))) is not None
 
     def log(self, event: Mapping[str, Any]) -> None:
@@ -170,13 +173,13 @@ class Workspace:
                 file.write(json.dumps(entry) + "\n")
 
     def discard(self, name: str) -> None:
-        """Remove what a stage kept: a folder, now that its result is kept, or what another stage must make anew."""
+        """Remove files of a stage: a folder that is no longer needed, or the files of a stage that must run again."""
         if self.folder is not None:
             remove(self.folder / name)
 
     @contextmanager
     def tidied(self) -> Iterator[None]:
-        """When what happens within fails, and nothing of the run is kept yet, leave no folder."""
+        """A context that removes the folder on an error, if nothing of the run is kept yet."""
         try:
             yield
         except BaseException:
@@ -185,13 +188,13 @@ class Workspace:
             raise
 
     def remove(self) -> None:
-        """The run is finished and its results are in the output folder."""
+        """Remove the workspace of a finished run, whose results are in the output folder."""
         if self.folder is not None:
             remove(self.folder)
 
     @staticmethod
     def tidy(output: Path, recipe: str) -> None:
-        """Remove what a run of this recipe left that was killed when its ``output`` was finished."""
+        """Remove the workspace of a run with this recipe that was killed after its ``output`` was finished."""
         folder = _folder_of(output)
         written = folder / "recipe.yaml"
         if folder.is_dir() and (not written.exists() or read_text(written) == recipe):
@@ -201,11 +204,11 @@ class Workspace:
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The objects in a file with one on each line.
 
-    A line that a kill cut short is taken out of the file, as the next one would be written onto its end.
+    An incomplete line of a killed run is removed from the file, because the next line would be appended to it.
     """
     text = file.read_text(encoding="utf-8", errors="replace")
     found = []
-    for line in text.split("\n"):  # not splitlines, which also breaks at U+2028 and others that JSON may hold
+    for line in text.split("\n"):  # not splitlines, which also splits at U+2028 and others that JSON may contain
         with suppress(InputError):
             value = parse_json(line, "")
             if isinstance(value, dict):
@@ -227,7 +230,7 @@ def _folder_of(output: Path) -> Path:
 
 
 def _begun(folder: Path) -> bool:
-    """Whether anything was kept of a run: more than what it was asked for."""
+    """Whether anything of a run is kept beside its recipe and contents."""
     asked = ("recipe.yaml", "contents.json", "run.jsonl")
     return folder.is_dir() and any(
         path.name not in asked and not path.name.endswith(".saving") for path in folder.iterdir()

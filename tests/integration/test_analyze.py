@@ -230,7 +230,7 @@ def test_an_analysis_of_other_weights_is_refused_and_of_another_type_is_not(
     said: list[str] = []
     monkeypatch.setattr("secateur.analysis.say", said.append)
     secateur.prune(model, **settings)
-    assert "does not tell of which weights" in said[0]
+    assert "has no digest of its weights" in said[0]
 
 
 def test_a_run_is_not_resumed_with_an_analysis_that_holds_something_else_by_then(

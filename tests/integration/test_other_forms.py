@@ -85,7 +85,7 @@ def test_a_filled_up_folder_opens_plainly(tmp_path: Path) -> None:
     model = uneven("llama-gqa")
     model.save_pretrained(tmp_path / "uneven")
     said = convert(tmp_path / "uneven", "uniform", tmp_path / "even")
-    assert "opens it without more" in said
+    assert "opens it without secateur" in said
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "even")
     torch.testing.assert_close(logits(opened), logits(model), atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="not empty"):
@@ -199,6 +199,6 @@ def test_the_command_line_says_what_was_checked(tmp_path: Path) -> None:
     arguments = ["export", str(tmp_path / "uneven"), "--to", "uniform", "-o", str(tmp_path / "even")]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "opens it without more" in result.stderr
+    assert "opens it without secateur" in result.stderr
     assert load(str(tmp_path / "even"), device="cpu")[0].num_parameters() > uneven("llama-gqa").num_parameters()
     assert CliRunner().invoke(app, [*arguments[:3], "pickle", *arguments[4:]]).exit_code == 2

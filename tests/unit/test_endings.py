@@ -109,7 +109,7 @@ def test_a_working_folder_that_is_gone_is_one_message(tmp_path: Path) -> None:
     code = f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())\n{PROGRAM}"
     done = subprocess.run([sys.executable, "-c", code, "say", "x"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "is gone. Change to one that exists." in done.stderr
+    assert "no longer exists. Change to one that exists." in done.stderr
     assert "bug" not in done.stderr + done.stdout
 
 
@@ -153,7 +153,7 @@ def test_an_error_says_what_is_left_of_an_unfinished_run(tmp_path: Path, capsys:
     left = tmp_path / ".out.secateur"
     left.mkdir()
     fail("diverged")
-    assert f"kept in {left}: --resume goes on, or delete it" in capsys.readouterr().err
+    assert f"kept in {left}. Continue with --resume, or delete that folder" in capsys.readouterr().err
     fail(f"{left} is of another recipe")
     assert capsys.readouterr().err == ""
 

@@ -158,8 +158,8 @@ def test_a_name_that_cannot_be_is_refused(own: str, tmp_path: Path, name: str, m
         (Decision({"layers.0.mlp": torch.tensor([0.5])}), "no list of whole numbers"),
         (Decision([]), "no mapping of groups"),  # type: ignore[arg-type]
         (Decision({}, {"layers.0.mlp": torch.zeros(40)}), "neither Scores nor None"),  # type: ignore[arg-type]
-        (Decision({}, metrics={"loss": torch.zeros(1)}), "JSON cannot hold"),
-        (Decision({}, metrics={"steps": [{1: 2}]}), "JSON cannot hold"),
+        (Decision({}, metrics={"loss": torch.zeros(1)}), "JSON does not support"),
+        (Decision({}, metrics={"steps": [{1: 2}]}), "JSON does not support"),
         (None, "answers with None, and not with a Decision"),
     ],
 )

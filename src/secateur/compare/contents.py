@@ -1,4 +1,4 @@
-"""What the files hold that a comparison reads: the same name may stand for other text, items or weights tomorrow."""
+"""Digests of the files that a comparison reads, because the same name may have other contents later."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from secateur.inputs import task_files
 
 _PIECES = 64
 _PIECE = 1 << 16
-"""Of a file of weights so many bytes are read in so many places: training changes all of it, and it may be large."""
+"""Samples read from a file of weights, and bytes of each. Training changes the whole file, and it may be large."""
 _WEIGHTS = (".safetensors", ".bin")
 _MODEL_FILES = (*_WEIGHTS, ".json", ".model", ".jinja", ".py")
 
 
 def digests(recipe: Recipe, tasks: Sequence[str]) -> dict[str, str]:
-    """Local file, task or model folder, as it is named → the first 16 digits of a SHA-256 of what it holds.
+    """Local file, task or model folder, as it is named → the first 16 digits of a SHA-256 of its content.
 
     Text sources that come with a package or from the hub, tasks of the harness, and models by a hub id or a built-in
     name are left out. Of weights, size and samples are read. Raises InputError for a file that cannot be read.
@@ -44,7 +44,7 @@ def _path(name: str) -> Path:
 
 
 def same_file(one: str, other: str) -> bool:
-    """Whether two names of text stand for the same file, or for files that hold the same."""
+    """Whether two names of text stand for the same file, or for files with the same content."""
     paths = _path(one), _path(other)
     return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison: what all of its rows share, and the rows that are there."""
+"""The folder of a comparison: the settings that all rows share, and the finished rows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from secateur.whole import write_whole
 
 
 def identity_of(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, Any]:
-    """What decides the numbers of all rows: settings, what local files hold, this program's version.
+    """Everything that determines the numbers of all rows: settings, contents of local files, this program's version.
 
-    Ratios and methods are those of single rows.
+    Ratios and methods belong to single rows.
     """
     shared = recipes[0].model_dump(mode="json", exclude={"method": True, "budget": {"ratio"}})
     return {
@@ -35,14 +35,14 @@ def identity_of(recipes: Sequence[Recipe], tasks: Sequence[str]) -> dict[str, An
 
 
 def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> None:
-    """Raise InputError for a folder in use. Rows may be added to a comparison; what they share may not change."""
+    """Raise InputError for a folder in use. Rows may be added to a comparison; their shared settings may not change."""
     folder = output / "rows"
     written = folder / "comparison.json"
     if written.exists() and not any(path.suffix == ".json" and path != written for path in folder.iterdir()):
         return  # it failed before anything was measured
     if written.exists() and not resume:
-        raise InputError(f"{output} holds a comparison. Add --resume to go on with it, or name another folder.")
-    advice = f"What {output} compares is not known: delete that folder, or name another one."
+        raise InputError(f"{output} contains a comparison. Add --resume to continue it, or name another folder.")
+    advice = f"The settings of the comparison in {output} are not known. Delete that folder, or name another one."
     known = read_json(written, advice=advice) if written.exists() else {}
     if not isinstance(known, dict):
         raise InputError(f"{written} is damaged. {advice}")
@@ -55,8 +55,9 @@ def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> Non
             if before.get(key) != now.get(key)
         ]
         raise InputError(
-            f"{output} holds a comparison with other settings ({'; '.join(other[:3])}). Repeat its settings, or name "
-            "another folder. Steps add up to the same for all, so that the longest method must be among them again."
+            f"{output} contains a comparison with other settings ({'; '.join(other[:3])}). Repeat its settings, or "
+            "name another folder. All rows train for the same number of steps, therefore the longest method must be "
+            "named again."
         )
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file. Name a new folder.")
@@ -65,7 +66,7 @@ def check_folder(output: Path, identity: Mapping[str, Any], resume: bool) -> Non
 
 
 def _is_scratch(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is what a kill may leave before anything has its name in ``folder``."""
+    """Whether ``path`` is a temporary file that a killed run may have left in ``folder``."""
     return path.parent == folder and path.name.endswith(".saving")
 
 
@@ -78,27 +79,27 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def open_folder(output: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder of the finished rows, made if need be."""
+    """The folder of the finished rows; it is made if it does not exist."""
     folder, new = output / "rows", not output.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "comparison.json", json.dumps(identity, indent=1))
     except OSError as error:
-        if new:  # so that the next attempt does not find a folder in use
+        if new:  # or the next attempt would find a folder in use
             shutil.rmtree(output, ignore_errors=True)
         raise InputError(f"{output} cannot be written: {error.strerror}. Name another folder.") from error
     return folder
 
 
 def read_rows(output: Path) -> dict[tuple[str, float], Row]:
-    """The rows that are there by method and ratio, failed ones too; one that was cut short is made again. InputError
-    for a file that is none."""
+    """The rows in the folder by method and ratio, failed ones included. An incomplete row is made again. Raises
+    InputError for a file that is no row."""
     found = {}
     for path in sorted((output / "rows").glob("*-*.json")):
         try:
             content = read_json(path)
         except InputError:
-            say(f"{path} is damaged: it counts as missing.")
+            say(f"{path} is damaged. It is treated as missing.")
             continue
         try:
             row = Row.model_validate(content)
@@ -109,7 +110,7 @@ def read_rows(output: Path) -> dict[tuple[str, float], Row]:
 
 
 def write_row(output: Path, row: Row) -> None:
-    """To a file of its own: two ratios never share one, however close they are."""
+    """Write a row to its own file. Two ratios never share one, however close they are."""
     write_whole(_row_path(output, row.method, row.ratio), row.model_dump_json(indent=1))
 
 

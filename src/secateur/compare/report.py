@@ -15,7 +15,7 @@ from secateur.whole import whole, write_whole
 
 
 def write_report(comparison: Leaderboard, folder: Path) -> None:
-    """Write ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; each is whole or the one before."""
+    """Write ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``, each atomically."""
     write_whole(folder / "results.json", comparison.model_dump_json(indent=1) + "\n")
     table = flat(comparison)
     with whole(folder / "results.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
@@ -36,7 +36,7 @@ def write_report(comparison: Leaderboard, folder: Path) -> None:
 
 
 def _own_settings(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Method → its settings; where rows of a method differ in them, each by its ratio."""
+    """Method → its settings. When rows of a method differ in them, the key also has the ratio."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         alike = all(other.settings == row.settings for other in rows if other.method == row.method)

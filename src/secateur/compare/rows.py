@@ -1,4 +1,4 @@
-"""What a comparison holds: one row for a method and a ratio, and the dense model that all are measured against."""
+"""The rows of a comparison, one for each method and ratio, and the dense model that they are compared with."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict
 Numbers = Mapping[str, float]
 
 _STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-"""The perplexity of a model that was cut to pieces may be infinite, and is read back as that."""
+"""The perplexity of a badly damaged model may be infinite. JSON must keep that value."""
 
 
 DENSE = "dense"
-"""What stands for a method in the row of the model that nothing was cut from."""
+"""The name in the method column for the dense model."""
 
 
 class Row(BaseModel):
-    """One method at one ratio. What could not be measured is None or empty."""
+    """One method at one ratio. A value that could not be measured is None or empty."""
 
     model_config = _STRICT
 
@@ -27,14 +27,15 @@ class Row(BaseModel):
     ratio: float
     """Asked for, of all parameters."""
     code: str = ""
-    """Of a method of one's own, or criteria in its saliency: what the files hold (``methods.method_source``)."""
+    """For a method of one's own, or such criteria in its saliency: a digest of their files
+    (``methods.method_source``)."""
     settings: dict[str, Any] = {}
-    """The method's own."""
+    """The method's own settings."""
     kinds: list[str] = []
     """Kinds of groups that it cut."""
     reached: float | None = None
     decoder: float | None = None
-    """Fraction of the decoder layers' parameters that went."""
+    """Fraction of the decoder layers' parameters that was removed."""
     parameters: int | None = None
     pruning_steps: int = 0
     """Optimiser steps while pruning."""
@@ -46,10 +47,10 @@ class Row(BaseModel):
     tasks: dict[str, dict[str, float]] = {}
     """Task → metric → value, after recovery; ``<metric>_stderr`` beside it."""
     scoring_seconds: float | None = None
-    """Wall time of deciding what goes: for a method that trains while it prunes, all of that."""
+    """Wall time of choosing the units, in seconds. For a method that trains while it prunes, it includes training."""
     scoring_peak_bytes: int | None = None
     scoring_extra_bytes: int | None = None
-    """On top of what was there when it began (the model, the program)."""
+    """Bytes on top of the memory in use at its start (the model, the program)."""
     speed: dict[str, dict[str, float]] = {}
     """Batch → prefill and decode tokens per second of the result, and of the dense model timed in turns with it."""
     error: str | None = None
@@ -57,24 +58,24 @@ class Row(BaseModel):
 
 
 class Retention(NamedTuple):
-    """What is left of a task's accuracy above guessing."""
+    """The kept share of a task's accuracy above guessing."""
 
     share: float
-    """1 is what the dense model has; below 0 is worse than guessing."""
+    """1 equals the dense model; below 0 is worse than guessing."""
     stderr: float | None
-    """To first order, from the standard errors of both accuracies, as if they were independent: answers to the same
-    questions go together, so that the true one is smaller. None where the harness gives none."""
+    """To first order, from the standard errors of both accuracies, as if they were independent. Answers to the same
+    questions are correlated, therefore the true error is smaller. None where the harness gives none."""
 
 
 class Leaderboard(BaseModel):
-    """All rows, and what they share."""
+    """All rows, and their shared facts."""
 
     model_config = _STRICT
 
     model: str
     seed: int
     recipe: str
-    """YAML of what all rows share; method, its settings and the ratio are in the row, and the steps that it makes."""
+    """The settings that all rows share, as YAML. Method, its settings, ratio and steps are in the row."""
     window: int
     tokens: dict[str, int]
     """Source → tokens that perplexity is measured on."""
@@ -85,7 +86,7 @@ class Leaderboard(BaseModel):
     dense_parameters: int
     dense_tasks: dict[str, dict[str, float]] = {}
     chance: dict[str, float] = {}
-    """Task → accuracy of guessing; tasks without choices, where guessing gets nothing, are left out."""
+    """Task → accuracy of guessing. Tasks without choices are left out: guessing gets nothing there."""
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
     rows: list[Row] = []
@@ -105,9 +106,9 @@ class Leaderboard(BaseModel):
         return row
 
     def retention(self, row: Row, task: str) -> Retention | None:
-        """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that says nothing.
+        """Chance-corrected: (accuracy − guessing) / (dense accuracy − guessing); None where that is not meaningful.
 
-        The dense model is measured against itself, and has no error.
+        The dense model is compared with itself, and has no error.
         """
         values, dense, chance = row.tasks.get(task), self.dense_tasks.get(task), self.chance.get(task, 0.0)
         metric = metric_of(dense or {})

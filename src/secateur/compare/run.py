@@ -1,4 +1,4 @@
-"""Runs a comparison row by row; each is written when it is finished, so that an interrupted one goes on."""
+"""Runs a comparison row by row. Each row is written when it is finished, therefore a comparison can be resumed."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from secateur.whole import place_of, write_whole
 from secateur.workspace import Workspace
 
 FLOOR = "random"
-"""The method that is always there: what does not beat it under the same recovery is worth nothing."""
+"""The method that is always included. A method that does not beat it under the same recovery is worth nothing."""
 _OF_ROWS: dict[str, Any] = {"method": True, "budget": {"ratio"}, "recovery": {"patience"}, "evaluation": {"baseline"}}
-"""What the rows do not take from the recipe as it is; methods with their settings and ratios are in the rows."""
+"""Keys that differ between rows. Methods with their settings, and ratios, are in the rows."""
 
 
 class Dense(BaseModel):
-    """What is known of the dense model before the first row, as ``dense.json`` keeps it."""
+    """Facts of the dense model before the first row, as kept in ``dense.json``."""
 
     weights: str
     """``_identity_of`` the model."""
@@ -58,10 +58,10 @@ class Dense(BaseModel):
 
 @dataclass(frozen=True)
 class Shared:
-    """What all rows have in common."""
+    """Inputs that all rows share."""
 
     graphs: Mapping[tuple[Kind, ...], DependencyGraph]
-    """By ``budget.kinds``: what rows may cut that differ in it."""
+    """``budget.kinds`` → the graph for rows with these kinds."""
     texts: Texts
     dense: Dense
     tasks: Sequence[str]
@@ -82,26 +82,26 @@ def compare(
 
     Every row starts from the same weights, may cut the same groups, counts its ratio of all parameters, reads the same
     calibration and recovery text, and trains for the same number of steps: the recipe's ``recovery.steps`` and as many
-    as the longest of the progressive methods prunes for; a method that prunes for fewer recovers for more, and none
-    stops before its last step. Methods that cut another kind of group (whole layers) say so in their row. ``random`` is
-    always there.
+    as the longest of the progressive methods prunes for. A method with fewer pruning steps gets more recovery steps,
+    and no recovery stops early. A method that cuts another kind of group (whole layers) has this kind in its row.
+    ``random`` is always included.
 
     Args:
-        recipe: the settings in its ``method`` are those of that method, where it is compared; ``budget.ratio``,
+        recipe: the settings in its ``method`` apply to that method, if it is compared; ``budget.ratio``,
             ``recovery.patience`` and ``evaluation.baseline`` are not used. Files in ``evaluation.text`` that nothing is
             trained on are measured whole (their first ``evaluation.tokens`` tokens), sources by their held-out part.
-        output: folder for ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``; the rows that are
-            finished are kept in it.
+        output: folder for ``results.json``, ``results.csv``, ``quality.png`` and ``report.html``. Finished rows are
+            kept in it.
         settings: method → its own settings, where they are neither the recipe's nor the defaults.
         tasks: see ``evaluation.evaluate_tasks``.
-        resume: go on with the rows that ``output`` lacks. Those that it has stay in the table, also when they are of
-            methods and ratios that are not named again.
+        resume: add the rows that are missing in ``output``. Its finished rows are kept in the table, also for methods
+            and ratios that are not named again.
 
     Raises InputError, before anything is measured or written, for unknown methods, ratios and tasks, for settings of a
-    method that is not compared, and for a folder that holds another comparison. A row whose method fails (a ratio that
-    it cannot reach, too little memory, a fault in one's own method) carries the message instead of numbers, and is
-    tried again by ``resume``; when the first look at the budget fails for every row, the first error is raised, before
-    anything is written.
+    method that is not compared, and for a folder with another comparison. A row whose method fails (a ratio that it
+    cannot reach, too little memory, a fault in one's own method) contains the message instead of numbers, and
+    ``resume`` tries it again. When the budget check fails for every row, the first error is raised before anything is
+    written.
     """
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
@@ -122,7 +122,7 @@ def compare(
     dense = _measure_dense(result, texts, tasks, rows_folder)
     comparison = _leaderboard(recipe, result.recipe, dense)
     shared = Shared(graphs, texts, dense, tasks)
-    del result  # with the model: every row opens its own
+    del result  # with its model: every row opens its own
     for planned in recipes:
         key = planned.method.name, planned.budget.ratio
         if key not in done or done[key].error is not None:
@@ -137,7 +137,7 @@ def _of_this_code(rows: dict[tuple[str, float], Row]) -> dict[tuple[str, float],
     """Without the rows of methods of one's own whose file has changed since."""
     changed = {row.method for row in rows.values() if _has_changed(row)}
     for name in sorted(changed):
-        say(f"The file that defines {name} has changed since its rows were made: they are left out.")
+        say(f"The file that defines {name} has changed since its rows were made. These rows are left out.")
     return {key: row for key, row in rows.items() if row.method not in changed}
 
 
@@ -146,12 +146,12 @@ def _has_changed(row: Row) -> bool:
         return False
     try:
         return row.code != method_source(row.method, row.settings)
-    except InputError:  # its module is not here; the row stays, as those of other methods that are not named again
+    except InputError:  # its module is not here; the row is kept, as rows of other methods that are not named again
         return False
 
 
 def _place(row: Row) -> tuple[float, bool, int, str]:
-    """Where a row stands: by ratio, then the floor, then as in ``METHODS``, methods that it lacks last."""
+    """Sort key of a row: ratio, then the floor, then the order of ``METHODS``, then other methods."""
     order = list(METHODS)
     return row.ratio, row.method != FLOOR, order.index(row.method) if row.method in METHODS else len(order), row.method
 
@@ -159,15 +159,15 @@ def _place(row: Row) -> tuple[float, bool, int, str]:
 def schedule_of(
     recipe: Recipe, methods: Sequence[str], ratios: Sequence[float], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[Recipe]:
-    """The recipe of every row, in order; the steps of pruning and recovery add up to the same in all."""
+    """The recipe of every row, in order. The sum of pruning and recovery steps is the same in all."""
     for name in [*methods, *settings]:
         method_class(name)  # InputError when there is none
     idle = [name for name in settings if name not in methods]
     if idle:
-        raise InputError(f"{idle[0]} has settings and is not compared. Add it to --methods, or leave them out.")
+        raise InputError(f"{idle[0]} has settings and is not compared. Add it to --methods, or remove its settings.")
     wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
     if wrong or not ratios:
-        raise InputError(f"Ratios lie strictly between 0 and 1, such as 0.2,0.5; got {wrong or 'none'}.")
+        raise InputError(f"Ratios must be strictly between 0 and 1, such as 0.2,0.5; got {wrong or 'none'}.")
     chosen = {name: _with_method(recipe, name, settings.get(name, {})) for name in methods}
     longest = max(pruning_steps(planned) for planned in chosen.values())
     return [
@@ -178,14 +178,14 @@ def schedule_of(
 
 
 def _recovery_of(recipe: Recipe, more: int) -> dict[str, Any]:
-    """What a row changes that recovers for ``more`` steps: instructions have as many as in all other rows."""
+    """Changed keys of a row that recovers for ``more`` steps. Instructions get the same steps in all rows."""
     steps, share = recipe.recovery.steps, recipe.recovery.instruction_share
     if not recipe.recovery.instructions or more == 0:
         return {"recovery.steps": steps + more}
     if steps < 2:
         raise InputError(
-            f"recovery.steps is {steps}, and recovery.instructions need at least 2 in every row, so that all read the "
-            "same. Give that many, or leave recovery.instructions empty."
+            f"recovery.steps is {steps}, and recovery.instructions needs at least 2 in every row. Set recovery.steps "
+            "to at least 2, or leave recovery.instructions empty."
         )
     return {
         "recovery.steps": steps + more,
@@ -194,7 +194,8 @@ def _recovery_of(recipe: Recipe, more: int) -> dict[str, Any]:
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """``--set`` texts for all rows, and by method those that begin with a method's name (``lorashear.periods=4``).
+    """Split ``--set`` texts into those for all rows and, by method, those that begin with its name
+    (``lorashear.periods=4``).
 
     A class of one's own is named in full: ``package.module:Class.key=value``.
     """
@@ -222,13 +223,14 @@ def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Reci
 
 
 def pruning_steps(recipe: Recipe) -> int:
-    """Optimiser steps that the recipe's method trains for while it prunes; InputError when it does not say."""
+    """Optimiser steps that the recipe's method trains for while it prunes. Raises InputError when they are not
+    known."""
     name = recipe.method.name
     method = method_class(name)(recipe.method.settings)
     if method.training_steps == 0 and method.needs == "training":
         raise InputError(
-            f"{name} trains, and says no training_steps (optimiser steps before the cut), so that it would get more "
-            "training than the others. Add that property, as LoRAPrune has it."
+            f"{name} trains, and does not define training_steps (optimiser steps before the cut). It would get more "
+            "training than the others. Add that property, as in LoRAPrune."
         )
     return method.training_steps
 
@@ -236,7 +238,7 @@ def pruning_steps(recipe: Recipe) -> int:
 def _rehearse(
     recipe: Recipe, recipes: Sequence[Recipe]
 ) -> tuple[stages.Result, dict[tuple[Kind, ...], DependencyGraph]]:
-    """The dense model with the first row's recipe that it can obey, and its graphs; raises when it can obey none."""
+    """The dense model with the first recipe whose budget can be met, and its graphs. Raises when none can be met."""
     model, tokenizer = load(**recipe.model.model_dump())
     check_finite(model)
     graphs = {kinds: checked_trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
@@ -246,23 +248,23 @@ def _rehearse(
         graph = graphs[row.budget.kinds]
         try:
             plan = stages.rehearse(model, graph, row)
-        except Exception as error:  # the row will say so
+        except Exception as error:  # the row will contain the message
             failures.append(error)
         else:
             found = found or stages.Result(model, tokenizer, plan, graph, row)
     if found is None:
         raise failures[0]
     groups = len({group.name for graph in graphs.values() for group in graph.prunable})
-    say(f"Found {groups} node groups that can be cut; {len(recipes)} rows to fill.")
+    say(f"Found {groups} node groups that can be pruned; {len(recipes)} rows to compute.")
     return found, graphs
 
 
 def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path) -> Dense:
-    """The numbers of the dense model, measured once; InputError when those that are kept are of another one."""
+    """The numbers of the dense model, measured once. Raises InputError when the kept numbers are of another model."""
     kept, weights = folder / "dense.json", _identity_of(result.model)
     dense = _kept(kept)
     if dense is None:
-        chance = chance_levels(tasks) if tasks else {}  # first: it reads the data of the tasks, which may be missing
+        chance = chance_levels(tasks) if tasks else {}  # first, because the data of the tasks may be missing
         say("Measuring the dense model")
         stages.measure_dense(result, texts)
         scores = _evaluate_tasks(result, tasks) if tasks else {}
@@ -271,19 +273,19 @@ def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], fo
     if dense.weights != weights:
         raise InputError(
             f"The weights or the config of {result.recipe.model.name} have changed since the dense model was measured "
-            f"for {folder.parent}. Put back what was there, or name another folder."
+            f"for {folder.parent}. Restore the old ones, or name another folder."
         )
     return dense
 
 
 def _kept(file: Path) -> Dense | None:
-    """What an earlier run measured of the dense model; None when there is none, or it is damaged."""
+    """An earlier run's numbers of the dense model; None when there are none, or the file is damaged."""
     if not file.exists():
         return None
     try:
         return Dense.model_validate(read_json(file))
     except (InputError, ValidationError):
-        say(f"{file} is damaged: the dense model is measured again.")
+        say(f"{file} is damaged. The dense model is measured again.")
         return None
 
 
@@ -309,14 +311,14 @@ def _leaderboard(recipe: Recipe, row: Recipe, dense: Dense) -> Leaderboard:
 
 
 def _identity_of(model: PreTrainedModel) -> str:
-    """A digest of the weights (samples of all) and the config of a model, as it was opened."""
+    """A digest of a model's weights (samples of each) and its config, as it was opened."""
     return f"{digest(model)} {hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]}"
 
 
 def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
-    """The text of all rows, read once. Evaluation files that nothing else reads, by any name, are taken whole."""
+    """The text of all rows, read once. Evaluation files that are not used for anything else are read whole."""
     if tokenizer is None:
-        raise InputError("The model has no tokenizer, so that nothing can be measured. Put its files into the folder.")
+        raise InputError("The model has no tokenizer, therefore nothing can be measured. Add its files to the folder.")
     wanted: dict[Any, Any] = {}
     for recipe in recipes:
         wanted |= recipe.texts
@@ -330,7 +332,7 @@ def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: 
 
 
 def _run(recipe: Recipe, shared: Shared) -> Row:
-    """One row, from the dense model on; what goes wrong in it becomes its message, so that the others go on."""
+    """Make one row from the dense model. An error becomes the row's message, and the other rows continue."""
     name, ratio = recipe.method.name, recipe.budget.ratio
     settings = recipe.method.settings.model_dump(mode="json")
     say(f"{name} at {ratio:.0%}")
@@ -356,8 +358,8 @@ def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     model, tokenizer = load(**recipe.model.model_dump())
     if _identity_of(model) != shared.dense.weights:
         raise InputError(
-            f"The weights or the config of {recipe.model.name} have changed since the dense model was measured: this "
-            "row would be of another model. Put back what was there and add --resume."
+            f"The weights or the config of {recipe.model.name} have changed since the dense model was measured, and "
+            "this row would be of another model. Restore the old ones and add --resume."
         )
     graph = shared.graphs[recipe.budget.kinds]
     plan = stages.rehearse(model, graph, recipe)
@@ -372,7 +374,10 @@ def _measure(row: Row, recipe: Recipe, shared: Shared) -> None:
     )
     row.scoring_seconds = measured.seconds["decide"]
     row.scoring_peak_bytes, row.scoring_extra_bytes = memory.peak, memory.extra
-    row.reached, row.decoder = result.plan.ratio_reached, decoder_ratio(result.plan, graph)  # with biases that it adds
+    row.reached, row.decoder = (
+        result.plan.ratio_reached,
+        decoder_ratio(result.plan, graph),
+    )  # includes biases that it adds
     assert measured.pruned is not None
     row.pruned, row.parameters = measured.pruned.perplexity or {}, measured.pruned.parameters
     if measured.recovered is not None:
@@ -389,7 +394,7 @@ def _evaluate_tasks(result: stages.Result, tasks: Sequence[str]) -> dict[str, di
 
 
 def _speed(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of ``compare_speed``: batch → what the small model does, and what the dense one did beside it."""
+    """From ``compare_speed``: batch → the speed of the small model, and of the dense model beside it."""
     found = {}
     for batch, states in measured.items():
         if batch != "settings":

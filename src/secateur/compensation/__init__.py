@@ -1,4 +1,4 @@
-"""Making up for removed units in closed form: what consumes the kept ones is refitted."""
+"""Compensation for removed units in closed form: the weights that consume the kept units are refitted."""
 
 from __future__ import annotations
 

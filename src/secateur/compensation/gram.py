@@ -1,13 +1,13 @@
 """The least-squares problem of one consumer, in matrices whose size does not depend on the number of tokens.
 
 A consumer (down projection of an FFN, output projection of attention) computes ``y = W x``. In the pruned model it sees
-``x'``, of which only the kept inputs S count, and it should still give the dense model's y. With ``H = Σ x' x'ᵀ`` and
+``x'``, of which only the kept inputs S count, and its output should be the dense model's y. With ``H = Σ x' x'ᵀ`` and
 ``C = Σ y x'ᵀ`` over tokens, the summed squared error of any weights V of the kept inputs is
 
     E(V) = Σ y² − 2 ⟨V, C_S⟩ + ⟨V H_SS, V⟩.
 
-Ridge regression towards the weights that are there is ``V = W_S + (C_S − W_S H_SS) (H_SS + λ I)⁻¹``: the more λ, the
-less is changed. One eigendecomposition of H_SS gives V for every λ.
+Ridge regression towards the old weights is ``V = W_S + (C_S − W_S H_SS) (H_SS + λ I)⁻¹``: the larger λ, the smaller the
+change. One eigendecomposition of H_SS gives V for every λ.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Gram:
 
     @classmethod
     def empty(cls, outputs: int, inputs: int, device: torch.device) -> Gram:
-        """Of no tokens yet."""
+        """Sums over no tokens."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         return cls(zeros(inputs, inputs), zeros(outputs, inputs))
 
@@ -68,7 +68,7 @@ class Gram:
 
 @dataclass(frozen=True)
 class Solution:
-    """New weights of the kept inputs, or the old ones where no step helps."""
+    """New weights of the kept inputs, or the old ones when no step lowers the error."""
 
     weight: torch.Tensor
     """float64, ``[outputs, kept]``."""
@@ -77,13 +77,13 @@ class Solution:
     step: float
     """Fraction of the way from the old weights to the ridge solution, 0 to 1."""
     before: float
-    """Error of the old weights on the windows that nothing was fitted to (``Gram.error``)."""
+    """Error of the old weights on the check windows (``Gram.error``)."""
     after: float
-    """Error of the new ones on the same windows."""
+    """Error of the new weights on the same windows."""
 
 
 def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor) -> Solution:
-    """Fit on some windows; choose λ, and how far to go, on the others.
+    """Fit on some windows; choose λ and the step on the others.
 
     Args:
         weight: W, ``[outputs, inputs]``.
@@ -97,7 +97,7 @@ def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor
     gram = fit.inputs[kept][:, kept]
     diagonal = gram.diagonal()
     if not float(diagonal.sum()) > 0:
-        return best  # the kept inputs are silent on this text: nothing can be said
+        return best  # the kept inputs are zero on this text: no refit is possible
     mean, median = float(diagonal.mean()), float(diagonal.median())
     scale = median if 0 < median * _SKEWED < mean else mean
     values, vectors = torch.linalg.eigh(gram)

@@ -1,4 +1,4 @@
-"""Optimal brain surgery on whole units: which inputs of a consumer to remove, each making up for those before it.
+"""Optimal brain surgery on whole units: chooses the inputs of a consumer to remove, with compensation after each.
 
 With ``H̄ = H + λ I``, its inverse B and the present weights W, removing the columns g costs
 ``½ tr(W_g (B_gg)⁻¹ W_gᵀ)``; then ``W ← W − W_g (B_gg)⁻¹ B_g,:`` and ``B ← B − B_:,g (B_gg)⁻¹ B_g,:`` are what is left.
@@ -59,7 +59,7 @@ def _prices(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) 
 
 
 def _remove(inverse: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor) -> None:
-    """Take these inputs out of both matrices, in place; what is left makes up for them."""
+    """Remove these inputs from both matrices, in place, and let the others compensate for them."""
     block = torch.cholesky_inverse(torch.linalg.cholesky(inverse[gone][:, gone]))
     rows = block @ inverse[gone]
     weight -= weight[:, gone] @ rows

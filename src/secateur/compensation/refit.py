@@ -1,8 +1,8 @@
 """Repair in closed form, layer by layer: each consumer is refitted on the pruned and refitted layers before it.
 
 Four windows of five are fitted to, and the fifth says how far to go (``gram.solve_refit``). The first positions of a
-window are left out: tokens that attention sinks into have activations a hundred times as large as all others, and would
-be the only ones that count. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.md.)
+window are left out: attention sinks have activations a hundred times as large as all other tokens, and would dominate
+the fit. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.md.)
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from secateur.units import Rows
 from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, input_device, watched
 
 Target = Literal["dense", "stream", "own"]
-"""What a consumer should give: ``dense``: what it gives in the dense model; ``stream``: what brings the residual stream
-after it back to the dense model's; ``own``: what the dense matrix gives on the pruned model's inputs."""
+"""The target output of a consumer. ``dense``: its output in the dense model; ``stream``: the output with which the
+residual stream after it equals the dense model's; ``own``: the dense matrix times the pruned model's inputs."""
 
 EVERY = 5
-"""One window of so many is for checking."""
+"""One window in this many is a check window."""
 SKIPPED = 4
 """Positions at the beginning of a window that are left out."""
 _FALL_BACK = 0.3
-"""A consumer whose step towards the dense target is shorter is fitted to its own target, if that helps more."""
+"""A consumer with a shorter step towards the dense target is fitted to its own target, if that is better."""
 _STEPS = (1.0, 0.5)
 """Fractions of all changes together, tried in turn on the held-out loss."""
 
@@ -48,13 +48,13 @@ class Refit:
     after: float
     ridge: float
     step: float
-    """0: it is left alone."""
+    """0: it is not changed."""
     target: Target
 
 
 @dataclass(frozen=True)
 class Compensated:
-    """New values, not yet written, and what they are worth."""
+    """New values, not yet written, with their effect on the loss."""
 
     updates: dict[str, torch.Tensor]
     """Path of a parameter → its new values, of the shape before the cut."""
@@ -73,7 +73,7 @@ def compensate(
     calibration: Calibration | None,
     target: Target = "dense",
 ) -> Compensated:
-    """New values for what consumes the kept units of the groups that are cut; the model is left as it was.
+    """New values for the weights that consume the kept units of the cut groups. The model is restored.
 
     The columns of removed units keep their values. Stacked experts are not refitted. The result never makes the loss on
     the check windows larger: all changes are made, half of each, or none. Costs six forward passes over the text for
@@ -131,33 +131,35 @@ def remove_and_compensate(
 
 
 def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str]) -> LayerStack:
-    """The layers, when ``remove_and_compensate`` can cut these groups; ModelError otherwise."""
+    """The layers. Raises ModelError unless ``remove_and_compensate`` can cut these groups."""
     names = list(names)
     stack = check_refittable(model, graph, names)
     for name in names:
         if len(_consumers(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
             raise ModelError(
                 f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. "
-                f'Choose another method, or leave the group whole with budget.protect=["{name}"].'
+                f'Choose another method, or protect the group with budget.protect=["{name}"].'
             )
     return stack
 
 
 def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
-    """The layers, when consumers of these groups can be refitted; ModelError otherwise."""
+    """The layers. Raises ModelError unless consumers of these groups can be refitted."""
     for name in kept:
         if graph[name].kind not in MASKABLE:
             raise ModelError(
-                f"Repair refits what consumes units of kind {', '.join(MASKABLE)}; {name} is of kind "
-                f"{graph[name].kind}. Leave it whole, or set recovery.repair=false."
+                f"Repair refits consumers of units of kind {', '.join(MASKABLE)}; {name} is of kind "
+                f"{graph[name].kind}. Protect it (budget.protect), or set recovery.repair=false."
             )
     try:
         stack = LayerStack.find(model, graph)
     except ModelError as error:
-        raise ModelError(f"{error} Repair needs one layer after the other; set recovery.repair=false.") from error
+        raise ModelError(
+            f"{error} Repair needs layers that run one after the other. Set recovery.repair=false."
+        ) from error
     for name in kept:
         if not stack.inside(graph[name]):
-            raise ModelError(f"{name} does not lie in one layer, and repair cannot refit it: recovery.repair=false.")
+            raise ModelError(f"{name} is not inside one layer, and repair cannot refit it. Set recovery.repair=false.")
     return stack
 
 

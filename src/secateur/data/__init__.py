@@ -1,4 +1,4 @@
-"""Text in, blocks of token ids out; nothing overlaps between calibration, recovery and evaluation."""
+"""Turns text into blocks of token ids. Calibration, recovery and evaluation share no document."""
 
 from __future__ import annotations
 

@@ -22,16 +22,16 @@ from secateur.reading import open_text, path_of
 
 _PIECE_CHARACTERS = 8000
 _LONGEST_PIECE = 100_000
-"""Characters of text without a blank line that are still encoded as one."""
+"""Longest text without a blank line that is encoded as one piece, in characters."""
 _PIECES_PER_BATCH = 32
 _BATCH_CHARACTERS = 100_000
 _WHOLE_UP_TO = 100_000
-"""Characters of a ``.txt`` file that are always read, however few tokens are asked for."""
+"""Characters of a ``.txt`` file that are always read, for any number of tokens."""
 _CHARACTERS_PER_TOKEN = 16  # generous: English has about 4
 _SURPLUS = 64
-"""Tokens beyond those that are asked for: the last ones of a beginning may differ from those of the whole text."""
-# Names under which vocabularies keep the mark that stood between documents in pre-training. Instruction-tuned models
-# have another end-of-sequence token (the end of a turn), which would say something else.
+"""Tokens beyond those needed: the last tokens of a part may differ from those of the whole text."""
+# Names of the token between documents in pre-training. Instruction-tuned models have another end-of-sequence token (the
+# end of a turn), which has another meaning.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
 
@@ -44,7 +44,7 @@ class TokenBlocks:
     sources: tuple[str, ...]
     """The source of each block."""
     marks: tuple[int, ...] = ()
-    """What every window begins with, counted within it: the marks that the tokenizer puts before a text (BOS)."""
+    """Tokens at the start of every window, counted within it: the marks that the tokenizer puts before a text (BOS)."""
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.dtype != torch.int64 or len(self.sources) != self.ids.shape[0]:
@@ -65,7 +65,7 @@ class TokenBlocks:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sources that occur, sorted."""
+        """The sources of the blocks, sorted."""
         return tuple(sorted(set(self.sources)))
 
     @property
@@ -80,20 +80,20 @@ class TokenBlocks:
         yield from self.ids.split(size)
 
     def of_source(self, name: str) -> TokenBlocks:
-        """Only the blocks of one source (none when it does not occur)."""
+        """Only the blocks of one source; empty when there are none."""
         rows = [row for row, source in enumerate(self.sources) if source == name]
         return TokenBlocks(self.ids[rows], (name,) * len(rows), self.marks)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a document, cut at a paragraph where the document is long."""
+    """A part of a document; long documents are cut at paragraphs."""
 
     text: str
     last: bool
     """Whether the document ends here."""
     first: bool = True
-    """Whether a text begins here: a document, or a part of one that does not follow what stands before it."""
+    """Whether a text begins here: a document, or a part that does not continue the piece before it."""
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -111,8 +111,8 @@ def pieces_of_split(
 ) -> list[Piece]:
     """Pieces of the documents of one split, in random order.
 
-    Reads until there are about ``characters`` of them (not until the end, which a stream need not have), and leaves
-    out documents that are already in ``seen`` (copies), to which it adds.
+    Reads until there are about ``characters`` characters (not to the end, which a stream may not have). Documents in
+    ``seen`` are copies, and are left out; new ones are added to it.
     """
     pieces: list[Piece] = []
     length = 0
@@ -155,12 +155,12 @@ def _shortened(part: str) -> Iterator[str]:
 
 
 class Packer:
-    """Packs pieces of one source into windows, reading and encoding only as many as are asked for.
+    """Packs pieces of one source into windows. It reads and encodes only as many pieces as needed.
 
-    Every window begins with the marks that the tokenizer puts before a text, if it does, and they are counted within
-    it; from one window to the next no token of the text is lost. Where a text begins within a window, they stand there
-    as well, as in pre-training, and are tokens like others. Where it ends, there is what the tokenizer puts after a
-    text, or else the mark that stood between documents in pre-training (``document_end``).
+    Every window begins with the marks that the tokenizer puts before a text, if any; they are counted within it. From
+    one window to the next no token of the text is lost. Where a text begins within a window, the marks are put there
+    as well, as in pre-training, and are tokens like others. After its end follow the marks that the tokenizer puts
+    after a text, or else the token between documents of pre-training (``document_end``).
     """
 
     def __init__(self, pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, window: int) -> None:
@@ -170,7 +170,7 @@ class Packer:
         if window <= len(self.marks.before):
             raise DataError(
                 f"A window of {window} has no room for text: the tokenizer begins each with {len(self.marks.before)} "
-                f"tokens of its own. Give a larger one."
+                "tokens of its own. Give a larger window."
             )
         end = document_end(tokenizer)
         self._end = self.marks.after or (() if end is None else (end,))
@@ -182,11 +182,11 @@ class Packer:
 
     @property
     def tokens(self) -> int:
-        """How many tokens have been encoded so far."""
+        """Number of tokens encoded so far."""
         return len(self._ids)
 
     def available(self, blocks: int) -> int:
-        """How many of ``blocks`` windows there is text for."""
+        """Number of windows, at most ``blocks``, that the text can fill."""
         while len(self._rows) < blocks and (self._fill() or self._read()):
             pass
         return min(blocks, len(self._rows))
@@ -197,7 +197,8 @@ class Packer:
         return torch.stack(rows) if rows else torch.empty(0, self._window, dtype=torch.int64)
 
     def first(self, tokens: int | None, name: str) -> torch.Tensor:
-        """All windows, or those of the first ``tokens``; DataError about the file ``name`` when there is none."""
+        """All windows, or those of the first ``tokens``. Raises DataError about the file ``name`` when there is
+        none."""
         rows = self.take((sys.maxsize if tokens is None else tokens) // self._window)
         if len(rows) == 0:
             raise DataError(
@@ -207,13 +208,13 @@ class Packer:
         return rows
 
     def pieces(self, blocks: int) -> list[Piece]:
-        """The pieces, whole or in part, that the first ``blocks`` windows are made of."""
+        """The pieces in the first ``blocks`` windows, whole or in part."""
         return list(self._pieces[: bisect_left(self._starts, self._used[self.available(blocks)])])
 
     def _fill(self) -> bool:
         """Make the next window; False when there are too few ids for it."""
         start, before = self._used[-1], self.marks.before
-        # Marks that stand here already, or began at the end of the window before, are not put twice.
+        # marks that are here already, or began at the end of the window before, are not repeated
         places = range(min(len(before), start + 1))
         there = (n for n in places if tuple(self._ids[start - n : start - n + len(before)]) == before)
         missing = next(there, len(before))
@@ -250,15 +251,15 @@ def read_ids(
 ) -> torch.Tensor:
     """A whole text file as evaluation windows: encoded as one string, cut without overlap, the rest dropped.
 
-    This is how WikiText-2 is measured in the literature. No mark is put between documents; each window begins with the
-    marks that the tokenizer puts before a text.
+    WikiText-2 is measured in this way in the literature. There is no mark between documents. Each window begins with
+    the marks that the tokenizer puts before a text.
 
     Args:
         window: tokens per window, marks included.
-        max_tokens: use only the first so many tokens (whole windows of them); None for all. Then only the beginning of
-            a long file is read and encoded: 100,000 characters or 16 a token, whichever is more, and twice as many as
-            long as they do not give the tokens that are asked for and 64 more. These 64 are not used, as the end of the
-            part that is read may be encoded in another way than in the whole text.
+        max_tokens: number of tokens to use from the start, in whole windows; None for all. With a number, only the
+            beginning of a long file is read and encoded: 100,000 characters, or 16 for each token if that is more. It
+            is doubled until it gives these tokens and 64 more. The 64 are not used, because the end of a part may be
+            encoded in another way than in the whole text.
 
     Returns:
         int64 ``[blocks, window]``.
@@ -281,9 +282,9 @@ def read_ids(
 
 
 def check_blocks(blocks: TokenBlocks, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError when a source has tokens that ``model`` has no row for, as its tokenizer has more than it.
+    """Raise DataError when a source has tokens without a row in ``model``, because its tokenizer has more tokens.
 
-    A tokenizer that is larger than the model and whose surplus the text does not use is harmless.
+    A tokenizer that is larger than the model is allowed if the text does not use the surplus tokens.
     """
     for name in blocks.names:
         check_ids(blocks.of_source(name).ids, model, f"{name}, read by a tokenizer of {len(tokenizer):,} tokens,")
@@ -293,7 +294,7 @@ def check_ids(ids: torch.Tensor, model: nn.Module, what: str) -> None:
     """Raise DataError when a token of ``ids`` has no row in the embedding or the head of ``model``.
 
     Args:
-        what: begins the message: whose tokens they are, such as ``The text news.txt``.
+        what: start of the message, such as ``The text news.txt``.
     """
     highest = int(ids.max()) if ids.numel() else -1
     for layer, name in ((_get(model, "input"), "embedding"), (_get(model, "output"), "output head")):
@@ -307,7 +308,7 @@ def check_ids(ids: torch.Tensor, model: nn.Module, what: str) -> None:
 
 
 def _get(model: nn.Module, which: str) -> nn.Module | None:
-    """The ``input`` or ``output`` embeddings of a model of transformers; None where it does not say."""
+    """The ``input`` or ``output`` embeddings of a model of transformers; None when they are not known."""
     try:
         found = getattr(model, f"get_{which}_embeddings")()
     except (AttributeError, NotImplementedError):

@@ -1,6 +1,6 @@
-"""Text that needs no network: it arrives inside ordinary PyPI packages and with Python itself.
+"""Text that needs no network: it is part of PyPI packages and of Python itself.
 
-The packages are never imported, only their files are found and read.
+The packages are never imported. Only their files are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
     licence: str
     size: str
     module: str | None
-    """Package that carries it; None for what comes with Python."""
+    """Package with this text; None for text that comes with Python."""
     read: Callable[[Path], Iterator[str]]
 
     @property
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """Where its files are; None when the package is not installed."""
+        """The folder of its files; None when the package is not installed."""
         if self.module is None:
             return Path(sysconfig.get_paths()["stdlib"])
         spec = importlib.util.find_spec(self.module)
@@ -63,7 +63,7 @@ def read_builtin(name: str) -> tuple[str, ...]:
 
 
 def installed(name: str) -> Path:
-    """Where the files of a built-in source are; raises DataError when its package is missing."""
+    """The folder of a built-in source; raises DataError when its package is missing."""
     source = SOURCES[name]
     if source.folder is None:
         raise DataError(f"The text source {name} is not installed. Install it with: {source.install}")
@@ -71,9 +71,9 @@ def installed(name: str) -> Path:
 
 
 def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
-    """Drop long paragraphs that an earlier document had (news that were updated, sections that quote sections).
+    """Drop long paragraphs of earlier documents (updated news, sections that quote sections).
 
-    Documents go to splits as wholes, so a repeated paragraph could otherwise stand in two.
+    A document is in one split only, and a repeated paragraph could otherwise be in two.
     """
     seen: set[str] = set()
     for document in documents:
@@ -105,7 +105,7 @@ def _news(folder: Path) -> Iterator[str]:
 
 
 def _python_docs(folder: Path) -> Iterator[str]:
-    """Sections of the topics; topics contain each other, which shows at the level of sections only."""
+    """Sections of the topics. Topics contain each other, and only sections can be compared."""
     tree = ast.parse((folder / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))
     topics = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
     for value in topics.values:

@@ -1,7 +1,7 @@
-"""The marks that a tokenizer puts around every text by itself: BOS before it, EOS after it, and their like.
+"""The marks that a tokenizer puts around every text by itself, such as BOS before it and EOS after it.
 
-What it does to a text says which they are. Names do not: GPT-2 names a BOS that it never adds, GLM adds two tokens of
-which none is called BOS.
+They are found by encoding a text, because names are not reliable: GPT-2 names a BOS that it never adds, and GLM adds
+two tokens of which none is called BOS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.errors import DataError
 
 _PROBES = ("a", "the", "1", ".", "\n")
-"""Texts to look at; the first that becomes tokens at all decides."""
+"""Texts for this test; the first one that gives any tokens is used."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Marks:
 
 
 def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
-    """What ``tokenizer`` adds to a text; raises DataError when it cannot encode any."""
+    """The marks that ``tokenizer`` adds to a text; raises DataError when it cannot encode any."""
     for probe in _PROBES:
         marked, plain = (_call(tokenizer, [probe], special)[0] for special in (True, False))
         if plain:
@@ -37,7 +37,7 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, marks: Marks) -> list[list[int]]:
     """Token ids of each text without ``marks``, which are those of ``tokenizer``; raises DataError.
 
-    Marks that a text spells out (a chat template may) stay: they are part of it.
+    Marks that a text itself contains (from a chat template) are kept: they are part of it.
     """
     rows = _call(tokenizer, list(texts), True) if texts else []
     return [_without(row, marks) for row in rows]
@@ -49,13 +49,13 @@ def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -
     except Exception as error:  # TypeError for broken settings, bare Exception from tokenizers
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"The tokenizer cannot turn text into tokens ({reason[:200]}). Look at tokenizer_config.json in its folder."
+            f"The tokenizer cannot turn text into tokens ({reason[:200]}). Check tokenizer_config.json in its folder."
         ) from error
     return [list(row) for row in rows]
 
 
 def _around(marked: list[int], plain: list[int], special: frozenset[int]) -> Marks:
-    """What of ``marked`` stands before and after ``plain``, the same text without marks."""
+    """The tokens of ``marked`` before and after ``plain``, the same text without marks."""
     for start in range(len(marked) - len(plain) + 1):
         if marked[start : start + len(plain)] == plain:
             return Marks(tuple(marked[:start]), tuple(marked[start + len(plain) :]))

@@ -1,4 +1,4 @@
-"""From a recipe's text section to blocks of token ids: sources read, split, packed and mixed."""
+"""From a recipe's text section to blocks of token ids: sources are read, split, packed and mixed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 class TextSettings(Settings):
-    """Which text, how much of it, and how it is cut."""
+    """The text, its amount, and its windows."""
 
     text: list[str] = Field(default=["wikipedia", "news", "python-docs", "python-code"])
     """Source names (see `secateur data`), files (.txt, .jsonl, .parquet), or hub datasets as id:config:split."""
     window: int = Field(default=512, ge=2)
-    """Tokens per block, those counted that the tokenizer puts before a text (BOS): every block begins with them."""
+    """Tokens per block. Every block begins with the tokens that the tokenizer puts before a text (BOS); they count."""
     tokens: int = Field(default=16_384, ge=2)
-    """Tokens in all, in whole windows; or what the text has, where that is less but at least 8 windows."""
+    """Tokens in all, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
     weights: dict[str, float] | None = None
-    """Share of each source in ``text``. Left out, all get the same, and what a small source cannot fill goes to the
-    others; written down, the shares are kept exactly or the run is refused."""
+    """Share of each source in ``text``. By default all sources have equal shares, and the others make up for a source
+    with too little text. Given shares are kept exactly, or the run is refused."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -66,18 +66,18 @@ def load_blocks(
 ) -> TokenBlocks:
     """``tokens // window`` blocks of the split's text, mixed by weight, in random order.
 
-    Without ``weights`` they may be fewer, down to 8, where the sources have no more text for the split; that is said,
-    and so is a source of which there is nothing.
+    Without ``weights`` there may be fewer, down to 8, when the sources have too little text for the split. A message
+    says so, and names sources without any text.
 
-    The split of a document follows from its text alone (``split_of``): blocks of different splits share no document,
-    whatever the sources, settings and seeds. After every document stands the mark that stood there in pre-training
-    (``document_end``). Every block begins with what the tokenizer puts before a text (BOS), if it does, and every
-    document within it (``Packer``). A block has one source.
+    The split of a document depends on its text only (``split_of``): blocks of different splits share no document, for
+    any sources, settings and seeds. After every document follows the token between documents of pre-training
+    (``document_end``). Every block, and every document within it, begins with the tokens that the tokenizer puts before
+    a text (BOS), if any (``Packer``). A block has one source.
 
     Args:
         own_text: documents of the source ``self``, from ``write_own_text``.
-        taken: stretches of text that another purpose reads from the same split (a document, or a part of a long one).
-            They are read only when the others do not suffice, which is said; what is read here is added.
+        taken: parts of text that another purpose reads from the same split (a document, or a part of a long one). They
+            are read only when there is too little other text, with a message. Text that is read here is added.
 
     Raises:
         DataError: no tokenizer, a source that cannot be read, or too little text.
@@ -93,14 +93,14 @@ def load_blocks(
     if blocks < wanted:
         say(
             f"For {split} there are {blocks * settings.window:,} tokens of text in {', '.join(settings.text)}, less "
-            f"than the {settings.tokens:,} asked for; all of them are used."
+            f"than the {settings.tokens:,} asked for. All of them are used."
         )
     left_out = [name for name, count in counts.items() if count == 0]
     if left_out:
         say(
-            f"Nothing is read of {', '.join(left_out)} for {split}: there are fewer windows than sources, or less than "
-            f"a window of its text fell to this split, as documents go to splits as wholes. Ask for more tokens, or "
-            f"give more, shorter documents."
+            f"Nothing is read of {', '.join(left_out)} for {split}: there are fewer windows than sources, or this "
+            "split has less than a window of its text, because a document is in one split only. Ask for more tokens, "
+            "or give more, shorter documents."
         )
     if taken is not None:
         _take(packers, counts, split, taken)
@@ -117,15 +117,16 @@ def load_whole(
     max_tokens: int | None = None,
     trained_on: Collection[str] = (),
 ) -> TokenBlocks:
-    """What a finished model is measured on: files from their beginning to their end, sources by what is held out.
+    """The text for measuring a finished model: whole files, and the held-out part of sources.
 
-    A ``.txt`` file is one string (``read_ids``); the records of ``.jsonl`` and ``.parquet`` follow each other with the
-    mark of a document's end between them. Every window begins with what the tokenizer puts before a text. Built-in
-    sources and hub datasets give their evaluation split, ``tokens`` of it together.
+    A ``.txt`` file is one string (``read_ids``). Between records of ``.jsonl`` and ``.parquet`` files is the token of a
+    document's end. Every window begins with the tokens that the tokenizer puts before a text. Of built-in sources and
+    hub datasets, the evaluation split is used, ``tokens`` of it together.
 
     Args:
-        max_tokens: use only the first so many tokens of each file; None for all. Sources do not heed it.
-        trained_on: files that are read for something else as well, and give their evaluation split as sources do.
+        max_tokens: number of tokens to use from the start of each file; None for all. It does not limit sources.
+        trained_on: files that are also read for another purpose. Of these, the evaluation split is used, as of
+            sources.
 
     Raises:
         DataError: no tokenizer, a source that cannot be read, or too little text.
@@ -146,30 +147,30 @@ def load_whole(
 
 
 def check_sources(settings: TextSettings) -> None:
-    """Raise DataError when a name in ``text`` cannot be a source, without opening any (hub datasets are not asked)."""
+    """Raise DataError when a name in ``text`` cannot be a source. Opens none, and does not access the hub."""
     for name in settings.text:
         check_source(name)
 
 
 def check_window(settings: TextSettings, model: PreTrainedModel, section: str) -> None:
-    """Raise InputError when a window is longer than what ``model`` can read at once.
+    """Raise InputError when a window is longer than the context of ``model``.
 
     Args:
-        section: where the settings stand in the recipe, such as ``evaluation``; for the message.
+        section: the recipe's section of the settings, such as ``evaluation``; for the message.
     """
     context = context_of(model)
     if context is not None and settings.window > context:
         raise InputError(
-            f"{section}.window = {settings.window} is longer than what {model.config._name_or_path or 'the model'} can "
-            f"read at once, {context} tokens. Set {section}.window to at most {context}."
+            f"{section}.window = {settings.window} is longer than the context of "
+            f"{model.config._name_or_path or 'the model'}, {context} tokens. Set {section}.window to at most {context}."
         )
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """How many tokens ``model`` can read at once; None where its config does not say."""
+    """The context of ``model`` in tokens; None when its config does not say."""
     config = model.config.get_text_config()
     sizes = [size for name in _CONTEXT if isinstance(size := getattr(config, name, None), int) and size > 0]
-    # RoBERTa and its kin number positions from the one after that of padding, which stands in the same table
+    # RoBERTa and its relatives number positions after that of padding, which is in the same table
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = [index for table in tables if isinstance(index := getattr(table, "padding_idx", None), int)]
     return sizes[0] - max(padding, default=-1) - 1 if sizes else None
@@ -177,9 +178,7 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise DataError(
-            "The model has no tokenizer, so text cannot be turned into tokens. Put its files into the folder."
-        )
+        raise DataError("The model has no tokenizer, which text needs. Add its files to the folder.")
     return tokenizer
 
 
@@ -217,19 +216,19 @@ def _open(
 
 
 def _take(packers: Mapping[str, Packer], counts: Mapping[str, int], split: Split, taken: set[str]) -> None:
-    """Add to ``taken`` what the first ``counts`` windows of each source are made of; say where it was there already."""
+    """Add the text of the first ``counts`` windows of each source to ``taken``; report text that was already there."""
     used = {name: {piece.text for piece in packer.pieces(counts[name])} for name, packer in packers.items()}
     twice = [name for name, texts in used.items() if texts & taken]
     if twice:
         say(
-            f"There is too little {split} text in {', '.join(twice)} to keep two purposes apart: some of it is read "
-            f"for both. Ask for fewer tokens, or name more text."
+            f"There is too little {split} text in {', '.join(twice)} for two separate purposes: some of it is read for "
+            "both. Ask for fewer tokens, or name more text."
         )
     taken.update(*used.values())
 
 
 def _share_out(packers: Mapping[str, Packer], blocks: int, weights: Mapping[str, float] | None) -> dict[str, int]:
-    """Blocks of each source: by weight; without weights equal, a small source's lack being filled by the others.
+    """Blocks of each source, by weight. Without weights they are equal, and others make up for a small source.
 
     They add up to ``blocks`` unless there is too little text.
     """
@@ -267,7 +266,7 @@ def _too_little(packers: Mapping[str, Packer], settings: TextSettings, split: Sp
     what = "these shares of " if settings.weights else ""
     return DataError(
         f"Too little text for {split}: {what}{settings.tokens:,} tokens in windows of {settings.window}{least} were "
-        f"asked for, and there are: {have}. {SHARES[split]:.0%} of the documents of every source go to {split}, and "
-        f"copies count once. Ask for fewer tokens or a smaller window, or name more text; built in are "
+        f"asked for, and there are: {have}. {SHARES[split]:.0%} of the documents of every source are for {split}, and "
+        "copies count once. Ask for fewer tokens or a smaller window, or name more text; built in are "
         f"{', '.join(SOURCES)}."
     )

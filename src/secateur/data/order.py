@@ -1,4 +1,4 @@
-"""In which order blocks are read when the sources have weights that may change on the way."""
+"""The order of reading blocks, when the weights of sources may change during training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 class ReadingOrder:
-    """Says which block is read at each position; the shares of the sources follow their weights at that moment.
+    """Chooses the block for each position. The shares of the sources follow their weights at that moment.
 
-    Smooth weighted round robin: every source earns its weight at each position, the richest is read and pays one. After
-    n positions with constant weights a source has been read n·w times, give or take one. The blocks of a source come in
-    random order, in a new one each time around. Positions are decided when they are first asked for, in order, and
-    remembered, so that ``state`` is all that a run needs to go on.
+    Smooth weighted round robin: every source earns its weight at each position; the richest is read and pays one. After
+    n positions with constant weights a source was read n·w times, plus or minus one. The blocks of a source are in
+    random order, with a new order in each round. Positions are decided in order, at their first request, and
+    remembered. A run can resume from ``state`` alone.
     """
 
     def __init__(self, sources: Sequence[str], weights: Mapping[str, float], seed: int) -> None:
-        """``sources``: of each block, as in ``TokenBlocks.sources``; ``weights`` as in ``set_weights``."""
+        """``sources``: the source of each block, as in ``TokenBlocks.sources``; ``weights`` as in ``set_weights``."""
         self._rows: dict[str, list[int]] = {}
         for row, name in enumerate(sources):
             self._rows.setdefault(name, []).append(row)
@@ -31,14 +31,14 @@ class ReadingOrder:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of each source from now on; they add up to one."""
+        """Present share of each source; the sum is one."""
         return dict(self._weights)
 
     def set_weights(self, weights: Mapping[str, float], position: int = 0) -> None:
-        """Change the shares from ``position`` on, or from the next one that is not decided yet, if that is later.
+        """Change the shares from ``position`` on, or from the next undecided position, if that is later.
 
-        Sources that are not named get none; some must be positive. Processes that read different positions of one
-        order agree on it when they change it at the same position, one that none of them has asked for.
+        Sources that are not named get none; some must be positive. Processes that read different positions of one order
+        agree on it if they change it at the same position, and none of them has requested that position yet.
         """
         if position > 0:
             self(position - 1)
@@ -68,7 +68,7 @@ class ReadingOrder:
         return self._shuffled[name][1][place]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What was read, and what each source has earned and weighs; for a checkpoint."""
+        """The blocks read, and the balance and weight of each source; for a checkpoint."""
         return {
             "read": torch.tensor(self._read, dtype=torch.int64),
             "credit": torch.tensor(list(self._credit.values()), dtype=torch.float64),
@@ -76,7 +76,7 @@ class ReadingOrder:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where ``state`` was taken; the sources must be the same."""
+        """Restore the state from ``state``; the sources must be the same."""
         self._read = state["read"].tolist()
         self._credit = dict(zip(self._rows, state["credit"].tolist(), strict=True))
         self._weights = dict(zip(self._rows, state["weights"].tolist(), strict=True))

@@ -1,8 +1,8 @@
 """Text that the dense model writes itself: a source without a licence, in the model's own distribution.
 
-Distilling a model's own samples back into what is left of it needs no corpus (LLM-QAT, arXiv 2305.17888, section 3.1).
-An instruction-tuned model answers requests, so that the chat format is kept alive; any other continues from the mark
-that begins a document.
+Distilling a model's own samples into the pruned model needs no corpus (LLM-QAT, arXiv 2305.17888, section 3.1). An
+instruction-tuned model answers requests, which keeps the chat format in the training. Any other model continues from
+the token that begins a document.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from secateur.whole import cache_folder, store_file
 _WRITTEN_TOKENS = 256
 _BATCH = 32
 _TEMPERATURE = 1.0
-_TOP_P = 0.95  # the tail of a small model's distribution is noise that would not be worth learning again
+_TOP_P = 0.95  # the tail of a small model's distribution is noise
 
 _REQUESTS = (
     "Explain {} to a beginner.",
@@ -60,22 +60,22 @@ _TOPICS = (
 def write_own_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, tokens: int, seed: int
 ) -> list[str]:
-    """Documents sampled from ``model``, at least ``tokens`` new tokens in all; the same again for the same arguments.
+    """Documents sampled from ``model``, at least ``tokens`` new tokens in all. The same arguments give the same text.
 
-    The result is kept as a file in the cache folder and read from there the next time. About 70 % of it will fall to
-    recovery and 15 % each to calibration and evaluation, as with every source.
+    The result is kept as a file in the cache folder and read from there the next time. About 70 % of it is for recovery
+    and 15 % each for calibration and evaluation, as with every source.
 
     Args:
         model: the dense model, on any device. Its mode is restored.
-        tokens: how much to write. A 135M model writes some hundred tokens a second on two CPU cores.
+        tokens: number of tokens to write. A 135M model writes some hundred tokens a second on two CPU cores.
         seed: of the sampling.
 
     Raises:
-        DataError: no tokenizer, or the tokenizer has no token to start from, or its chat template refuses requests, or
-            the model's context has no room for an answer, or the model only writes empty text.
+        DataError: there is no tokenizer, or it has no token to start from, its chat template refuses requests, the
+            model's context has no room for an answer, or the model only writes empty text.
     """
     if tokenizer is None:
-        raise DataError("The model has no tokenizer, so it cannot write text. Put its files into the folder.")
+        raise DataError("The model has no tokenizer, and cannot write text. Add its files to the folder.")
     file = cache_folder() / f"own-text-{_key(model, tokenizer, tokens, seed)}.jsonl"
     kept = _kept(file) if file.is_file() else []
     if kept:
@@ -98,7 +98,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: i
                 batch = list(itertools.islice(requests, _BATCH))
                 answers = _answer(model, tokenizer, batch)
                 if not any(text for text, _ in answers):
-                    raise DataError("The model writes only empty texts. Take other text than its own.")
+                    raise DataError("The model writes only empty texts. Use other text than self.")
                 documents += [
                     _document(tokenizer, request, text)
                     for request, (text, _) in zip(batch, answers, strict=True)
@@ -120,18 +120,18 @@ def _requests(seed: int) -> Iterator[str]:
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[str]) -> list[tuple[str, int]]:
-    """The model's text for each request, and how many tokens it is."""
+    """The model's text for each request, and its number of tokens."""
     prompts = [_prompt(tokenizer, request) for request in requests]
     check_ids(torch.tensor([max(prompt) for prompt in prompts]), model, "A request that the model is to answer")
     longest = max(map(len, prompts))
     room = (context_of(model) or sys.maxsize) - longest
     if room < 1:
         raise DataError(
-            f"The model reads {longest + room} tokens at once, and a request takes {longest} with its chat template: "
-            "there is no room for text of its own. Take other text than self."
+            f"The model reads {longest + room} tokens at once, and a request has {longest} with its chat template: "
+            "there is no room for an answer. Use other text than self."
         )
     end = _end(model, tokenizer)
-    # many tokenizers have no mark for padding, and need none: the mask says what is read
+    # many tokenizers have no padding token, and need none: the mask excludes padding
     padding = next(mark for mark in (tokenizer.pad_token_id, *end, 0) if mark is not None)
     ids = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -169,12 +169,15 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
         return ids if spelt_out else [*marks.before, *ids]
     start = _start(tokenizer, marks)
     if not start:
-        raise DataError("The tokenizer has no token that begins a text (BOS or EOS), so the model cannot write any.")
+        raise DataError(
+            "The tokenizer has no token that begins a text (BOS or EOS), which the model needs for writing. Use other "
+            "text than self."
+        )
     return start
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, marks: Marks) -> list[int]:
-    """What a text begins with; a token that is named BOS begins one also where the tokenizer does not add it."""
+    """The first tokens of a text. A token named BOS is used even when the tokenizer does not add it."""
     if marks.before:
         return list(marks.before)
     named = (tokenizer.bos_token_id, document_end(tokenizer))
@@ -195,7 +198,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 
 def _key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> str:
-    """Hash of what decides the text: the model's numbers and context, the tokenizer, how much, and the seed."""
+    """Hash of everything that determines the text: weights and context of the model, tokenizer, amount and seed."""
     settings = (tokens, seed, _WRITTEN_TOKENS, _BATCH, _TEMPERATURE, _TOP_P, context_of(model), _end(model, tokenizer))
     marks = marks_of(tokenizer)
     words = (_start(tokenizer, marks), marks, tokenizer.chat_template, sorted(tokenizer.get_vocab().items()))
@@ -206,9 +209,11 @@ def _key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 
 
 def _kept(file: Path) -> list[str]:
-    """The documents of a file that ``_keep`` wrote; none of one that is damaged, which is then written anew."""
+    """The documents of a file of ``_keep``; none when it is damaged. It is then written again."""
     try:
-        lines = read_text(file, error=DataError).split("\n")  # not splitlines: documents hold U+2028 and their like
+        lines = read_text(file, error=DataError).split(
+            "\n"
+        )  # not splitlines: documents may contain U+2028 and similar characters
         records = [parse_json(line, f"A line of {file}", error=DataError) for line in lines if line]
         return [str(record["text"]) for record in records]
     except (DataError, TypeError, KeyError):
@@ -216,13 +221,13 @@ def _kept(file: Path) -> list[str]:
 
 
 def _keep(file: Path, documents: list[str]) -> None:
-    """Write the documents as JSON lines, under a temporary name first; without a writable cache they are not kept."""
+    """Write the documents as JSON lines, atomically. Without a writable cache they are not kept."""
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(lines, encoding="utf-8")
-        store_file(scratch)  # or a power cut would leave fewer lines under the name
+        store_file(scratch)  # or a power cut could leave fewer lines under the name
         scratch.replace(file)
     except OSError as error:
         say(f"The text is not kept for the next run: cannot write {file} ({error.strerror}).")

@@ -1,4 +1,4 @@
-"""The text of one record of a dataset: as it stands there, or a conversation rendered by the tokenizer's template."""
+"""The text of one record of a dataset: plain text, or a conversation rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from secateur.errors import DataError
 
 _PLAIN = ("text", "content", "document")
 TEXT_KEYS = (*_PLAIN, "messages", "instruction", "input", "output")
-"""Keys of a record that its text is made from."""
+"""Keys of a record that contain its text."""
 Message = Mapping[str, Any]
 _TEMPLATE_SECONDS = 10.0
-"""A template that takes longer for one conversation has no end."""
+"""Time limit of a template for one conversation, in seconds; a longer one is treated as endless."""
 
 
 def record_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of one record.
 
-    Known are a string under ``text`` (or ``content``, ``document``), ``messages`` as role and content, and
+    Supported are a string under ``text`` (or ``content``, ``document``), ``messages`` as role and content, and
     ``instruction`` (with ``input``) and ``output``; the last two are rendered as ``render`` does.
 
     Raises:
-        DataError: the record has none of these shapes, or its conversation cannot be rendered. The message lacks its
-            beginning, which record it is of which file.
+        DataError: the record has none of these forms, or its conversation cannot be rendered. The caller adds the
+            record and the file to the start of the message.
     """
     for key in _PLAIN:
         if isinstance(record.get(key), str):
@@ -50,42 +50,43 @@ def record_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, answer: bool = False) -> str:
     """A conversation as text: by the tokenizer's chat template, or as ``Role: content`` paragraphs where it has none.
 
-    Where the template refuses a conversation with system messages, these become the beginning of the user's next
-    message, as is usual for families without a system role.
+    If the template refuses system messages, they become the beginning of the user's next message, as usual for families
+    without a system role.
 
     Args:
         messages: each with a role and a content, both strings.
-        answer: whether the text ends where the assistant's next message would begin; by a template only.
+        answer: whether the text ends at the start of the assistant's next message; only with a template.
 
     Raises:
-        DataError: the template refuses the conversation. The message lacks its beginning, as in ``record_text``.
+        DataError: the template refuses the conversation. The caller adds the start of the message, as for
+            ``record_text``.
     """
     template = tokenizer.chat_template
     if not template:
         return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
     if isinstance(template, Mapping) and "default" not in template:
         raise DataError(
-            f"is a conversation, and the tokenizer has the chat templates {', '.join(map(str, template))} and none "
-            "named default. Name one of them that in the tokenizer's folder, or give the text under the key text."
+            f"is a conversation, and the tokenizer has the chat templates {', '.join(map(str, template))}, but none "
+            "named default. Name one of them default in the tokenizer's folder, or give the text under the key text."
         )
     try:
         return _by_template(messages, tokenizer, answer)
-    except Exception as error:  # jinja's errors, and whatever else a template can run into
+    except Exception as error:  # jinja's errors, and any other error of a template
         merged = _without_system(messages)
         if merged is not None:
             try:
                 return _by_template(merged, tokenizer, answer)
-            except Exception:  # then the system role was not all; the first reason is the one to tell
+            except Exception:  # the system role was not the only fault; the first reason is reported
                 pass
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"is refused by the tokenizer's chat template: {reason[:200]}. Mend the record, leave it out, or give its "
-            "text under the key text."
+            f"is refused by the tokenizer's chat template: {reason[:200]}. Correct the record, leave it out, or give "
+            "its text under the key text."
         ) from error
 
 
 def sound(text: str) -> str:
-    """``text`` with U+FFFD for every half of a surrogate pair, which JSON can spell and no encoding can hold."""
+    """``text`` with U+FFFD for every half of a surrogate pair, which JSON can contain and UTF-8 cannot."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -99,9 +100,9 @@ def _by_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when what happens within takes longer; in the main thread, where alarms arrive.
+    """Raise TimeoutError when the block takes longer; only in the main thread, which receives alarms.
 
-    An alarm of the caller's goes off when it would have, or afterwards.
+    An alarm of the caller is raised at its time, or afterwards.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -140,7 +141,7 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
 def _messages(given: Any) -> list[Message]:
     """The messages of a record, each with a string for role and content; DataError as in ``record_text``."""
     if isinstance(given, Mapping) and all(isinstance(column, list) for column in given.values()):
-        # how datasets keeps a list of mappings: as a mapping of lists
+        # datasets stores a list of mappings as a mapping of lists
         given = [dict(zip(given, row, strict=False)) for row in zip(*given.values(), strict=False)]
     if not isinstance(given, list):
         raise DataError("has messages that are no list of mappings with role and content.")
@@ -161,14 +162,14 @@ def _message(given: Any, number: int) -> Message:
     text = _content(content)
     if text is None:
         raise DataError(
-            f"has messages of which number {number} has no content. It is a text, or a list of parts, of which those "
-            "with a text are read."
+            f"has messages of which number {number} has no content. It must be a text, or a list of parts, of which "
+            "those with a text are read."
         )
     return {**message, "content": text}
 
 
 def _content(given: Any) -> str | None:
-    """The text of a message: its parts that are text, a line each; None for what is neither text nor parts."""
+    """The text of a message: its text parts, one in each line; None for a value that is neither text nor parts."""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):

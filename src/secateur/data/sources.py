@@ -1,4 +1,4 @@
-"""Documents out of what a recipe names: a built-in source, a file of the user's, or a dataset on the hub."""
+"""Reads documents from a built-in source, a user's file, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from secateur.progress import say
 from secateur.reading import open_text, parse_json, path_of
 
 OWN_TEXT = "self"
-"""Name of the source that the dense model writes itself (see ``own_text.py``)."""
+"""Name of the source of text that the dense model writes itself (see ``own_text.py``)."""
 FILES = (".txt", ".jsonl", ".parquet")
 _TXT_DOCUMENT_CHARACTERS = 1500
 _LONGEST_LINE = 200_000
-"""Characters of a ``.txt`` line that are read at a time; each such part of a longer one is a document."""
+"""Characters of a ``.txt`` line that are read at a time; each part of a longer line is a document."""
 
 
 def check_source(name: str) -> None:
-    """Raise DataError when ``name`` cannot be a source or is not installed; does not open anything."""
+    """Raise DataError when ``name`` cannot be a source, or is not installed. Opens nothing."""
     if name in SOURCES:
         installed(name)
     if name in SOURCES or name == OWN_TEXT:
@@ -33,14 +33,14 @@ def check_source(name: str) -> None:
     path = path_of(name, "The text", DataError)
     if sound(name) != name:
         raise DataError(
-            f"The name of the text {name!r} is not UTF-8, as recipes, reports and JSON are, where it is written down. "
-            "Give the file and its folder other names, or a link to it."
+            f"The name of the text {name!r} is not UTF-8, and recipes, reports and JSON files need UTF-8. Rename the "
+            "file or its folder, or give a link to it."
         )
     try:
         folder, file = path.is_dir(), path.is_file()
     except OSError as error:
         raise DataError(
-            f"{name} cannot be read: {error.strerror}. Mend its permissions, or name other text."
+            f"{name} cannot be read: {error.strerror}. Change its permissions, or name other text."
         ) from error
     if path.suffix in FILES and not folder:
         if not file:
@@ -66,7 +66,7 @@ def read_documents(name: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         tokenizer: renders conversations with its chat template.
 
     Raises:
-        DataError: the source does not exist, cannot be read, or holds records without text.
+        DataError: the source does not exist, cannot be read, or has records without text.
     """
     check_source(name)
     if name in SOURCES:
@@ -95,11 +95,11 @@ def _texts(records: Iterable[Mapping[str, Any]], name: str, tokenizer: PreTraine
 
 @functools.cache  # a source is read for several purposes
 def _mention_halves(name: str) -> None:
-    say(f"{name} holds halves of surrogate pairs, which are no characters: each is read as U+FFFD.")
+    say(f"{name} contains halves of surrogate pairs, which are no characters. Each is read as U+FFFD.")
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    """Paragraphs joined until they make a document of a useful size; cut at a blank line, late at any line end."""
+    """Paragraphs joined to documents of a useful size; cut at a blank line, or late at any line end."""
     lines: list[str] = []
     length = 0
     with open_text(path, error=DataError) as file:
@@ -120,14 +120,14 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
             if not line.strip():
                 continue
             where = f"Line {number} of {path}"
-            record = parse_json(line, where, error=DataError, advice="A .jsonl file has one object a line.")
+            record = parse_json(line, where, error=DataError, advice="A .jsonl file has one object in each line.")
             if not isinstance(record, dict):
                 raise DataError(f"{where} is not a JSON object.")
             yield record
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows with those columns that can hold text: pictures beside it are not read."""
+    """The rows with the columns that can contain text: pictures are not read."""
     import pyarrow.parquet
 
     try:
@@ -156,7 +156,7 @@ def _read_hub(name: str) -> Iterator[Mapping[str, Any]]:
     try:
         stream = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         if getattr(stream, "features", None):
-            stream = stream.decode(False)  # pictures and sounds stay the bytes that they are
+            stream = stream.decode(False)  # pictures and sounds are not decoded
         yield from stream
     except Exception as error:  # datasets raises ValueError, DatasetNotFoundError, builder and network errors
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Which of the three splits a document belongs to: decided by its text alone, so it can never be in two."""
+"""The split of a document. It depends on the text alone, therefore a document is never in two splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fingerprint(text: str) -> bytes:
 
 
 def split_of(text: str) -> Split:
-    """The split of a document: the same in every run, on every machine and in whatever source it turns up."""
+    """The split of a document: the same in every run, on every machine and in every source."""
     position = int.from_bytes(fingerprint(text)[:8], "big") / 2**64
     for split in SPLITS[:-1]:
         position -= SHARES[split]

@@ -1,4 +1,4 @@
-"""The text of a whole run: blocks for each purpose, none of which shares text with another."""
+"""The text of a whole run: blocks for each purpose, without shared text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from secateur.data.splits import SHARES, Split
 from secateur.progress import say
 
 _MARGIN = 1.2
-"""How much more the model writes than the splits need, because documents fall to them unevenly."""
+"""Factor for the text that the model writes, because documents are split unevenly."""
 
 
 Purpose = Literal["calibration", "repair", "recovery", "instructions", "validation", "evaluation"]
@@ -30,26 +30,26 @@ _SPLITS: Mapping[Purpose, Split] = {
     "validation": "calibration",
     "evaluation": "evaluation",
 }
-"""Which documents serve which purpose: recovery is watched on text that it does not train on and nobody evaluates.
+"""Purpose → split. Recovery is measured on text that is neither trained on nor evaluated.
 
 It is also other text than calibration reads from the same split, unless there is too little."""
 _SECTIONS: Mapping[Purpose, str] = {"repair": "calibration", "instructions": "recovery", "validation": "recovery"}
-"""The section of the recipe that a purpose belongs to, where its name is another."""
+"""Purpose → section of the recipe, where their names differ."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Blocks for each purpose; None where a run does not need them."""
+    """Blocks for each purpose; None when a run does not need them."""
 
     calibration: TokenBlocks | None = None
     repair: TokenBlocks | None = None
-    """What consumers are refitted on."""
+    """Text for refitting consumers."""
     recovery: TokenBlocks | None = None
-    """Also what progressive methods train on."""
+    """Also the training text of progressive methods."""
     instructions: TokenBlocks | None = None
-    """What the second stage of recovery trains on."""
+    """Training text of the second stage of recovery."""
     validation: TokenBlocks | None = None
-    """What recovery watches while it trains."""
+    """Text for measurements during recovery."""
     evaluation: TokenBlocks | None = None
 
 
@@ -59,10 +59,10 @@ def read_texts(
     wanted: Mapping[Purpose, TextSettings],
     seed: int,
 ) -> Texts:
-    """Token blocks for each purpose in ``wanted``; none at all without a tokenizer.
+    """Token blocks for each purpose in ``wanted``; none without a tokenizer.
 
-    Everything is checked before anything is read. ``model`` is the dense one: where the source ``self`` is named, it
-    writes that text. Raises DataError and InputError as ``load_blocks`` and ``check_window`` do.
+    Everything is checked before anything is read. ``model`` is the dense one; it writes the text of the source
+    ``self``. Raises DataError and InputError as ``load_blocks`` and ``check_window`` do.
     """
     if tokenizer is None:
         return Texts()
@@ -72,7 +72,7 @@ def read_texts(
     _mention_licences(wanted)
     own = _own_tokens(wanted)
     written = write_own_text(model, tokenizer, own, seed) if own else []
-    taken: set[str] = set()  # by calibration, so that recovery is watched on other text, which is read after it
+    taken: set[str] = set()  # by calibration: recovery is measured on other text, which is read afterwards
     first = sorted(wanted, key=lambda purpose: purpose != "calibration")
     blocks = {
         purpose: load_blocks(
@@ -91,7 +91,7 @@ def read_texts(
 
 
 def _mention_licences(wanted: Mapping[Purpose, TextSettings]) -> None:
-    """Say which built-in text the result will have been trained on that is not free for every use."""
+    """Tell the user which built-in training text is not free for every use."""
     trained_on = [
         name for purpose in ("recovery", "instructions") if purpose in wanted for name in wanted[purpose].text
     ]
@@ -102,7 +102,7 @@ def _mention_licences(wanted: Mapping[Purpose, TextSettings]) -> None:
 
 
 def _own_tokens(wanted: Mapping[Purpose, TextSettings]) -> int:
-    """How much the model must write itself so that every split has its share."""
+    """Number of tokens that the model must write for all splits."""
     needs = dict.fromkeys(SHARES, 0.0)  # purposes of one split read different text
     for purpose, text in wanted.items():
         if OWN_TEXT in text.text:

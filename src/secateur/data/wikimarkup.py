@@ -1,4 +1,4 @@
-"""Prose out of Wikipedia's markup: whole paragraphs of running text, everything else dropped."""
+"""Extracts prose from Wikipedia's markup: whole paragraphs of running text; everything else is dropped."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _LAST_SECTIONS = {
 }  # fmt: skip
 _SHORTEST_PARAGRAPH = 160
 _TEMPLATE_GAP = "\x00"
-"""Stands where a template was; a sentence that had one inside may lack a word."""
+"""Replaces a template; a sentence with a template inside may lack a word."""
 
 
 def prose(markup: str) -> str:
     """The paragraphs of an article, one blank line between them; empty when there are none worth reading.
 
-    Headings, lists, tables, references, formulas, captions and boxes are dropped, and so is every sentence that a
-    template was part of (it may lack a number or a word).
+    Headings, lists, tables, references, formulas, captions and boxes are dropped, and so is every sentence with a
+    template (it may lack a number or a word).
     """
     text = _DROPPED_TAG.sub(_gap_of_tag, _COMMENT.sub("", html.unescape(markup)))
     text = _until_stable(_INNERMOST_TEMPLATE, _template, text)
@@ -61,7 +61,7 @@ def _gap_of_tag(match: re.Match[str]) -> str:
 
 
 def _template(match: re.Match[str]) -> str:
-    """What a template leaves behind: its text where that is plain, a gap where something is missing."""
+    """The replacement of a template: its text if that is plain, else a gap."""
     name, *arguments = (part.strip() for part in match[1].split("|"))
     name, plain = name.lower(), [argument for argument in arguments if "=" not in argument]
     if name in ("convert", "cvt") and len(plain) >= 2:

@@ -1,4 +1,4 @@
-"""What a model can do and what it costs: perplexity, tasks, size and speed."""
+"""Measures a model: perplexity, tasks, size and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, and how fast it reads and writes on this machine."""
+"""Size and speed of a model: parameters, bytes, and tokens per second on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Speed:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers that the model holds; tied parameters count once."""
+    """Number of parameters of the model; tied parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -39,7 +39,7 @@ def compare_speed(
     written: int = 8,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Time prefill and decoding of several models in turns, so that ratios hold on a noisy machine.
+    """Time prefill and decoding of several models in turns, which gives fair ratios on a noisy machine.
 
     Args:
         models: by name; each is timed in the type and on the device that it has.
@@ -67,14 +67,14 @@ def compare_speed(
 
 
 def as_written(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """``model`` itself with its floating-point tensors in the type that a folder has them in, on ``device``."""
+    """``model`` itself, with its floating-point tensors in the type ``dtype`` and on ``device``."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     return model
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the versions for a measurement."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: what CUDA counts, or else the resident memory of this process, looked at often."""
+"""Peak memory of a piece of work: CUDA's own count, or else samples of the resident memory of this process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import psutil
 import torch
 
 _SECONDS = 0.005
-"""How often the resident memory is read: a tensor that lives for a shorter time may be missed."""
+"""Seconds between two samples of the resident memory. A tensor with a shorter life may be missed."""
 
 
 class PeakMemory:
-    """A context manager; afterwards ``peak`` and ``start`` hold bytes.
+    """A context manager; afterwards ``peak`` and ``start`` are bytes.
 
     On CUDA these are the bytes that torch has allocated on ``device``. Elsewhere they are the resident memory of the
-    process, interpreter and libraries included, so that ``extra``, what came on top of the start, says more. What is
-    free is handed back to the system first: glibc keeps what earlier work has freed, and memory taken from there
-    would not be counted. Where the C library is another one, earlier work may still hide some.
+    process, interpreter and libraries included; ``extra``, the bytes on top of the start, is then more useful. Freed
+    memory is first returned to the system: glibc keeps the memory that earlier work has freed, and reusing it would not
+    be counted. With another C library, earlier work may still hide some.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class PeakMemory:
 
     @property
     def extra(self) -> int:
-        """Bytes on top of what was there at the start."""
+        """Bytes on top of those at the start."""
         return self.peak - self.start
 
     def __enter__(self) -> PeakMemory:
@@ -63,7 +63,7 @@ class PeakMemory:
 
 
 def _give_back() -> None:
-    """Let go of what nothing refers to, and of the pages that glibc keeps of it."""
+    """Release unreferenced objects, and return the pages that glibc keeps of them."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

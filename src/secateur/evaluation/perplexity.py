@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss and perplexity over windows that do not overlap."""
+"""Loss and perplexity of a model over windows of text that do not overlap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time: 100 MB
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Mean negative log-likelihood of text, with what it was measured on."""
+    """Mean negative log-likelihood of text, with the number of tokens and the window."""
 
     loss: float
     """Nats per predicted token."""
@@ -38,17 +38,18 @@ class TextLoss:
 
 @dataclass(frozen=True)
 class Windows:
-    """What perplexity is measured over: how text is cut, and which tokens are scored. Stands in ``metrics.json``."""
+    """The windows of a perplexity: how text is cut, and which tokens are scored. It is part of ``metrics.json``."""
 
     tokens: int
     """Per window, marks included."""
     begin_with: list[str]
-    """What the tokenizer puts before a text (BOS), and so before each window; empty where it puts nothing there."""
+    """Tokens that the tokenizer puts before a text (BOS), and therefore before each window; empty when there are
+    none."""
     stride: int
     """Tokens of text from the beginning of one window to that of the next: windows do not overlap."""
     scored: int
-    """The last so many tokens of each window, each given those of the window before it: all but ``begin_with``, or the
-    first where that is empty."""
+    """Number of scored tokens at the end of each window, each given the tokens before it in the window: all but
+    ``begin_with``, or all but the first one when that is empty."""
 
     @classmethod
     def of(cls, blocks: TokenBlocks, tokenizer: PreTrainedTokenizerBase | None) -> Windows:
@@ -65,8 +66,8 @@ def text_loss(
     Args:
         model: a causal LM of transformers (or a peft model around one), on any device; its mode is restored.
         ids: int64 ``[blocks, window]``, window at least 2.
-        marks: tokens at the start of every window that the tokenizer has put there; they are not scored, and neither
-            is the first token where there are none.
+        marks: tokens that the tokenizer puts at the start of every window. They are not scored. Without them, the first
+            token is not scored.
         batch_size: windows per forward pass.
         autocast: type to compute matrix products in (``torch.bfloat16``), or None for the model's own. The log-softmax
             is always float32.
@@ -89,7 +90,7 @@ def perplexity(
 def losses_by_source(
     model: nn.Module, blocks: TokenBlocks, *, batch_size: int = 4, autocast: torch.dtype | None = None
 ) -> dict[str, TextLoss]:
-    """``text_loss`` for each source of ``blocks``, by source name; ModelError where there is none."""
+    """``text_loss`` for each source of ``blocks``, by source name. Raises ModelError when there is none."""
     parts = {name: blocks.of_source(name).ids for name in blocks.names}
     if not parts:
         raise ModelError("Perplexity needs text, and there is no window of any source.")

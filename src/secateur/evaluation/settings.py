@@ -1,4 +1,4 @@
-"""What a run measures before and after, and on what text."""
+"""The measurements of a run before and after pruning, and their text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class EvaluationSettings(TextSettings):
     """Perplexity over held-out text, speed, and the comparison with pruning without LoRA."""
 
     tokens: int = Field(default=16_384, ge=2)
-    """Tokens of held-out text, in whole windows; or what the text has, where that is less but at least 8 windows."""
+    """Tokens of held-out text, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
     batch_size: int = Field(default=4, ge=1)
-    """Windows per forward pass; changes memory, not the result."""
+    """Windows per forward pass. It changes memory, not the result."""
     precision: Precision = "auto"
-    """``bf16``: autocast over fp32 weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
+    """``bf16``: autocast over fp32 weights; ``auto``: bf16 where the processor supports it; or ``fp32``."""
     baseline: str | None = "wanda"
-    """One-shot method that a run with LoRA is compared with at the same ratio, before recovery; null for none."""
+    """One-shot method for comparison with a run with LoRA, at the same ratio, before recovery; null for none."""
     speed: bool = True
-    """Whether prefill and decoding are timed, dense and pruned in turns."""
+    """Whether prefill and decoding are timed, for the dense and the pruned model in turns."""

@@ -18,7 +18,7 @@ from secateur.errors import DataError, InputError
 from secateur.reading import path_of, read_text
 
 _BOOTSTRAP = 100
-"""Samples for standard errors that have no formula (perplexity, F1, BLEU): good to about 7 % of the error."""
+"""Samples for standard errors that have no formula (perplexity, F1, BLEU). They are accurate to about 7 %."""
 _TASK_NAME = re.compile(r"^task:\s*['\"]?([\w.-]+)['\"]?\s*$", re.MULTILINE)
 
 
@@ -33,10 +33,10 @@ def evaluate_tasks(
     """Scores of the model on tasks.
 
     Args:
-        names: tasks of the harness (most fetch their data from the hub), or task files in its YAML format, or folders
-            of them, of which every task is run; those can name local data and need no network. A group of the
-            harness that has a score of its own (``mmlu``) counts as one task; name its members to see theirs.
-        limit: only the first so many items of each task.
+        names: tasks of the harness (most download their data from the hub), task files in its YAML format, or folders
+            of them, of which every task is run. Task files can name local data, and need no network then. A group of
+            the harness with its own score (``mmlu``) counts as one task; name its members for their scores.
+        limit: number of items of each task to use, from the first.
         batch_size: sequences per forward pass.
 
     Returns:
@@ -48,7 +48,7 @@ def evaluate_tasks(
     """
     _require_harness()
     if tokenizer is None:
-        raise DataError("The model has no tokenizer, so it cannot be given tasks. Put its files into the folder.")
+        raise DataError("The model has no tokenizer, which tasks need. Add its files to the folder.")
     if not names or (limit is not None and limit < 1):
         raise InputError(
             f"Give at least one task and a limit of at least 1; got tasks {list(names)} and limit {limit}."
@@ -71,7 +71,7 @@ def evaluate_tasks(
             raise
         raise DataError(
             f"The tokenizer has {len(tokenizer)} tokens, and the model's embedding {rows} rows: {', '.join(tasks)} "
-            "hold tokens that the model does not know. Use the tokenizer that the model was trained with."
+            "contain tokens that the model does not know. Use the tokenizer that the model was trained with."
         ) from error
     inside = _inside_groups(found) - set(tasks)
     scores = {task: _numbers(values) for task, values in found["results"].items() if task not in inside}
@@ -85,7 +85,8 @@ def _rows(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """The harness draws its samples here instead of in forks of a process that holds a model, and says so on stderr."""
+    """Let the harness draw its samples in this process, with a note on stderr, instead of in forks that copy the
+    model."""
     name = "DISABLE_MULTIPROC"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -100,7 +101,7 @@ def _one_process() -> Iterator[None]:
 
 
 def _inside_groups(found: Mapping[str, Any]) -> set[str]:
-    """Everything below a group that the harness has made one score of."""
+    """All tasks below a group for which the harness gives one score."""
     members = found.get("group_subtasks", {})
     waiting = [name for group in found.get("groups", {}) for name in members.get(group, ())]
     inside: set[str] = set()
@@ -111,7 +112,7 @@ def _inside_groups(found: Mapping[str, Any]) -> set[str]:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raise InputError unless lm-eval is installed and every name stands for a task; reads no data."""
+    """Raise InputError unless lm-eval is installed and every name is a known task. Reads no data."""
     if names:
         _require_harness()
         _resolve(tuple(names))
@@ -163,10 +164,10 @@ def _require_harness() -> None:
 
 @lru_cache
 def _resolve(names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """The harness's task manager, and the tasks that ``names`` stand for; InputError for one that does not exist.
+    """The harness's task manager, and the tasks of ``names``. Raises InputError for a task that does not exist.
 
-    Kept for the process: reading the thousands of task files that the harness brings takes it up to minutes.
-    They are left alone where all tasks are of the user's own files.
+    The manager is kept for the process, because reading the thousands of task files of the harness takes up to minutes.
+    They are not read when all tasks are in the user's own files.
     """
     from lm_eval.tasks import TaskManager
 
@@ -184,7 +185,7 @@ def _resolve(names: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
 
 
 def tasks_in(path: Path) -> list[str]:
-    """Names of the tasks that a YAML file, or those of a folder, define, sorted; InputError when there are none."""
+    """Sorted names of the tasks in a YAML file or in those of a folder. Raises InputError when there are none."""
     path = path.expanduser()
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if files == [path] and path.suffix != ".yaml":
@@ -200,7 +201,7 @@ def tasks_in(path: Path) -> list[str]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The harness's ``acc,none`` and ``acc_stderr,none`` without the name of the filter, and only what is a number."""
+    """The harness's ``acc,none`` and ``acc_stderr,none`` without the name of the filter; numbers only."""
     return {
         key.split(",")[0]: float(value)
         for key, value in values.items()

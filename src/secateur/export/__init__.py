@@ -1,4 +1,4 @@
-"""What a run leaves behind: a standard folder, proved to open, with its model card and report."""
+"""Writes the result of a run: a standard folder, verified in a fresh process, with model card and report."""
 
 from secateur.export.adopt import Architecture, adopt_config, check_describable, check_describes_itself
 from secateur.export.agreement import check_finite

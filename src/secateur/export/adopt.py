@@ -1,4 +1,4 @@
-"""Lets a cut model in memory describe itself, as the saved one would: it can then be saved, or pruned again."""
+"""Gives a cut model in memory the class and config of its saved form. It can then be saved, or pruned again."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Architecture(NamedTuple):
 
 
 def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> Architecture:
-    """Give a sliced model, in place, the config and the class that describe it; returns those it had before.
+    """Give a sliced model, in place, the config and the class that describe it. Returns the previous ones.
 
     Args:
         model: as ``slice_model`` leaves it, without adapters.
         graph: the graph from before the cut.
-        kept: what stayed, as in ``PruningPlan.kept``.
+        kept: the kept units, as in ``PruningPlan.kept``.
 
-    Weights, buffers and modules stay the same objects; what they compute does not change. ``save`` may be called
-    afterwards with the same ``graph`` and ``kept``. A model that describes itself already is left alone.
-    Raises ModelError as ``standard_form`` does.
+    Weights, buffers and modules are the same objects afterwards, and compute the same. ``save`` may be called
+    afterwards with the same ``graph`` and ``kept``. A model that already describes itself is not changed. Raises
+    ModelError as ``standard_form`` does.
     """
     before = Architecture(type(model), model.config)
     form = standard_form(model, graph, kept)
     if form.config is model.config:
         return before
-    # Which module reads which config is as a freshly opened model has it: some of uneven layers need their own.
+    # Each module reads the same config as in a freshly opened model: some uneven layers need their own.
     experts = {vars(module)["config"]._experts_implementation for module in model.modules() if "config" in vars(module)}
     kernels = "eager" if "eager" in experts else model.config._experts_implementation
     for path, built in empty_model(form, like=model).named_modules():
@@ -52,19 +52,19 @@ def adopt_config(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> 
 
 
 def check_describable(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> None:
-    """Raise ModelError when no config describes ``model`` without what goes; tried on one without weights."""
+    """Raise ModelError when no config describes ``model`` after the cut. Tested on a model without weights."""
     outline = on_meta(type(model), model.config)
     slice_model(outline, graph, kept)
     standard_form(outline, graph, kept)
 
 
 def check_describes_itself(model: PreTrainedModel) -> None:
-    """Raise ModelError for a model whose weights have other shapes than its config says.
+    """Raise ModelError for a model whose weights have other shapes than in its config.
 
-    That is how ``slice_model`` leaves a model, which no second round can start from.
+    ``slice_model`` leaves a model in this state. A second round of pruning cannot start from it.
     """
     if not describes_itself(model):
         raise ModelError(
-            f"The weights of this {model.config.model_type} model have other shapes than its config says, as after "
-            "slicing by hand. Save it (export.save_folder with its graph and plan), and load it from there."
+            f"The weights of this {model.config.model_type} model have other shapes than in its config, as after "
+            "slicing by hand. Save it (export.save_folder with its graph and plan), and load the saved model."
         )

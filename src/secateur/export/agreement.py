@@ -1,7 +1,7 @@
 """Comparisons that decide "good", and the refusal of models that do not compute numbers.
 
-A comparison with NaN is false whatever is asked, and an infinite scale allows every difference. So all that decides
-"good" here asks for what must hold, of numbers that are finite and of which there are some.
+Every comparison with NaN is false, and an infinite scale allows every difference. Therefore each test here states the
+condition for "good", and requires finite numbers, at least one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from secateur.loading.library import explained
 
 
 class Agreement(NamedTuple):
-    """How far what was found is from what was expected."""
+    """The difference between found and expected values."""
 
     difference: float
-    """Largest; NaN when there is nothing to compare, or the shapes differ."""
+    """Largest difference; NaN when there is nothing to compare, or the shapes differ."""
     scale: float
-    """Largest of what was expected, in size."""
+    """Largest absolute expected value."""
     good: bool
-    """Whether both are finite, and the difference at most the tolerance times the scale, or times 1 below that."""
+    """Whether both are finite, and the difference is at most the tolerance times the scale (at least 1)."""
 
 
 def agreement(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Agreement:
@@ -43,16 +43,16 @@ def is_small(value: Any, allowed: float) -> bool:
 
 
 def sample_ids(config: PreTrainedConfig, length: int = 24) -> torch.Tensor:
-    """Token ids ``[2, length]`` for the proof: any will do, spread over the vocabulary, the same every time."""
+    """Token ids ``[2, length]`` for the proof: arbitrary, spread over the vocabulary, and always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.get_text_config().vocab_size, (2, length), generator=generator)
 
 
 def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Raise ModelError when ``model`` does not compute, or not finite logits, or when a weight is not finite, in its
-    own type or in ``dtype``.
+    """Raise ModelError when ``model`` does not compute, when its logits are not finite, or when a weight is not finite
+    in its own type or in ``dtype``.
 
-    All weights are looked at, and a few tokens go through the model.
+    It checks all weights, and runs a few tokens through the model.
     """
     for name, weight in model.named_parameters():
         _check_weight(name, weight.detach(), dtype or weight.dtype)
@@ -66,9 +66,8 @@ def check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> No
         model.train(training)
     if where is not None:
         raise ModelError(
-            f"The logits of this {kind} model are not finite (NaN or infinite); it begins in "
-            f"{where}. Nothing that is made of it could be checked: mend the model, or open it in another type "
-            "(--set model.dtype=float32)."
+            f"The logits of this {kind} model are not finite (NaN or infinite); it begins in {where}. No result of it "
+            "could be checked. Correct the model, or open it in another type (--set model.dtype=float32)."
         )
 
 
@@ -78,10 +77,12 @@ def _check_weight(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
     least, most = torch.aminmax(weight)
     largest = torch.maximum(least.abs(), most.abs())
     if not bool(torch.isfinite(largest)):
-        raise ModelError(f"The weight {name} is not finite: it holds NaN or infinity. Fetch or save the model again.")
+        raise ModelError(
+            f"The weight {name} is not finite: it contains NaN or infinity. Download or save the model again."
+        )
     if not bool(torch.isfinite(largest.to(dtype))):
         short = str(dtype).removeprefix("torch.")
         raise ModelError(
-            f"The weight {name} holds {float(largest):.3g}, which is infinite in {short} (the largest there is "
+            f"The weight {name} holds {float(largest):.3g}, which is infinite in {short} (its largest number is "
             f"{torch.finfo(dtype).max:.3g}). Write bfloat16 or float32: --set export.dtype=float32."
         )

@@ -1,4 +1,4 @@
-"""What a knowledge distribution analysis leaves: its file, a table for spreadsheets, and a picture."""
+"""The output of a knowledge distribution analysis: its file, a table for spreadsheets, and a picture."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _LEAST = 1e-4
 
 
 def write_analysis(analysis: Analysis, folder: Path, *, by: Deviation, share: float) -> None:
-    """Write ``analysis.json``, ``analysis.csv``, ``heatmap.png`` and their checksums into ``folder``, which appears
-    whole or not at all.
+    """Write ``analysis.json``, ``analysis.csv``, ``heatmap.png`` and their checksums into ``folder``, atomically.
 
-    ``folder`` is new, or empty. The picture counts deviation ``by`` KL or perplexity and marks the most sensitive
+    ``folder`` is new, or empty. The picture shows the deviation ``by`` KL or perplexity, and marks the most sensitive
     ``share`` of the groups.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +46,7 @@ def _write_table(analysis: Analysis, path: Path) -> None:
 
 
 def heat_map(analysis: Analysis, file: Path, *, by: Deviation, protected: Sequence[str] = ()) -> None:
-    """Write a PNG, layer by kind, the darker the more the predictions depend on it: one panel for each ratio.
+    """Write a PNG, layer by kind, darker for more sensitive groups, with one panel for each ratio.
 
     Several groups of a kind in a layer are added up; ``protected`` groups are marked. Drawn without a display.
     """
@@ -74,7 +73,7 @@ def heat_map(analysis: Analysis, file: Path, *, by: Deviation, protected: Sequen
             if trial.group in protected and trial.ratio == ratio and trial.layer is not None:
                 where = (layers.index(trial.layer), list(kinds).index(trial.kind))
                 panel.annotate("x", where, ha="center", va="center", fontsize=8, color="white")
-    panels[-1].set_xlabel(f"layer{' (x: stays whole)' if protected else ''}")
+    panels[-1].set_xlabel(f"layer{' (x: protected)' if protected else ''}")
     figure.colorbar(image, ax=list(panels), label=_LABEL[by])
     figure.savefig(file, dpi=130)
 

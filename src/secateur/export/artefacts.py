@@ -1,4 +1,4 @@
-"""What stands beside the model in a finished folder: what was asked, found, decided and measured."""
+"""The artefacts beside the model in a finished folder: recipe, graph, plan, scores, numbers and log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from secateur.types import Scores
 def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: Sequence[Mapping[str, Any]]) -> None:
     """Write the model card into ``folder``, and recipe, graph, plan, scores, numbers, log and report below it.
 
-    Last of all the checksums of everything in ``folder``."""
+    The last file contains the checksums of everything in ``folder``."""
     artefacts = folder / ARTEFACTS
     (artefacts / "recipe.yaml").write_text(story.recipe)
     (artefacts / "graph.json").write_text(json.dumps(story.graph.to_json()) + "\n")

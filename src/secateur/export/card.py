@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(story: Story) -> str:
-    """Markdown with a YAML head: what was cut, what it costs, how to load it, and the recipe that repeats it."""
+    """Markdown with a YAML head: the cut, the numbers, how to load the model, and the recipe that repeats the run."""
     values = {
         "story": story,
         "head": yaml.safe_dump(_head(story), sort_keys=False, allow_unicode=True).strip(),
@@ -26,7 +26,7 @@ def model_card(story: Story) -> str:
 
 
 def licence_of(base_model: str) -> str | None:
-    """Licence of a built-in model, or what the model card in a local folder says; None when neither is known."""
+    """Licence of a built-in model, or from the model card in a local folder; None when it is not known."""
     if base_model in BUILT_IN:
         return BUILT_IN[base_model].licence.lower()
     card = Path(base_model).expanduser() / "README.md"

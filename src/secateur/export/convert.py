@@ -1,4 +1,4 @@
-"""A saved model in another form: with equal layers, as a GGUF file, or as an ONNX graph; there whole or not at all."""
+"""Converts a saved model to another form: equal layers, a GGUF file, or an ONNX graph. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 class FormInfo(NamedTuple):
-    """One form: where it is written to, and how."""
+    """One form: the check of its output path, and its writer."""
 
     check: Callable[[Path], Path]
-    """Raises InputError for a place that cannot become one; returns its absolute path. Writes nothing."""
+    """Returns the absolute output path. Raises InputError for a path that cannot be written. Writes nothing."""
     write: Callable[[PreTrainedModel, PreTrainedTokenizerBase | None, Path, ExportSettings], str]
-    """Writes the model there and says what was checked."""
+    """Writes the model, and returns what was checked."""
 
 
 def _to_uniform(
@@ -47,14 +47,16 @@ def _to_uniform(
         found = even(input_ids=ids, use_cache=False).logits
     difference, _, good = agreement(found, expected, _TOLERANCE[model.dtype])
     if not good:
-        raise VerificationError(f"Filled up with zeros, the model computes something else: by {difference:.3g}.")
+        raise VerificationError(
+            f"After padding with zeros, the model computes something else: logits differ by {difference:.3g}."
+        )
     if source_of(model) is not None:
         even.source_folder = model.source_folder
     even.stored_dtype = written_dtype(model, settings)  # type: ignore[assignment]
     found = save_folder(even, tokenizer, folder, graph=trace(even), kept={}, settings=settings)
     return (
-        f"AutoModelForCausalLM.from_pretrained opens it without more: {found.parameters:,} parameters; logits differ "
-        f"by at most {difference:.1e} from those of the model that was filled up."
+        f"AutoModelForCausalLM.from_pretrained opens it without secateur: {found.parameters:,} parameters. Logits "
+        f"differ by at most {difference:.1e} from those of the unpadded model."
     )
 
 
@@ -62,7 +64,9 @@ def _to_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, settings: ExportSettings
 ) -> str:
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("gguf is not installed. GGUF files are written with: pip install 'secateur[formats]'")
+        raise InputError(
+            "gguf is not installed, and GGUF files need it. Install it with: pip install 'secateur[formats]'"
+        )
     from secateur.export.gguf import write_gguf
 
     check_finite(model, written_dtype(model, settings))
@@ -88,12 +92,14 @@ def _to_onnx(
 
 
 def _check_file(file: Path) -> Path:
-    """Refuse early a place that cannot become a new file."""
+    """Raise InputError early for a path that cannot become a new file."""
     path = place_of(file)
     if path.exists():
         raise InputError(f"{file} exists already. Name a new file.")
     if not path.parent.is_dir():
-        raise InputError(f"{file} cannot be made: there is no folder {path.parent}. Name a file in one that exists.")
+        raise InputError(
+            f"{file} cannot be written: there is no folder {path.parent}. Name a file in an existing folder."
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{file} cannot be written: no permission for {path.parent}. Name a file elsewhere.")
     return path
@@ -101,7 +107,7 @@ def _check_file(file: Path) -> Path:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """``whole``, with the message for a place that cannot be written."""
+    """``whole``, with a message for a path that cannot be written."""
     say(f"Writing {target}")
     try:
         with whole(target) as scratch:
@@ -109,7 +115,7 @@ def _scratch(target: Path) -> Iterator[Path]:
             open_permissions(scratch)
     except OSError as error:
         raise InputError(
-            f"{target} cannot be written: {error.strerror or error}. Make room, or name another place."
+            f"{target} cannot be written: {error.strerror or error}. Free some space, or name another path."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Opens model folders as a stranger would: run as a script in a new interpreter, where secateur cannot be imported.
+"""Opens model folders without secateur: run as a script in a new interpreter, where secateur cannot be imported.
 
 ``python -I fresh_process.py JOBS RESULTS``: both are JSON files. A job is ``{"folder", "reference", "trust"}``; the
 reference is a safetensors file with ``ids`` and ``logits``. A result is a flat dict of facts, or ``{"error": ...}``.
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class _NoSecateur:
-    """First in line to be asked for a module; the answer for secateur is no."""
+    """The first finder of modules. It refuses secateur."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] == "secateur":

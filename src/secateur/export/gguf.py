@@ -1,7 +1,7 @@
-"""A model as a GGUF file for llama.cpp, read again by llama.cpp where that is installed.
+"""Writes a model as a GGUF file for llama.cpp, and reads it back with llama.cpp if that is installed.
 
-Which shapes its loaders take was found by trying them (llama-cpp-python 0.3.36): one size for all layers in ``llama``,
-``qwen2`` and ``qwen3``; layers that differ, and heads that do not add up to the hidden size, in ``deci``.
+The shapes that its loaders support were found by trials (llama-cpp-python 0.3.36): one size for all layers in
+``llama``, ``qwen2`` and ``qwen3``; layers that differ, and heads that do not add up to the hidden size, in ``deci``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secateur.export.agreement import agreement, sample_ids
 from secateur.export.gguf_tokenizer import write_tokenizer
 
 _ROTATED_IN_PAIRS = ("llama", "mistral")
-"""Families whose query and key rows llama.cpp wants in another order, since it turns neighbours instead of halves."""
+"""Families whose query and key rows need another order in llama.cpp, which rotates neighbours instead of halves."""
 _FAMILIES = (*_ROTATED_IN_PAIRS, "qwen2", "qwen3")
 _TYPES = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -64,10 +64,10 @@ class _Sizes(NamedTuple):
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, dtype: torch.dtype, name: str
 ) -> str:
-    """Write ``model`` with its tokenizer to ``file``, in ``dtype``; vectors stay in float32. Returns what was checked.
+    """Write ``model`` with its tokenizer to ``file``, in ``dtype``; vectors are in float32. Returns what was checked.
 
-    ``name`` is what the file calls itself. Raises ModelError for families, sizes and tokenizers that llama.cpp is not
-    known to read, before anything is written, and VerificationError when it reads something else.
+    ``name`` is the model's name in the file. Raises ModelError, before anything is written, for families, sizes and
+    tokenizers that llama.cpp is not known to support, and VerificationError when it computes something else.
     """
     arch, sizes = _architecture(model)
     writer = GGUFWriter(file, arch)
@@ -89,12 +89,12 @@ def write_gguf(
 
 
 def _architecture(model: PreTrainedModel) -> tuple[str, _Sizes]:
-    """The loader of llama.cpp that takes these sizes; raises ModelError when none is known to."""
+    """The loader of llama.cpp for these sizes; raises ModelError when none is known."""
     config, family = model.config, model.config.model_type
     if family not in _FAMILIES:
         raise ModelError(
-            f"GGUF files are written for {', '.join(_FAMILIES)}; this is a {family} model. llama.cpp's own "
-            "convert_hf_to_gguf.py reads folders with a plain config: --to uniform makes one."
+            f"GGUF files are supported for {', '.join(_FAMILIES)}; this is a {family} model. llama.cpp's own "
+            "convert_hf_to_gguf.py reads folders with a plain config, which --to uniform writes."
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ModelError(f"llama.cpp computes {family} models with silu; this one has {config.hidden_act}.")
@@ -107,12 +107,12 @@ def _architecture(model: PreTrainedModel) -> tuple[str, _Sizes]:
     )
     if all(len(set(each)) == 1 for each in sizes):
         if family == "qwen2" and sizes.heads[0] * head != config.hidden_size:
-            return "llama", sizes  # its own loader takes hidden size / heads for the width of a head
+            return "llama", sizes  # its own loader uses hidden size / heads as the width of a head
         return ("llama" if family in _ROTATED_IN_PAIRS else family), sizes
     if family == "qwen3":
         raise ModelError(
-            "llama.cpp has no loader for a qwen3 model whose layers differ in size. Fill them up first "
-            "(secateur export DIR --to uniform -o EVEN), and write that."
+            "llama.cpp has no loader for a qwen3 model whose layers differ in size. First pad the layers (secateur "
+            "export DIR --to uniform -o EVEN), then export the result."
         )
     return "deci", sizes
 
@@ -157,11 +157,11 @@ def _describe(
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind not in ("default", "llama3"):
-        raise ModelError(f"Positions of the kind {kind} are not written to GGUF files yet.")
+        raise ModelError(f"Position embeddings of the kind {kind} are not supported in GGUF files.")
 
 
 def _tensors(model: PreTrainedModel, arch: str, sizes: _Sizes) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in the file and tensor, on the CPU, of everything that the model holds."""
+    """Name in the file and tensor, on the CPU, of every tensor of the model."""
     tied = model.config.tie_word_embeddings
     rope = model.config.rope_parameters
     if rope.get("rope_type") == "llama3":
@@ -176,7 +176,9 @@ def _tensors(model: PreTrainedModel, arch: str, sizes: _Sizes) -> Iterator[tuple
             continue
         _, _, number, place = path.split(".", 3)
         if place not in _NAMES:
-            raise ModelError(f"{name} has no place in a GGUF file of the architecture {arch}.")
+            raise ModelError(
+                f"{name} has no place in a GGUF file of the architecture {arch}. Try --to uniform or --to onnx."
+            )
         if arch in ("llama", "deci") and place in ("self_attn.q_proj", "self_attn.k_proj"):
             heads = (sizes.heads if place.endswith("q_proj") else sizes.kv_heads)[int(number)]
             tensor = _halves_to_pairs(tensor, heads)
@@ -190,7 +192,7 @@ def _halves_to_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _llama3_factors(rope: Mapping[str, Any], width: int) -> torch.Tensor:
-    """What frequencies are divided by in Llama 3.1 (``rope_type: llama3`` of transformers), ``[width / 2]``."""
+    """Divisors of the frequencies in Llama 3.1 (``rope_type: llama3`` of transformers), ``[width / 2]``."""
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     lengths = 2 * math.pi / frequencies
     context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
@@ -201,11 +203,11 @@ def _llama3_factors(rope: Mapping[str, Any], width: int) -> torch.Tensor:
 def _check(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, dtype: torch.dtype, arch: str
 ) -> str:
-    """Let llama.cpp read the file in a process of its own, and compare; says so when it is not installed."""
+    """Let llama.cpp read the file in its own process, and compare. The text returned says when it is not installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         return (
-            f"Written for llama.cpp's {arch} loader, and not opened: llama-cpp-python is not installed here "
-            "(pip install llama-cpp-python)."
+            f"Written for llama.cpp's {arch} loader. It was not opened: llama-cpp-python is not installed here (pip "
+            "install llama-cpp-python)."
         )
     window = getattr(model.config, "sliding_window", None)  # this loader has none; the context length says so
     ids = sample_ids(model.config)[:1, :window].to(model.device)
@@ -227,7 +229,7 @@ def _check(
             f"llama.cpp opens the file and computes something else: logits differ by {difference:.3g} of {scale:.1f}."
         )
     if tokenizer is not None and answer["tokens"].tolist() != tokenizer(text)["input_ids"]:
-        raise VerificationError("llama.cpp opens the file and splits text into other tokens than the tokenizer does.")
+        raise VerificationError("llama.cpp opens the file, but splits text into other tokens than the tokenizer.")
     same = float((answer["logits"].argmax(-1) == expected.argmax(-1)).float().mean())
     return (
         f"llama.cpp opens it ({arch} loader): logits differ by at most {difference:.1e} of {scale:.1f}, the same top "

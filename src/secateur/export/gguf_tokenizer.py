@@ -1,4 +1,4 @@
-"""A fast tokenizer in the words of GGUF: kinds of tokens, merges or scores, and how text is split before them."""
+"""Writes a fast tokenizer to GGUF: kinds of tokens, merges or scores, and the split of text before them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SPLITS: Mapping[str, str] = {
     f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
     f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_REST}": "qwen2",
 }
-"""Regular expression that a tokenizer splits text by before its merges → llama.cpp's name for that."""
+"""Regular expression that a tokenizer splits text by before its merges → llama.cpp's name for it."""
 
 
 def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-    """Add what llama.cpp needs to read and write text; without a tokenizer, that there is none.
+    """Add the tokenizer that llama.cpp needs for text, or a mark that there is none.
 
     ``vocabulary`` is the number of rows of the embedding, which may be larger than that of the tokenizer. Raises
-    ModelError for a tokenizer that llama.cpp has no like of.
+    ModelError for a tokenizer that llama.cpp does not support.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
@@ -35,9 +35,9 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | Non
     model = description.get("model", {})
     if model.get("type") != "BPE":
         raise ModelError(
-            f"The tokenizer is of the kind {model.get('type', type(tokenizer).__name__)}, and GGUF files are written "
-            "for byte pair encoding only. Without its tokenizer files, a copy of the folder is written as a model "
-            "that reads ids."
+            f"The tokenizer is of the kind {model.get('type', type(tokenizer).__name__)}, and GGUF files support byte "
+            "pair encoding only. To export a model that reads token ids, give a copy of the folder without tokenizer "
+            "files."
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
@@ -73,7 +73,7 @@ def _tokens(
 
 
 def _scores(vocab: Mapping[str, int], merges: list[str], vocabulary: int) -> list[float]:
-    """Scores by which llama.cpp merges in the same order: the earlier a token is merged, the higher."""
+    """Scores for the same order of merges in llama.cpp: higher for tokens that are merged earlier."""
     scores = [0.0] * vocabulary
     for rank, pair in reversed(list(enumerate(merges, start=1))):  # the first way to make a token counts
         number = vocab.get(pair.replace(" ", "", 1))
@@ -83,7 +83,7 @@ def _scores(vocab: Mapping[str, int], merges: list[str], vocabulary: int) -> lis
 
 
 def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how text is split before merging; raises ModelError when it has none that is the same."""
+    """llama.cpp's name for the split of text before merging; raises ModelError when it has no equal one."""
     steps = list(_steps(pre_tokenizer))
     kinds = [step["type"] for step in steps]
     last = steps[-1] if steps else {}
@@ -96,8 +96,8 @@ def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
         if name is not None and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
             return name
     raise ModelError(
-        f"The tokenizer splits text ({', '.join(kinds) or 'not at all'}) in a way that no name of llama.cpp is known "
-        "to stand for. Without its tokenizer files, a copy of the folder is written as a model that reads ids."
+        f"The tokenizer splits text ({', '.join(kinds) or 'not at all'}) in a way that llama.cpp is not known to "
+        "support. To export a model that reads token ids, give a copy of the folder without tokenizer files."
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes a pruned model as a standard Hugging Face folder, proved before it appears under its name."""
+"""Writes a pruned model as a standard Hugging Face folder. The folder gets its name after it is verified."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from secateur.types import Cut, DependencyGraph, Kept
 from secateur.whole import open_permissions, place_of, whole
 
 ARTEFACTS = "secateur"
-"""Subfolder with what secateur knows about the model."""
+"""Subfolder with secateur's artefacts."""
 
 
-_EVEN = "All layers have the same sizes: a plain config, opened without further ado."
-_UNEVEN = "Its config has sizes of layers, which a plain one cannot hold: opened with trust_remote_code=True."
-_LISTED = "Its config lists the tensors that were cut, which no family's own can: opened with trust_remote_code=True."
+_EVEN = "All layers have the same sizes: a plain config, opened without remote code."
+_UNEVEN = "Its config has a size for each layer, which no plain one supports: opened with trust_remote_code=True."
+_LISTED = "Its config lists the cut tensors, which no family's own config supports: opened with trust_remote_code=True."
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StandardForm:
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     note: str
-    """What a user must know: how the folder opens, and why not plainly where one would expect it."""
+    """A note for the user: how the folder is opened, and why a plain config was not possible."""
 
     @property
     def uneven(self) -> bool:
@@ -64,10 +64,10 @@ class StandardForm:
 
 
 def check_output(folder: str | os.PathLike[str]) -> Path:
-    """Refuse early a place that cannot become a model folder; returns its absolute path, without links.
+    """Raise InputError early for a path that cannot become a model folder. Returns its absolute path, without links.
 
-    Nothing is made. The folder may exist when it is empty; what is written first lies beside it, so its parent must be
-    writable. Raises InputError.
+    Writes nothing. The folder may exist if it is empty. Files are first written beside it, therefore its parent must be
+    writable.
     """
     path = place_of(folder)
     if path in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(path):
@@ -76,7 +76,7 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
         raise InputError(f"{path} is a file. Give a new folder for the pruned model.")
     parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir():
-        raise InputError(f"{path} cannot be made: {parent} is a file. Give another folder.")
+        raise InputError(f"{path} cannot be created: {parent} is a file. Give another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written: no permission for {parent}. Give another folder.")
     if path.is_dir() and not os.access(path, os.R_OK):
@@ -87,19 +87,19 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
 
 
 def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> StandardForm:
-    """Find the config that describes ``model`` after ``kept`` was cut out of it.
+    """Find the config that describes ``model`` after a cut to ``kept``.
 
     Args:
-        model: the sliced model; its config still describes the model before, as ``slice_model`` leaves it, or the
-            model as it is, as ``adopt_config`` leaves it.
+        model: the sliced model. Its config describes the model before the cut (after ``slice_model``), or the cut model
+            (after ``adopt_config``).
         graph: the graph from before the cut.
 
-    A plain config is best; then one with sizes of layers; then one that lists the tensors that are smaller. Raises
+    A plain config is preferred, then one with a size for each layer, then one that lists the smaller tensors. Raises
     ModelError when none of them gives the shapes of the model, and for a model with adapters.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ModelError(
-            "The model still has adapters. Merge them first (merge_and_unload), then save what that returns."
+            "The model still has adapters. Merge them first (merge_and_unload), then save the merged model."
         )
     graph, kept = without_layers(graph, kept)
     _check_cut_by(model, graph, kept)
@@ -123,26 +123,26 @@ def standard_form(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) ->
 
 
 def _check_cut_by(model: PreTrainedModel, graph: DependencyGraph, kept: Kept) -> None:
-    """Raise ModelError when tensors of ``model`` have other sizes than ``kept`` leaves of them."""
-    if any(graph[name].modules for name in kept):  # the names of modules that stay are others now
+    """Raise ModelError when tensors of ``model`` have other sizes than after a cut to ``kept``."""
+    if any(graph[name].modules for name in kept):  # the kept modules have other names now
         return
     here = shapes_of(model)
     members = {member.parameter for name in kept for member in graph[name].members}
     for parameter in members & here.keys() & graph.shapes.keys():  # buffers are not counted
         if math.prod(here[parameter]) != graph.numel(parameter, kept):
             raise ModelError(
-                f"{parameter} has shape {list(here[parameter])}, which is not what the plan leaves of it. Save a model "
-                "with the graph from before the cut, and the plan that it was cut by."
+                f"{parameter} has shape {list(here[parameter])}, which is not what the plan leaves. Save a model with "
+                "the graph from before the cut, and the plan that it was cut by."
             )
 
 
 def _by_sizes(
     model: PreTrainedModel, graph: DependencyGraph, kept: Kept, family: type[PreTrainedModel]
 ) -> StandardForm | None:
-    """The class and config with the sizes that are left, of all layers or of each; None when a list is needed."""
+    """The class and config with the kept sizes, one for all layers or one for each; None when a list is needed."""
     if is_listed(model.config):
         return None
-    text = model.config.get_text_config()  # of a model made of several parts (text, vision), the one that writes
+    text = model.config.get_text_config()  # in a model of several parts (text, vision), the part that generates
     sizes = LayerSizes(text, graph, kept)
     even = sizes.even()
     even = None if even is None else _in_whole(model.config, even)
@@ -164,25 +164,25 @@ def _by_sizes(
 
 
 def _opens_plainly(family: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Whether ``AutoModelForCausalLM`` knows what to build from ``config``, or a list of tensors would not help."""
+    """Whether ``AutoModelForCausalLM`` can build a model from ``config``, or a list of tensors would not help."""
     ours = family.__module__.startswith("transformers.")
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_uneven(config) or not ours
 
 
 def _reads_layers(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """False when the family's code, while it runs, asks the whole config for a size that layers differ in."""
+    """False when the family's code, while it runs, reads from the whole config a size that differs between layers."""
     try:
         with torch.no_grad():
             on_meta(model_class, config)(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
     except AmbiguousGlobalPerLayerAttributeError:
         return False
-    except Exception:  # whatever a family raises without weights: it is opened and run for good when it is saved
+    except Exception:  # any error of a family without weights: the saved model is opened and run later
         return True
     return True
 
 
 def _in_whole(whole: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
-    """``text`` in the place of the part of ``whole`` that it stands for; ``text`` itself where there is one part."""
+    """``whole`` with its text part replaced by ``text``; ``text`` itself when there is only one part."""
     old = whole.get_text_config()
     if old is whole:
         return text
@@ -197,24 +197,24 @@ def _check_built(model_type: str, shapes: Mapping[str, tuple[int, ...]], built: 
     wrong = sorted(name for name in shapes.keys() | built.keys() if shapes.get(name) != built.get(name))
     if wrong:
         raise ModelError(
-            f"The cut {model_type} model cannot be described by a config: {wrong[0]} has shape "
-            f"{shapes.get(wrong[0])} and would be built as {built.get(wrong[0])} ({len(wrong)} such). Was the model "
-            "sliced with this graph and these units, and its adapters merged?"
+            f"The cut {model_type} model cannot be described by a config: {wrong[0]} has shape {shapes.get(wrong[0])} "
+            f"and would be built as {built.get(wrong[0])} ({len(wrong)} such tensors). Slice the model with this graph "
+            "and these units, and merge its adapters first."
         )
 
 
 def describes_itself(model: PreTrainedModel) -> bool:
-    """Whether class and config of ``model`` give the shapes of its weights, so that nothing needs to be found."""
+    """Whether class and config of ``model`` give the shapes of its weights."""
     return _shapes(type(model), model.config) == shapes_of(model)
 
 
 def empty_model(form: StandardForm, like: PreTrainedModel) -> PreTrainedModel:
-    """A model in standard form without weights, that reads experts with the kernels that ``like`` needs.
+    """A model in standard form without weights, with the expert kernels that ``like`` needs.
 
-    Its config promises no parts that the model does not have.
+    Its config names no parts that the model does not have.
     """
     config = copy.deepcopy(form.config)
-    config._experts_implementation = None  # so that it has what a reader would get
+    config._experts_implementation = None  # a reader would get the default
     standard = on_meta(form.model_class, config)
     if standard.config._experts_implementation != "eager" and any(map(_has_eager_experts, like.modules())):
         standard.config.experts_implementation = "eager"
@@ -232,18 +232,18 @@ def save_folder(
     settings: ExportSettings | None = None,
     complete: Callable[[Path, Verification], None] | None = None,
 ) -> Verification:
-    """Write a sliced model; give the folder its name once a fresh process has opened it and computed the same.
+    """Write a sliced model. The folder gets its name after a fresh process has opened it and computed the same.
 
     Args:
         model: sliced in place, adapters merged; it is not changed.
         folder: see ``check_output``. Until the proof succeeds the files are in ``.NAME.saving`` beside it.
         graph: the graph from before the cut.
-        kept: what stayed, as in ``PruningPlan.kept``; empty for a model that lost nothing. Where tokens went,
-            ``secateur/tokens.json`` holds the old id of each new one.
-        complete: adds files of its own to the folder (under its temporary name) once it is verified.
+        kept: the kept units, as in ``PruningPlan.kept``; empty for a model that lost nothing. If tokens were removed,
+            ``secateur/tokens.json`` maps each new id to its old one.
+        complete: adds its own files to the folder (under its temporary name) after verification.
 
     Returns:
-        What was verified, as also written to ``secateur/verification.json`` in the folder.
+        The verification, which is also written to ``secateur/verification.json`` in the folder.
 
     Raises:
         InputError: the folder is not empty or cannot be written; or there is a tokenizer and tokens were cut; or the
@@ -259,7 +259,7 @@ def save_folder(
             scratch.mkdir(parents=True)
             say(f"Writing {target}")
             reference = write(model, tokenizer, scratch, graph=graph, kept=kept, settings=settings)
-            say("Opening it in a fresh process, without secateur")
+            say("Opening the folder in a fresh process, without secateur")
             verification = verify_folder(reference)
             (scratch / ARTEFACTS).mkdir()
             verification.save(scratch / ARTEFACTS / "verification.json")
@@ -271,7 +271,7 @@ def save_folder(
             open_permissions(scratch)
     except OSError as error:
         raise InputError(
-            f"{target} cannot be written: {error.strerror or error}. Make room, or another folder."
+            f"{target} cannot be written: {error.strerror or error}. Free some space, or name another folder."
         ) from error
     return verification
 
@@ -285,16 +285,16 @@ def write(
     kept: Kept,
     settings: ExportSettings | None = None,
 ) -> Reference:
-    """The part of ``save_folder`` that writes, without proof; returns what the proof needs."""
+    """The writing part of ``save_folder``, without verification; returns the input of the verification."""
     settings = settings or ExportSettings()
     if tokenizer is not None and kept_tokens(graph, kept) is not None:
         raise InputError(
-            "Tokens were cut from the vocabulary, so that every id means another token than to this tokenizer. Save "
-            "without a tokenizer: secateur/tokens.json in the folder says which token each id was."
+            "Tokens were removed from the vocabulary, and ids no longer match this tokenizer. Save without a "
+            "tokenizer: secateur/tokens.json in the folder maps each new id to its old one."
         )
     try:
         form = standard_form(model, graph, kept)
-        standard = empty_model(form, like=model)  # its config also says which kernels read its experts
+        standard = empty_model(form, like=model)  # its config also names the kernels for its experts
         words = words_of(model, tokenizer, form.model_class, standard.config, written_dtype(model, settings))
         written, computed = written_weights(model, settings)
         standard.tie_weights()
@@ -324,13 +324,13 @@ def rehearse_saving(
     settings: ExportSettings,
     beside: int = 0,
 ) -> None:
-    """Do all of ``write`` but the weights, and read it back, for ``model`` without what ``kept`` leaves out.
+    """Do all of ``write`` but the weights, and read it back, for ``model`` cut to ``kept``.
 
     Args:
-        model: not sliced yet; only shapes are looked at.
-        folder: where the result will be, once it and ``beside`` more bytes were written on its disk.
+        model: not sliced yet; only its shapes are used.
+        folder: folder of the result; its disk needs space for it and for ``beside`` more bytes.
 
-    Raises what ``write`` would, and InputError for a disk that is too small.
+    Raises the errors of ``write``, and InputError for a disk that is too small.
     """
     outline = on_meta(type(model), model.config)
     slice_model(outline, graph, kept)
@@ -355,26 +355,26 @@ def rehearse_saving(
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise InputError when so many bytes do not go onto the disk of ``folder``, which need not exist."""
+    """Raise InputError when ``needed`` bytes do not fit on the disk of ``folder``, which need not exist."""
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if not needed <= free:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.2f} GB, what is kept beside it until it is finished included, and "
-            f"{free / 1e9:.2f} GB are free there. Make room, or name a folder on another disk."
+            f"{folder} needs about {needed / 1e9:.2f} GB, including the files beside it until it is finished, and "
+            f"{free / 1e9:.2f} GB are free there. Free some space, or name a folder on another disk."
         )
 
 
 def _refuse_broken_ties(standard: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Raise ModelError when ``model`` has two tensors where ``standard``, which was built from its config, has one."""
+    """Raise ModelError when ``model`` has two tensors and ``standard``, built from its config, has one tied tensor."""
     own = model.state_dict(keep_vars=True)
     for names in _tied(standard):
         first, *others = [name for name in names if name in own] or names[:1]
         for other in others:
             if own[first] is not own[other] and not torch.equal(own[first], own[other]):
                 raise ModelError(
-                    f"The config ties {other} to {first}, and the two differ in this model, so that one of them would "
-                    "be lost. Set model.config.tie_word_embeddings = False."
+                    f"The config ties {other} to {first}, and the two differ in this model: one of them would be lost. "
+                    "Set model.config.tie_word_embeddings = False."
                 )
 
 
@@ -398,9 +398,9 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
 
 
 def verify_saved(model: PreTrainedModel, folder: Path, trusted: bool = False) -> Verification:
-    """Open ``folder`` in a fresh process and compare it with ``model``, as it was loaded from there.
+    """Open ``folder`` in a fresh process and compare it with ``model``, which was loaded from there.
 
-    Code from the folder is executed only if it is what secateur writes, or ``trusted``. Raises ModelError when the
+    Code from the folder is executed only if secateur wrote it, or if it is ``trusted``. Raises ModelError when the
     model's weights or logits are not finite, and VerificationError unless they agree.
     """
     check_finite(model)
@@ -413,7 +413,7 @@ def verify_saved(model: PreTrainedModel, folder: Path, trusted: bool = False) ->
 def _answers(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], ids: torch.Tensor
 ) -> tuple[torch.Tensor, float | None, float | None]:
-    """Logits of the model in memory with ``weights``, which are of the written type; and what the caches change."""
+    """Logits of the model in memory with ``weights`` of the written type, and the differences with a cache."""
     training, ids = model.training, ids.to(model.device)
     model.eval()
     try:
@@ -421,19 +421,19 @@ def _answers(
         logits = torch.func.functional_call(model, dict(weights), kwargs=inputs).logits
         cached = generate(model, ids[:1], ("dynamic", "static")) if model.can_generate() else {}
     except RuntimeError as error:
-        raise VerificationError(f"The model in memory does not compute, so it was not saved: {error}") from error
+        raise VerificationError(f"The model in memory does not compute, and was not saved: {error}") from error
     finally:
         model.train(training)
     if not all_finite(logits):
         raise VerificationError(
-            "In the type that is written the logits are not finite (NaN or infinite), so nothing could be compared. "
-            "Write another type: --set export.dtype=float32."
+            "In the written type the logits are not finite (NaN or infinite), and cannot be compared. Write another "
+            "type: --set export.dtype=float32."
         )
     return logits.float().cpu(), cached.get("dynamic_cache_difference"), cached.get("static_cache_difference")
 
 
 def _has_eager_experts(module: nn.Module) -> bool:
-    """Whether surgery left experts a width that only the eager implementation can read."""
+    """Whether experts have a width after the cut that only the eager implementation supports."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
 
 
@@ -444,12 +444,12 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of everything that a checkpoint of ``model`` holds."""
+    """Shape of every tensor in a checkpoint of ``model``."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _is_valid(config: PreTrainedConfig) -> bool:
-    """Whether the family's validators let the config be saved (Llama's wants hidden size / heads to be whole)."""
+    """Whether the family's validators accept the config (Llama's requires hidden size / heads to be whole)."""
     try:
         type(config).from_dict(config.to_dict())
     except (StrictDataclassError, ValueError):
@@ -458,7 +458,7 @@ def _is_valid(config: PreTrainedConfig) -> bool:
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """What a model of ``config`` would hold; nothing, when the family does not build one with such sizes."""
+    """Shapes of a model of ``config``; empty when the family cannot build one with such sizes."""
     try:
         return shapes_of(on_meta(model_class, config))
     except NOT_BUILT:

@@ -1,4 +1,4 @@
-"""How large every layer of a pruned model is, in the words of its config."""
+"""Sizes of every layer of a pruned model, under the names of its config."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from secateur.types import DependencyGraph, Kept, NodeGroup
 
 
 class LayerSizes:
-    """The sizes of layers after ``kept`` was cut out of the model that ``config`` and ``graph`` describe.
+    """The sizes of layers after a cut to ``kept`` of the model that ``config`` and ``graph`` describe.
 
-    ``config`` may hold sizes of layers already, from an earlier round of pruning.
-    Raises ModelError for a cut group that neither lies inside one layer nor has its own name in the config.
+    ``config`` may already contain sizes of layers, from an earlier round of pruning. Raises ModelError for a cut group
+    that is neither inside one layer nor has its own name in the config.
     """
 
     def __init__(self, config: PreTrainedConfig, graph: DependencyGraph, kept: Kept) -> None:
         self.graph = graph
         self.whole = without_layer_sizes(config)
-        """The config with the sizes of a layer that nothing was cut from."""
+        """The config with the sizes of an uncut layer."""
         self.sizes: dict[int, dict[str, int]] = {}
-        """Layer → name → size; what is missing is as in ``whole``."""
+        """Layer → name → size; missing sizes are those of ``whole``."""
         self.names: dict[SizePlace, str] = {}
-        """What was cut in some layer, now or before → the name of its size."""
+        """Place of a group that was cut in some layer, now or earlier → the name of its size."""
         self.cut_now: dict[str, NodeGroup] = {}
-        """Name → a group that it counts and that loses units now."""
+        """Name of a size → a group with this size that loses units now."""
         if is_uneven(config):
             self._continue_from(config)
         elif config.is_heterogeneous and kept:
             raise ModelError(
-                f"The layers of this {config.model_type} model differ in size by design (per_layer_config), and a cut "
-                "on top of that cannot be described yet."
+                f"The layers of this {config.model_type} model differ in size by design (per_layer_config), and a "
+                "further cut cannot be described."
             )
         if kept and not isinstance(getattr(config, "num_hidden_layers", None), int):
             raise ModelError(
-                f"The config of this {config.model_type} model does not count its layers (it may be made of several "
-                "parts), so that what was cut cannot be described in it."
+                f"The config of this {config.model_type} model does not contain the number of layers (the model may "
+                "have several parts), therefore it cannot describe the cut."
             )
         layer_configs = list(config.per_layer_config) if kept else []
         for group in graph:
@@ -49,8 +49,9 @@ class LayerSizes:
             elif lost and group.layer is not None:
                 if group.layer >= len(layer_configs):
                     raise ModelError(
-                        f"{group.name} lies beyond the {len(layer_configs)} layers that the config of this "
-                        f"{graph.model_type} model counts, so its size cannot be described. Protect it."
+                        f"{group.name} is beyond the {len(layer_configs)} layers in the config of this "
+                        f"{graph.model_type} model, therefore its size cannot be described. Protect it "
+                        "(budget.protect)."
                     )
                 self._cut(layer_configs[group.layer], group, lost)
 
@@ -59,7 +60,7 @@ class LayerSizes:
         return int(self.sizes.get(layer, {}).get(name, getattr(self.whole, name)))
 
     def even(self) -> PreTrainedConfig | None:
-        """A plain config with the size that all layers have under each name; None when layers differ."""
+        """A plain config with the common size of all layers under each name; None when layers differ."""
         config = copy.deepcopy(self.whole)
         for name in self.names.values():
             for size in filter(None, (name, query_heads_name(self.whole, name))):
@@ -72,7 +73,7 @@ class LayerSizes:
         return config
 
     def _layers_with(self, name: str, size: str) -> set[int]:
-        """The layers that have what ``name`` counts, cut or not."""
+        """The layers with a size ``name``, cut or not."""
         places = {place for place, other in self.names.items() if other == name}
         whole = {g.layer for g in self.graph if g.layer is not None and size_place_of(g) in places}
         return whole | {layer for layer, own in self.sizes.items() if size in own}
@@ -87,27 +88,32 @@ class LayerSizes:
             self.names[SizePlace(config.pruned_layers["path"], rows, runs)] = self._plain_name(name)
 
     def _plain_name(self, name: str) -> str:
-        """The family's name for a size that was written under ours because its validator wanted that."""
+        """The family's name for a size that has our name, because the family's validator refuses it."""
         plain = name.removeprefix(OWN_NAME)
         return plain if hasattr(self.whole, plain) else name
 
     def _cut_everywhere(self, group: NodeGroup, lost: int) -> None:
         if getattr(self.whole, f"{group.kind}_size", None) == group.size - lost:
-            return  # slicing has changed the config already, since the code reads hidden and vocabulary size there
+            return  # slicing has already changed the config, because the code reads hidden and vocabulary size there
         name = size_name(self.whole, group)
         if getattr(self.whole, name, None) != group.size:
             raise ModelError(
-                f"{group.name} has {group.size} units in all layers together, and the config of {self.graph.model_type}"
-                " has no name for that number, so the cut model could not be described. Protect this group."
+                f"{group.name} has {group.size} units in all layers together, and the config of "
+                f"{self.graph.model_type} has no name for that number, therefore it cannot describe the cut model. "
+                "Protect this group (budget.protect)."
             )
         setattr(self.whole, name, group.size - lost)
 
     def _cut(self, layer_config: PreTrainedConfig, group: NodeGroup, lost: int) -> None:
         place, layer = size_place_of(group), group.layer
         if place is None or layer is None:
-            raise ModelError(f"{group.name} does not lie inside one layer, so layers cannot differ in it. Protect it.")
+            raise ModelError(
+                f"{group.name} is not inside one layer, and layers cannot differ in it. Protect it (budget.protect)."
+            )
         if any(place.path != other.path for other in self.names):
-            raise ModelError(f"{group.name} lies in a second list of layers, which no config can describe. Protect it.")
+            raise ModelError(
+                f"{group.name} is in a second list of layers, which no config describes. Protect it (budget.protect)."
+            )
         if place not in self.names:
             self.names[place] = self._free_name(size_name(layer_config, group), group)
         name = self.names[place]
@@ -119,16 +125,16 @@ class LayerSizes:
             _make_head_dim_explicit(self.whole)
         if group.kind == "attention":
             query = query_heads_name(self.whole, name)
-            if query is not None and query not in self.names.values():  # else what counts them is cut apart
+            if query is not None and query not in self.names.values():  # else their size is cut separately
                 heads = self.of(layer, query)
                 own[query] = heads - lost * (heads // group.size)
         own[name] = self.of(layer, name) - lost
 
     def _free_name(self, name: str, group: NodeGroup) -> str:
-        """``name``, or one of ours when something else in the layers is counted by it already.
+        """``name``, or one of our names when another size in the layers already uses it.
 
-        That is so for two kinds of attention in one model, and for the query heads of a layer that has lost all KV
-        heads but one: these are counted apart from then on.
+        This happens with two kinds of attention in one model, and with the query heads of a layer that has only one KV
+        head left: these get their own name from then on.
         """
         taken = {*self.names.values(), *(query_heads_name(self.whole, other) for other in self.names.values())}
         ours = f"{OWN_NAME}{group.kind}_units"
@@ -137,7 +143,7 @@ class LayerSizes:
 
 
 def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy in which every layer has the global sizes, and which needs no code of its own for layers that differ."""
+    """A copy in which every layer has the global sizes. It needs no extra code for layers that differ."""
     plain = copy.deepcopy(config)
     if is_uneven(config):
         if not is_listed(config):
@@ -148,7 +154,7 @@ def without_layer_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _make_head_dim_explicit(config: PreTrainedConfig) -> None:
-    """transformers would otherwise take hidden size / heads, which changes with the heads."""
+    """Set ``head_dim``. transformers would otherwise use hidden size / heads, which changes with the heads."""
     computed = isinstance(getattr(type(config), "head_dim", None), property)
     if not computed and getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
         config.head_dim = config.hidden_size // config.num_attention_heads

@@ -1,7 +1,7 @@
-"""The config of a model whose sizes no family's config can express: it lists the tensors that are smaller.
+"""The config of a model whose sizes no family's config can describe: it lists the smaller tensors.
 
-Models made of several parts, families that give layers different sizes by themselves, stacks that the config does not
-count, and scales that a family computes from the hidden width all end here; what the other forms can say, they say.
+It is for models of several parts, families whose layers differ in size by design, stacks whose length is not in the
+config, and scales that a family computes from the hidden width. Other models use the other forms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from secateur.types import Cut, DependencyGraph, Kept
 _SIZES = {"hidden": "hidden_size", "vocab": "vocab_size"}
 """Kinds of groups that slicing describes in the config, and the size's name there."""
 NOT_BUILT = (AssertionError, AttributeError, RuntimeError, StrictDataclassError, TypeError, ValueError)
-"""What families raise for sizes that they cannot have."""
+"""Errors of families for sizes that they do not support."""
 
 
 def listed_config(
@@ -42,8 +42,8 @@ def listed_config(
     """
     if not family.__module__.startswith("transformers."):
         raise ModelError(
-            f"{family.__name__} comes with its own code, beside which its new sizes cannot be described. Prune all "
-            "layers to the same sizes, or use a family that transformers contains."
+            f"{family.__name__} has its own modelling code, and its new sizes cannot be described. Prune all layers to "
+            "the same sizes, or use a family that transformers contains."
         )
     config = without_layer_sizes(model.config)
     earlier = (getattr(model.config, "pruned_layers", None) or {}).get("built_with", {})
@@ -55,13 +55,13 @@ def listed_config(
             config.auto_map = auto_map_of(family)
             return config
     raise ModelError(
-        f"The cut {config.model_type} model cannot be described by a config: {family.__name__} builds no model that "
-        "it is a part of. Was it sliced with this graph and these units, and its adapters merged?"
+        f"The cut {config.model_type} model cannot be described by a config: {family.__name__} builds no larger model "
+        "that contains it. Slice the model with this graph and these units, and merge its adapters first."
     )
 
 
 def changed_scales(model: nn.Module, built: nn.Module) -> list[str]:
-    """Fractions among the numbers that modules keep that are others in ``built``: scales computed from a size."""
+    """Fractional attributes of modules that differ in ``built``: scales computed from a size."""
     here = settings_of(model)
     return [
         name
@@ -71,7 +71,7 @@ def changed_scales(model: nn.Module, built: nn.Module) -> list[str]:
 
 
 def _sizes_before(config: PreTrainedConfig, graph: DependencyGraph, kept: Kept) -> dict[str, int]:
-    """Path in the config → the size before the cut, for sizes that slicing has changed there."""
+    """Path in the config → the size before the cut, for sizes that slicing has changed."""
     changed = {}
     for group, _ in Cut.keeping(graph, kept).groups:
         for part, own in _parts(config):
@@ -82,7 +82,7 @@ def _sizes_before(config: PreTrainedConfig, graph: DependencyGraph, kept: Kept) 
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """The config and the one of its part that writes, with what their paths begin with."""
+    """The config and that of its generating part, with the prefixes of their paths."""
     yield "", config
     text = config.get_text_config(decoder=True)
     for name in config.sub_configs:
@@ -93,7 +93,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
 def _listed(
     model: PreTrainedModel, family: type[PreTrainedModel], config: PreTrainedConfig, built_with: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """What ``pruned_layers`` has to say; None when the family builds no larger model, or one with other scales."""
+    """The entry ``pruned_layers``; None when the family builds no larger model, or one with other scales."""
     whole = copy.deepcopy(config)
     for path, value in built_with.items():
         part, _, name = path.rpartition(".")

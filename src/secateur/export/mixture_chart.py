@@ -1,4 +1,4 @@
-"""How recovery divided its reading between the sources, and how far behind the dense model each one was: two charts."""
+"""Two charts of recovery: the share of each source, and its loss above the dense model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Line:
     name: str
     colour: str
     points: str
-    """In the coordinates of the chart, as an SVG polyline wants them."""
+    """Points in the coordinates of the chart, in the form of an SVG polyline."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def mixture_charts(metrics: Mapping[str, Any], width: int, height: int, margin: 
     frame = (width, height, margin)
     charts = [_chart("Share of each source by step", {name: _stairs(line) for name, line in shares.items()}, frame)]
     if any(len(line) > 1 for line in behind.values()):
-        charts.append(_chart("Loss above the dense model's by step, on text that is only watched", behind, frame))
+        charts.append(_chart("Loss above the dense model's by step, on held-out text", behind, frame))
     return charts
 
 
 def _stairs(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A share holds until the next one."""
+    """Points of a step function: a share is valid until the next one."""
     drawn = [points[0]]
     for step, share in points[1:]:
         drawn += [(step, drawn[-1][1]), (step, share)]

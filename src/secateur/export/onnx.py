@@ -1,4 +1,4 @@
-"""A model as an ONNX graph from ids to logits, run by ONNX Runtime where that is installed."""
+"""Writes a model as an ONNX graph from ids to logits, and runs it with ONNX Runtime if that is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from secateur.export.agreement import agreement, sample_ids
 from secateur.loading import quiet_transformers
 
 _TOLERANCE = 1e-3
-"""Largest difference of logits in float32, as a fraction of the largest: graphs are rewritten, kernels are others."""
+"""Largest difference of logits in float32, as a fraction of the largest. The graph and the kernels differ."""
 
 
 class _Logits(torch.nn.Module):
@@ -30,13 +30,16 @@ class _Logits(torch.nn.Module):
 def write_onnx(model: PreTrainedModel, folder: Path) -> str:
     """Write ``model.onnx`` and its weights, in float32, into ``folder``, which exists. Returns what was checked.
 
-    Inputs are ``input_ids`` and ``attention_mask`` ``[batch, length]``, the output is ``logits``; there is no cache, so
-    that it scores and classifies well, and generates slowly. Layers may differ in size. Raises InputError without onnx
-    and onnxscript, ModelError when the graph cannot be made, and VerificationError when it computes something else.
+    Inputs are ``input_ids`` and ``attention_mask`` ``[batch, length]``, the output is ``logits``; There is no cache: it
+    is fit for scoring and classification, but generates slowly. Layers may differ in size. Raises InputError without
+    onnx and onnxscript, ModelError when the graph cannot be made, and VerificationError when it computes something
+    else.
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed. ONNX graphs are made with: pip install 'secateur[formats]'")
+            raise InputError(
+                f"{package} is not installed, and ONNX graphs need it. Install it: pip install 'secateur[formats]'"
+            )
     model = model.float().cpu().eval()
     ids = sample_ids(model.config)
     mask = torch.ones_like(ids)
@@ -57,14 +60,16 @@ def write_onnx(model: PreTrainedModel, folder: Path) -> str:
                 external_data=True,
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises whatever an operator that it does not know leads to
+    except Exception as error:  # the exporter raises many errors for an operator that it does not know
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"torch makes no ONNX graph of this {model.config.model_type} model: {first[:300]}") from error
+        raise ModelError(
+            f"torch cannot make an ONNX graph of this {model.config.model_type} model: {first[:300]}"
+        ) from error
     return _check(model, file)
 
 
 def _check(model: PreTrainedModel, file: Path) -> str:
-    """Run the graph on text of another length than it was made with, padded on the left, and compare."""
+    """Run the graph on text of another length than in its export, padded on the left, and compare."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "Not run: onnxruntime is not installed here (pip install onnxruntime)."
     import onnxruntime

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing but a browser."""
+"""The report: one HTML file that needs only a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def html_report(story: Story) -> str:
 
 
 def _bars(part: Widths) -> list[dict[str, Any]]:
-    """A grey bar for what was there, a coloured one for what is left, side by side for all layers."""
+    """A grey bar for the old size and a coloured bar for the kept size, side by side for all layers."""
     step = (_WIDTH - _MARGIN) / len(part.layers)
     inner = _HEIGHT - _MARGIN
     bars = []
@@ -38,7 +38,7 @@ def _bars(part: Widths) -> list[dict[str, Any]]:
                 "width": round(step * 0.8, 2),
                 "whole": round(inner * whole / part.size, 2),
                 "left": round(inner * left / part.size, 2),
-                "title": f"layer {layer}: {left} of {whole} left",
+                "title": f"layer {layer}: {left} of {whole} kept",
                 "label": str(layer) if number % max(1, len(part.layers) // 16) == 0 else "",
             }
         )

@@ -1,7 +1,7 @@
-"""Which programs will take a saved folder: transformers was tried, the others are judged by rules about shapes.
+"""Programs that support a saved folder: transformers is tested, the others are judged by rules about shapes.
 
 The rules come from reading the loaders of vLLM, llama.cpp (GGUF) and ONNX Runtime, and from running llama.cpp on
-pruned shapes; they are about sizes only, not about a version's bugs.
+pruned shapes. They cover sizes only, not the bugs of a version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from secateur.planning.shapes import RUNTIMES
 
 
 class Verdict(BaseModel):
-    """Whether a runtime opens the folder, and how we know."""
+    """Whether a runtime opens the folder, and the reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -26,7 +26,7 @@ class Verdict(BaseModel):
 
 
 def runtimes_of(config: Mapping[str, Any]) -> list[Verdict]:
-    """Verdicts for a folder that has just been opened with transformers, from its ``config.json``."""
+    """Verdicts for a folder that transformers has just opened, from its ``config.json``."""
     uneven = "pruned_layers" in config
     return [_transformers(uneven), *(_UNEVEN if uneven else (_vllm(config), _llama_cpp(config), _onnx(config)))]
 
@@ -41,16 +41,16 @@ _UNEVEN = (
         runtime="vLLM",
         opens="unknown",
         basis="by rule",
-        why="its own model classes build all layers alike; its Transformers backend (--model-impl transformers "
-        "--trust-remote-code) reads sizes of layers in recent versions, which was not tried; "
-        "secateur export --to uniform fills the layers up to a plain folder",
+        why="its own model classes build all layers with one size; its Transformers backend (--model-impl transformers "
+        "--trust-remote-code) reads sizes of layers in recent versions, which was not tested; "
+        "secateur export --to uniform writes a plain folder with padded layers",
     ),
     Verdict(
         runtime="llama.cpp",
         opens="no",
         basis="by rule",
         why="its converter writes one size for all layers, and the loader then reports wrong shapes; secateur export "
-        "--to gguf writes layers of llama, mistral and qwen2 models as they are, --to uniform fills up those of others",
+        "--to gguf writes layers of llama, mistral and qwen2 models unchanged, --to uniform pads those of other models",
     ),
     Verdict(
         runtime="ONNX Runtime",
@@ -76,23 +76,23 @@ def _llama_cpp(config: Mapping[str, Any]) -> Verdict:
         return heads
     family, runtime = config.get("model_type"), RUNTIMES["llama.cpp"]
     width, block = config.get("intermediate_size") or 0, runtime.ffn_multiple
-    quants = "" if width % block == 0 else f"; width {width} is no multiple of {block}, so K-quants fall back"
+    quants = "" if width % block == 0 else f"; width {width} is no multiple of {block}: K-quants use other types"
     if family in runtime.heads | runtime.fixed_heads:
         why = f"its {family} loader reads the sizes from the file{quants}"
         return Verdict(runtime="llama.cpp", opens="likely", basis="by rule", why=why)
-    why = f"pruned {family} files were not looked into{quants}"
+    why = f"pruned {family} files were not tested{quants}"
     return Verdict(runtime="llama.cpp", opens="unknown", basis="by rule", why=why)
 
 
 def _heads(name: Literal["vllm", "llama.cpp"], title: str, config: Mapping[str, Any]) -> Verdict | None:
-    """A verdict over heads that together are not as wide as the hidden state, unless the runtime takes these."""
+    """A verdict for heads that together are not as wide as the hidden state; None when the runtime supports them."""
     family, runtime = config.get("model_type"), RUNTIMES[name]
     if family in runtime.heads or _square_heads(config):
         return None
     if family in runtime.fixed_heads:
-        why = f"its {family} class takes hidden size / heads for the head width, which pruned heads change"
+        why = f"its {family} class uses hidden size / heads as the head width, which pruned heads change"
         return Verdict(runtime=title, opens="no", basis="by rule", why=why)
-    why = f"whether its {family} class reads the head width from the config was not looked into"
+    why = f"whether its {family} class reads the head width from the config was not tested"
     return Verdict(runtime=title, opens="unknown", basis="by rule", why=why)
 
 
@@ -100,7 +100,7 @@ def _onnx(config: Mapping[str, Any]) -> Verdict:
     if _square_heads(config):
         why = "plain config; heads x head width = hidden size"
         return Verdict(runtime="ONNX Runtime", opens="likely", basis="by rule", why=why)
-    why = "optimum takes hidden size / heads for the head width, which pruned heads change; onnxruntime-genai reads it"
+    why = "optimum uses hidden size / heads as the head width, which pruned heads change; onnxruntime-genai reads it"
     return Verdict(runtime="ONNX Runtime", opens="unknown", basis="by rule", why=why)
 
 

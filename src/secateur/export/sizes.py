@@ -1,6 +1,6 @@
-"""Under which names the config of a family holds the sizes of its node groups, and where these lie in a layer.
+"""Names of the sizes of node groups in the config of a family, and the places of the groups in a layer.
 
-Names are found by a table and a check of the value, not family by family.
+Names are found by a table and a check of the value, not for each family.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 
 
 def size_name(config: PreTrainedConfig, group: NodeGroup) -> str:
-    """The attribute of ``config`` that holds the number of units of ``group``; ``config`` describes its layer.
+    """The attribute of ``config`` with the number of units of ``group``; ``config`` describes its layer.
 
-    Among names that hold this number the one goes first whose marked words (expert, shared) occur in the paths of the
-    group's parameters. When no name fits (a family may compute the size from others, as bloom does), it is one of ours.
+    Among attributes with this number, one whose marked words (expert, shared) are in the paths of the group's
+    parameters is preferred. When no name fits (bloom computes the size from others), it is one of our names.
     """
     names = [config.attribute_map.get(name, name) for name in _NAMES.get(group.kind, ())]
     names = [name for name in names if hasattr(config, name)]
@@ -50,7 +50,7 @@ def size_name(config: PreTrainedConfig, group: NodeGroup) -> str:
 
 
 def query_heads_name(config: PreTrainedConfig, name: str) -> str | None:
-    """The attribute with the query heads when ``name``, which counts KV heads or is ours, is another; else None."""
+    """The attribute with the number of query heads, if ``name`` is another one (of KV heads, or ours); else None."""
     query = config.attribute_map.get("num_attention_heads", "num_attention_heads")
     apart = name in _KV_HEADS or name.startswith(f"{OWN_NAME}attention")
     return query if apart and hasattr(config, query) else None
@@ -63,19 +63,19 @@ def _disagreement(name: str, path: str) -> int:
 
 @dataclass(frozen=True)
 class SizePlace:
-    """Where a group lies in its layer; the same in all layers that are built alike."""
+    """The place of a group in its layer; the same in all layers of the same structure."""
 
     path: str
-    """Of the list of layers, as ``model.layers``."""
+    """Path of the list of layers, such as ``model.layers``."""
     rows: frozenset[tuple[str, int]]
     """``"path inside the layer:axis"`` of each member, with the rows of one unit."""
     runs: int = 1
-    """Of units within those of another group: query heads go from so many KV heads in step, and what counts those of
-    a KV head loses so much less."""
+    """For units within those of another group: query heads are removed from this many KV heads in step, and the number
+    of query heads of a KV head falls by one for that many."""
 
 
 def size_place_of(group: NodeGroup) -> SizePlace | None:
-    """None for a group that does not lie inside one layer."""
+    """The place of ``group``; None for a group that is not inside one layer."""
     path, marker, _ = group.members[0].parameter.partition(f".{group.layer}.")
     prefix = path + marker
     if not marker or not all(member.parameter.startswith(prefix) for member in group.members):

@@ -1,4 +1,4 @@
-"""What the model card and the report tell: the facts of a run, and the comparison that both show."""
+"""The facts of a run for the model card and the report, and the comparison that both show."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ _UNITS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Story:
-    """The facts of a run, as its artefacts hold them."""
+    """The facts of a run, as in its artefacts."""
 
     plan: PruningPlan
     graph: DependencyGraph
-    """Of the model before the cut."""
+    """The graph of the model before the cut."""
     verification: Verification
     recipe: str = ""
     """YAML."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """As in ``metrics.json``; everything is optional. Per state (``dense``, ``pruned``, ``recovered``, and
-    ``baseline``, which has a ``name``): ``perplexity`` by source, ``parameters``, ``bytes``,
-    ``prefill_tokens_per_s``, ``decode_tokens_per_s``. ``tokens`` by source, ``window`` and ``windows`` (as
-    ``evaluation.Windows``) say what perplexity was measured on, ``machine`` where speed was, ``seconds`` by stage what
-    it took. Lists of ``{step, loss}`` anywhere below ``method`` and ``recovery`` are training curves."""
+    ``baseline``, which has a ``name``): ``perplexity`` by source, ``parameters``, ``bytes``, ``prefill_tokens_per_s``,
+    ``decode_tokens_per_s``. ``tokens`` by source, ``window`` and ``windows`` (as ``evaluation.Windows``) describe the
+    text of perplexity, ``machine`` that of speed, ``seconds`` the time of each stage. Lists of ``{step, loss}``
+    anywhere below ``method`` and ``recovery`` are training curves."""
     licence: str | None = None
-    """Of the base model, when it is known."""
+    """Licence of the base model, when it is known."""
 
     @property
     def base(self) -> str:
-        """Name of the base model; of a local folder only the last part, the rest is nobody's business."""
+        """Name of the base model; only the last part of a local folder's path, because the rest is private."""
         name = self.plan.base_model
         return Path(name).expanduser().resolve().name if Path(name).is_dir() else name or self.graph.model_type
 
     @property
     def gone(self) -> str:
-        """What kinds of units were cut out, in words; empty when none was."""
+        """The kinds of removed units, in words; empty when there are none."""
         kinds = {self.graph[name].kind for name in self.plan.kept if self.plan.removed(name)}
         return ", ".join(_UNITS.get(kind, kind) for kind in (*_UNITS, *sorted(kinds - set(_UNITS))) if kind in kinds)
 
@@ -63,7 +63,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of what was measured in each state."""
+    """A table of the measurements in each state."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -72,7 +72,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Widths:
-    """How much of the alike groups of all layers is left."""
+    """Kept units of the corresponding groups of all layers."""
 
     name: str
     """For instance ``layers.*.mlp``."""
@@ -84,9 +84,9 @@ class Widths:
 
 
 def compare_states(metrics: Mapping[str, Any], states: Sequence[str] = _STATES) -> Comparison:
-    """The states side by side, each compared with the first; the baseline of a run stands beside that.
+    """The states side by side, each compared with the first; the baseline of a run is beside that.
 
-    ``metrics`` is what ``metrics.json`` holds; what was not measured is left out.
+    ``metrics`` is the content of ``metrics.json``. Missing measurements are left out.
     """
     columns = {state: metrics[state] for state in states if state in metrics}
     if "baseline" in metrics:
@@ -135,7 +135,7 @@ def _mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int])
 
 
 def widths(story: Story) -> list[Widths]:
-    """Every set of alike groups that may be cut, in model order."""
+    """Every set of corresponding groups that may be cut, in model order."""
     alike: dict[str, list[tuple[int, int, int]]] = {}
     kinds = {}
     for group in story.graph.prunable:
@@ -148,7 +148,7 @@ def widths(story: Story) -> list[Widths]:
 
 
 def curves(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Training curves as points (step, loss), by the path of keys that leads to them."""
+    """Training curves as points (step, loss), by their path of keys."""
     found: dict[str, list[tuple[float, float]]] = {}
     for name in ("method", "recovery"):
         _collect(metrics.get(name), name, found)

@@ -1,4 +1,4 @@
-"""The checksums of a finished folder: whether each of its files is still as it was written."""
+"""The checksums of a finished folder, which show whether a file was changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PAGES = (".md", ".html")
 
 
 def write_sums(folder: Path, file: Path) -> None:
-    """Write the SHA-256 of every file in ``folder`` to ``file``, which lies in it; the last to be written.
+    """Write the SHA-256 of every file in ``folder`` to ``file`` in it. It is the last file to be written.
 
-    Pages for people are left out: whoever edits the model card has not damaged the model.
+    Pages for people are left out: editing the model card does not damage the model.
     """
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in _PAGES)
     names = sorted(path.relative_to(folder) for path in files)
@@ -24,15 +24,16 @@ def write_sums(folder: Path, file: Path) -> None:
 
 
 def check_sums(folder: Path, file: Path) -> None:
-    """Raise InputError, by name, when a file in ``folder`` is not as ``file`` says, or gone, or when that is damaged.
+    """Raise InputError with the name when a file in ``folder`` does not match ``file``, is missing, or when ``file`` is
+    damaged.
 
-    What was added since is not looked at.
+    Files added since are ignored.
     """
     changed = _first_changed(folder, file)
     if changed is not None:
         raise InputError(
-            f"What was asked for is finished in {folder}, and {changed} is not as it was written: edited since, "
-            "damaged, or gone. Name another folder, or delete this one to have it made again."
+            f"This run is finished in {folder}, and {changed} is not as it was written: it was edited, damaged or "
+            "removed. Name another folder, or delete this one to run again."
         )
 
 

@@ -1,7 +1,7 @@
 """The config of a model whose layers have different sizes.
 
-Sizes of layers go to transformers' own ``per_layer_config``; ``pruned_layers`` says what follows them, and
-``auto_map`` names the class in the modelling file (``surgery/rebuild.py``) that obeys both.
+Sizes of layers are in transformers' own ``per_layer_config``. ``pruned_layers`` lists the attributes that follow them,
+and ``auto_map`` names the class in the modelling file (``surgery/rebuild.py``) that uses both.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
     """The config for ``pruned_class(family)`` with layers of these sizes.
 
     ``before``, which may be without weights, is the model before the cut. Raises ModelError for a family that
-    transformers does not contain: its own code would have to travel along.
+    transformers does not contain, because its code would have to be copied.
     """
     if not family.__module__.startswith("transformers."):
         raise ModelError(
-            f"{family.__name__} comes with its own code, beside which layers of different sizes cannot be described. "
-            "Prune all layers to the same sizes, or use a family that transformers contains."
+            f"{family.__name__} has its own modelling code, and layers of different sizes cannot be described. Prune "
+            "all layers to the same sizes, or use a family that transformers contains."
         )
     config = copy.deepcopy(sizes.whole)
     names = {name: _writable(config, name) for own in sizes.sizes.values() for name in own}
@@ -47,8 +47,9 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
     layers = cast(nn.ModuleList, before.get_submodule(path))
     if len(layers) != config.num_hidden_layers:
         raise ModelError(
-            f"{path} of this {config.model_type} model has {len(layers)} layers and its config counts "
-            f"{config.num_hidden_layers}, so sizes of layers cannot be described. Prune all layers to the same sizes."
+            f"{path} of this {config.model_type} model has {len(layers)} layers and its config has "
+            f"{config.num_hidden_layers}, therefore sizes of layers cannot be described. Prune all layers to the same "
+            "sizes."
         )
     config.pruned_layers = {"path": path, "follows": follows}
     config.auto_map = auto_map_of(family)
@@ -60,16 +61,16 @@ def uneven_config(family: type[PreTrainedModel], sizes: LayerSizes, before: PreT
 
 
 def added_biases(config: PreTrainedConfig, unknown: Iterable[str]) -> list[str]:
-    """Linears of a layer whose biases are among the parameters that ``config`` does not give, as paths in the layer."""
+    """Linears of a layer whose biases are among the ``unknown`` parameters, as paths in the layer."""
     inside = re.compile(rf"{re.escape(config.pruned_layers['path'])}\.\d+\.(.+)\.bias")
     return sorted({match[1] for name in unknown if (match := inside.fullmatch(name))})
 
 
 def _writable(config: PreTrainedConfig, name: str) -> str:
-    """``name``, or one of our own for a size that the family's validator does not let layers differ in.
+    """``name``, or one of our names for a size that must not differ between layers for the family's validator.
 
-    Llama's, for one, divides the hidden size by the one number of heads, and fails when there are several. What is
-    written under our name counts all the same: ``pruned_layers`` refers to it.
+    Llama's divides the hidden size by the number of heads, and fails when there are several. Our name works as well:
+    ``pruned_layers`` refers to it.
     """
     trial = without_layer_sizes(config).to_dict()
     trial["per_layer_config"] = {0: {name: trial[name] + 1}}
@@ -80,16 +81,14 @@ def _writable(config: PreTrainedConfig, name: str) -> str:
         return OWN_NAME + name
     except StrictDataclassError as error:
         reason = str(error.__cause__ or error)
-        raise ModelError(
-            f"The config of {config.model_type} models refuses the sizes that are left: {reason}"
-        ) from error
+        raise ModelError(f"The config of {config.model_type} models refuses the kept sizes: {reason}") from error
     return name
 
 
 def _attributes(before: PreTrainedModel, sizes: LayerSizes, group: NodeGroup, path: str) -> dict[str, int | float]:
-    """``"path inside the layer.attribute"`` → how much it loses with each unit of ``group``, where that is not 0.
+    """``"path inside the layer.attribute"`` → its decrease with each unit of ``group``, where that is not 0.
 
-    A fraction for what loses 1 when all runs of the group lose a unit (the query heads of a KV head).
+    It is a fraction for an attribute that falls by 1 when all runs of the group lose a unit (query heads of a KV head).
     """
     prefix = f"{path}.{group.layer}."
     paths = {id(module): name.removeprefix(prefix) for name, module in before.named_modules()}

@@ -1,7 +1,7 @@
-"""A model whose layers differ in size, filled up with zeros until they do not: a plain checkpoint for every loader.
+"""Pads a model whose layers differ in size with zeros to equal sizes: a plain checkpoint for every loader.
 
-The reverse of slicing: of the even model, a plan that keeps the first units of each group makes the uneven one, and the
-units that such a plan would remove are zero here, so that both compute the same.
+It is the reverse of slicing. A plan that keeps the first units of each group turns the even model into the uneven one.
+The units that this plan would remove are zero, therefore both compute the same.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from secateur.types import DependencyGraph, Kept, NodeGroup
 from secateur.units import Rows
 
 _BIASES = ("attention_bias", "mlp_bias")
-"""Switches of families that can have biases; methods that compensate for what goes (FLAP) bring some."""
+"""Switches of families that can have biases. Methods that compensate for removed units (FLAP) add some."""
 
 
 def uniform_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same function whose config is a plain one of its family, in the type of ``model``.
+    """A model with the same function and a plain config of its family, in the type of ``model``.
 
-    Every size becomes that of the largest layer, or the next that the family takes. ``model``, which has sizes of
-    layers in its config, is not changed.
+    Every size becomes that of the largest layer, or the next larger one that the family supports. ``model``, which has
+    sizes of layers in its config, is not changed.
 
-    Raises ModelError for a model that is even already, and where zeros would not be exact: for experts (a router
-    counts them), for units that a norm runs over, and for models whose config lists tensors.
+    Raises ModelError for a model that is already even, and where padding with zeros would not be exact: for experts (a
+    router chooses among them), for units that a norm runs over, and for models whose config lists tensors.
     """
     if not is_uneven(model.config):
         raise ModelError(
-            "All layers of this model have the same sizes already: it opens as it is wherever its family does."
+            "All layers of this model have the same sizes already. Every program that supports its family opens it as "
+            "it is."
         )
     if is_listed(model.config):
         raise ModelError(
-            f"What was cut out of this {model.config.model_type} model is not one size by layer, so that it cannot be "
-            "filled up. Prune it with --runs-on everywhere instead."
+            f"The cut of this {model.config.model_type} model is not described by sizes of layers, therefore it cannot "
+            "be padded. Prune it with --runs-on everywhere instead."
         )
     family, sizes = family_of(model), LayerSizes(model.config, trace(model), {})
     for config in _even_configs(sizes):
@@ -55,18 +56,18 @@ def uniform_model(model: PreTrainedModel) -> PreTrainedModel:
             _refuse_inexact(graph, kept)
             return _filled(model, even, removed_rows(even, graph, kept))
     raise ModelError(
-        f"No plain config of {model.config.model_type} holds this model, even filled up. Prune it with --runs-on "
+        f"No plain config of {model.config.model_type} describes this model after padding. Prune it with --runs-on "
         "everywhere instead."
     )
 
 
 def _even_configs(sizes: LayerSizes) -> Iterator[PreTrainedConfig]:
-    """Plain configs that are large enough: without biases, and then, where the family can have some, with."""
+    """Plain configs that are large enough: without biases first, then with biases if the family supports them."""
     even = copy.deepcopy(sizes.whole)
     for name in dict.fromkeys(sizes.names.values()):
         _fill_up(even, name, sizes)
     for name in [name for name in vars(even) if name.startswith(OWN_NAME)]:
-        delattr(even, name)  # the family computes this size, so that it is the one from before pruning
+        delattr(even, name)  # the family computes this size: it is the one from before pruning
     yield even
     for name in _BIASES:
         if getattr(even, name, None) is False:
@@ -76,7 +77,7 @@ def _even_configs(sizes: LayerSizes) -> Iterator[PreTrainedConfig]:
 
 
 def _fill_up(even: PreTrainedConfig, name: str, sizes: LayerSizes) -> None:
-    """Set one size of ``even`` to the smallest that its family takes and that holds every layer."""
+    """Set one size of ``even`` to the smallest that its family supports and that fits every layer."""
     whole, query = getattr(sizes.whole, name), query_heads_name(sizes.whole, name)
     if name.startswith(OWN_NAME):
         return
@@ -89,19 +90,22 @@ def _fill_up(even: PreTrainedConfig, name: str, sizes: LayerSizes) -> None:
             setattr(even, query, size * each)
         try:
             type(even).from_dict(even.to_dict())
-        except (StrictDataclassError, ValueError):  # Llama's, for one, wants hidden size / heads to be whole
+        except (StrictDataclassError, ValueError):  # Llama's requires hidden size / heads to be whole
             continue
         return
-    raise ModelError(f"The config of {even.model_type} takes no {name} from {least} to {whole}.")
+    raise ModelError(
+        f"The config of {even.model_type} supports no {name} from {least} to {whole}. Prune the model with --runs-on "
+        "everywhere instead."
+    )
 
 
 def _first_units(graph: DependencyGraph, sizes: LayerSizes) -> dict[str, list[int]]:
-    """The units of the even model's ``graph`` that the uneven one's go to: the first ones of every run."""
+    """The units of the even model's ``graph`` for those of the uneven one: the first ones of every run."""
     kept: dict[str, list[int]] = {}
     for group in graph:
         name = _name_of(group, sizes)
         if name is None or group.layer is None or group.within in kept:
-            continue  # a KV head takes its query heads along
+            continue  # query heads follow their KV head
         length, each = group.size // group.runs, sizes.of(group.layer, name) // group.runs
         if each < length:
             kept[group.name] = [run * length + unit for run in range(group.runs) for unit in range(each)]
@@ -109,7 +113,7 @@ def _first_units(graph: DependencyGraph, sizes: LayerSizes) -> dict[str, list[in
 
 
 def _name_of(group: NodeGroup, sizes: LayerSizes) -> str | None:
-    """The name of the size that counts the units of ``group``, which may have biases more than the uneven model."""
+    """The name of the size of ``group``, which may have more biases than in the uneven model."""
     place = size_place_of(group) if group.members else None
     if place is None:
         return None
@@ -117,7 +121,7 @@ def _name_of(group: NodeGroup, sizes: LayerSizes) -> str | None:
 
 
 def _holds(even: PreTrainedModel, graph: DependencyGraph, kept: Kept, model: PreTrainedModel) -> bool:
-    """Whether ``model`` is what is left of ``even`` when only ``kept`` stays; biases may be more."""
+    """Whether a cut of ``even`` to ``kept`` gives the shapes of ``model``; ``even`` may have more biases."""
     sliced = copy.deepcopy(even)
     try:
         slice_model(sliced, graph, kept)
@@ -129,19 +133,19 @@ def _holds(even: PreTrainedModel, graph: DependencyGraph, kept: Kept, model: Pre
 
 
 def _refuse_inexact(graph: DependencyGraph, kept: Kept) -> None:
-    """Raise ModelError when a group that is filled up is one that zeros would change."""
+    """Raise ModelError when padding a group with zeros would change the function."""
     for name in kept:
         group = graph[name]
         if group.renormalised or not any(member.role == "in" for member in group.members):
             why = f"{', '.join(group.renormalised)} counts its units" if group.renormalised else "nothing consumes it"
             raise ModelError(
-                f"{name} cannot be filled up with zeros without a change: {why}. Prune it with --runs-on everywhere, "
-                "or with --set budget.ranking=layer."
+                f"Padding {name} with zeros would change the model: {why}. Prune it with --runs-on everywhere, or with "
+                "--set budget.ranking=layer."
             )
 
 
 def _filled(model: PreTrainedModel, even: PreTrainedModel, lacking: Sequence[Rows]) -> PreTrainedModel:
-    """``even``, which is without weights, with those of ``model`` where it has them, and zeros in ``lacking``."""
+    """``even``, which has no weights yet, with those of ``model``, and zeros in ``lacking``."""
     rows: dict[int, list[Rows]] = {}
     for one in lacking:
         rows.setdefault(id(one.tensor), []).append(one)
@@ -165,7 +169,8 @@ def _filled(model: PreTrainedModel, even: PreTrainedModel, lacking: Sequence[Row
 
 
 def _restore_buffers(even: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Give ``even`` the buffers that no checkpoint holds (frequencies of rotary embeddings): they are of one size."""
+    """Give ``even`` the buffers that are not in checkpoints (frequencies of rotary embeddings); their sizes are
+    equal."""
     theirs = dict(model.named_buffers())
     for path, module in even.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):

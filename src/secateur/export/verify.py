@@ -1,4 +1,4 @@
-"""Proves that a saved folder opens without secateur and computes what the model in memory computed."""
+"""Verifies that a saved folder opens without secateur and computes the same as the model in memory."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from secateur.surgery.rebuild import MODELING_FILE, auto_map_of, modeling_source
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference of logits by dtype, as a fraction of the largest logit (kernels may differ in rounding)."""
 _FACTS = ("missing_keys", "unexpected_keys", "dtype", "parameters", "logits_scale", "logits_difference")
-"""What a verdict needs."""
+"""Keys of an answer that a verdict needs."""
 
 
 class Verification(BaseModel):
-    """What a fresh process found; written to ``verification.json``. Numbers in units of logits."""
+    """The results of a fresh process; written to ``verification.json``. Numbers are in units of logits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     class_name: str
     """Class that transformers built."""
     trust_remote_code: bool
-    """Whether the folder needs it."""
+    """Whether the folder needs ``trust_remote_code=True``."""
     note: str
     dtype: str
     parameters: int
@@ -52,20 +52,20 @@ class Verification(BaseModel):
     same_top_token: float
     """Fraction of positions where both predict the same token."""
     dynamic_cache_difference: float | None = None
-    """Largest difference between generating with a cache and one pass without; None where that does not work,
-    neither in the folder nor in memory."""
+    """Largest difference of logits between generation with a cache and one pass without. None when generation with a
+    cache works neither in the folder nor in memory."""
     dynamic_cache_error: str | None = None
-    """Why it does not."""
+    """Why it does not work."""
     static_cache_difference: float | None = None
     """The same for a static cache, which many families lack."""
     static_cache_error: str | None = None
     generated: list[int] = []
     """Token ids that were generated greedily."""
     sample: str | None = None
-    """What it writes greedily after "The quick brown fox"; None without a tokenizer or a cache to generate with."""
+    """Its greedy continuation of "The quick brown fox"; None without a tokenizer, or when a cache does not work."""
     tokenizer: str | None
     tokens_in_a_sentence: int | None = None
-    """Of "The quick brown fox jumps over the lazy dog."."""
+    """Token ids of "The quick brown fox jumps over the lazy dog."."""
     seconds_to_open: float
     versions: dict[str, str]
     runtimes: list[Verdict]
@@ -75,7 +75,7 @@ class Verification(BaseModel):
 
 
 class Reference(NamedTuple):
-    """A folder, with what the model in memory answers."""
+    """A folder, with the answers of the model in memory."""
 
     folder: Path
     ids: torch.Tensor
@@ -83,25 +83,24 @@ class Reference(NamedTuple):
     logits: torch.Tensor
     """``[batch, length, vocabulary]``, float32, computed in the type that the folder's weights have."""
     cache_difference: float | None = 0.0
-    """Difference that a cache makes to the model in memory; None when that cannot generate with one."""
+    """Difference of logits with a cache for the model in memory; None when it cannot generate with one."""
     static_difference: float | None = 0.0
     """The same for a static cache, which some families have got wrong (GPT-Neo in transformers 5.23)."""
     note: str = ""
     trusted: bool = False
-    """Whether code in the folder may be run that secateur did not write: it runs in this process already, or its user
-    said so."""
+    """Whether foreign code in the folder may be run: it already runs in this process, or the user trusts it."""
 
 
 def verify_folder(reference: Reference) -> Verification:
     """Open a folder in a fresh process without secateur and compare it with the model in memory.
 
-    Code from the folder is executed only when it is what secateur writes, or trusted. Raises VerificationError.
+    Code from the folder is executed only if secateur wrote it, or if it is trusted. Raises VerificationError.
     """
     return judge(reference, open_folders([reference])[0])
 
 
 def open_folders(references: Sequence[Reference]) -> list[dict[str, Any]]:
-    """What one fresh process finds in each folder, for ``judge``; raises VerificationError when the process dies."""
+    """The answers of one fresh process for each folder, for ``judge``; raises VerificationError when it dies."""
     with tempfile.TemporaryDirectory() as scratch:
         jobs = []
         for number, reference in enumerate(references):
@@ -110,8 +109,8 @@ def open_folders(references: Sequence[Reference]) -> list[dict[str, Any]]:
             folder = reference.folder.absolute()
             if needs_trust(folder) and not (reference.trusted or holds_only_our_code(folder)):
                 raise VerificationError(
-                    f"{folder} names code that secateur did not write (auto_map), so it was not opened. If you trust "
-                    "it, say so with --trust-remote-code."
+                    f"{folder} names code that secateur did not write (auto_map), and was not opened. If you trust it, "
+                    "add --trust-remote-code."
                 )
             jobs.append({"folder": str(folder), "reference": str(file), "trust": needs_trust(folder)})
         answers = _run(jobs, Path(scratch))
@@ -121,12 +120,12 @@ def open_folders(references: Sequence[Reference]) -> list[dict[str, Any]]:
 
 
 def needs_trust(folder: Path) -> bool:
-    """Whether the folder names code, its own or another's, that who trusts it runs."""
+    """Whether the folder names code, its own or another's, which runs with ``trust_remote_code=True``."""
     return any("auto_map" in content for content in _named_in(folder))
 
 
 def holds_only_our_code(folder: Path) -> bool:
-    """Whether all code that the folder names is the modelling file that secateur writes, byte for byte."""
+    """Whether all code named in the folder is the modelling file of secateur, byte for byte."""
     config, *others = _named_in(folder)
     name = str((config.get("auto_map") or {}).get("AutoModelForCausalLM"))
     family = getattr(transformers, name.removeprefix(f"{Path(MODELING_FILE).stem}.Pruned"), None)
@@ -139,7 +138,7 @@ def holds_only_our_code(folder: Path) -> bool:
 
 
 def _named_in(folder: Path) -> list[dict[str, Any]]:
-    """config.json, and what else names code: tokenizer and processors."""
+    """config.json, and the other files that may name code: tokenizer and processors."""
     files = [folder / "config.json", *sorted(path for path in folder.glob("*_config.json") if path.is_file())]
     contents = [read_json(file) for file in files]
     return [content if isinstance(content, dict) else {} for content in contents]
@@ -147,7 +146,7 @@ def _named_in(folder: Path) -> list[dict[str, Any]]:
 
 def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     (scratch / "jobs.json").write_text(json.dumps({"threads": torch.get_num_threads(), "jobs": jobs}))
-    # The folder's code is cached by transformers per path: a new cache, so that nothing old is found.
+    # transformers caches the folder's code by path: a new cache avoids old code.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     command = [sys.executable, "-I", fresh_process.__file__, str(scratch / "jobs.json"), str(scratch / "answers.json")]
     done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
@@ -159,29 +158,31 @@ def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
 
 
 def judge(reference: Reference, answer: dict[str, Any]) -> Verification:
-    """The verdict over what ``open_folders`` found; raises VerificationError unless everything agrees."""
+    """The verdict for an answer of ``open_folders``; raises VerificationError unless everything agrees."""
     name, answer = reference.folder.name, dict(answer)
     if "error" in answer:
         raise VerificationError(f"{name} does not open in a fresh process: {answer['error']}")
     lost = [fact for fact in _FACTS if answer.get(fact) is None]
     if lost or not reference.logits.numel() or not all_finite(reference.logits):
-        what = f"the fresh process does not say its {', '.join(lost)}" if lost else "the model's logits are not finite"
+        what = (
+            f"the fresh process does not report its {', '.join(lost)}" if lost else "the model's logits are not finite"
+        )
         raise VerificationError(f"{name} cannot be verified: {what}.")
     wrong = answer.pop("missing_keys") + answer.pop("unexpected_keys")
     if wrong:
-        raise VerificationError(f"{name} opens, but not all weights find their place: {', '.join(wrong[:3])}.")
+        raise VerificationError(f"{name} opens, but not all weights have a place in the model: {', '.join(wrong[:3])}.")
     allowed = _TOLERANCE.get(answer["dtype"], 1e-4) * max(answer["logits_scale"], 1.0)
     _check_difference(name, answer, "logits_difference", allowed)
     if reference.cache_difference is not None and not math.isfinite(reference.cache_difference):
         raise VerificationError(f"{name} cannot be verified: what the model in memory generates is not finite.")
     before = {"dynamic": reference.cache_difference, "static": reference.static_difference}
     for cache, difference in before.items():
-        if is_small(difference, allowed):  # what was not right in memory cannot be asked of the folder
+        if is_small(difference, allowed):  # a fault in memory cannot be blamed on the folder
             if f"{cache}_cache_error" in answer:
                 raise VerificationError(f"{name} opens, but cannot generate: {answer[f'{cache}_cache_error']}")
             _check_difference(name, answer, f"{cache}_cache_difference", allowed)
         elif not math.isfinite(answer.get(f"{cache}_cache_difference", 0.0)):
-            answer[f"{cache}_cache_error"] = "What it generates is not finite, in memory neither."
+            answer[f"{cache}_cache_error"] = "Its generated logits are not finite, neither in the folder nor in memory."
             del answer[f"{cache}_cache_difference"]
     versions = {library: answer.pop(library) for library in ("transformers", "torch")}
     return Verification(
@@ -194,7 +195,7 @@ def judge(reference: Reference, answer: dict[str, Any]) -> Verification:
 
 
 def _check_difference(name: str, answer: dict[str, Any], what: str, allowed: float) -> None:
-    """Raise VerificationError unless the difference is there, is a number, and is no larger than ``allowed``."""
+    """Raise VerificationError unless the difference exists, is a number, and is at most ``allowed``."""
     found = answer.get(what)
     if not is_small(found, allowed):
         shown = "missing" if found is None else f"{found:.3g}"

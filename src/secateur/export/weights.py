@@ -1,4 +1,4 @@
-"""In which types the weights of a model are written: those of the files that it came from, unless asked otherwise."""
+"""The types in which the weights of a model are written: by default those of its source files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ExportSettings(Settings):
     """How the model is written."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; ``auto`` is the type that the model was stored in before it was opened, so that a
-    checkpoint does not grow by being pruned, and the type in memory for a model that was not opened from a folder."""
+    """Type of the written weights. ``auto`` is the type of the source files, because a pruned checkpoint must not grow.
+    For a model that was not opened from a folder, it is the type in memory."""
     max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)? ?(KB|MB|GB|TB)$")
     """Largest weight file: a number above 0 with KB, MB, GB or TB (``5GB``, ``500MB``)."""
 
@@ -29,18 +29,18 @@ class ExportSettings(Settings):
     @classmethod
     def _holds_something(cls, value: str) -> str:
         if not float(value.rstrip("KMGTB ")) > 0:
-            raise ValueError("a weight file holds something: give a size above 0, such as 5GB")
+            raise ValueError("a weight file cannot be empty: give a size above 0, such as 5GB")
         return value
 
 
 def source_of(model: PreTrainedModel) -> Path | None:
-    """The folder that the files of ``model`` lie in; None for one that comes from Python, or when it is gone."""
+    """The folder with the files of ``model``; None for a model built in Python, or when the folder no longer exists."""
     folder = getattr(model, "source_folder", None)
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def written_dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dtype:
-    """The type that the weights of ``model`` are written in."""
+    """The type of the written weights of ``model``."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     return getattr(model, "stored_dtype", None) or model.dtype
@@ -49,8 +49,8 @@ def written_dtype(model: PreTrainedModel, settings: ExportSettings) -> torch.dty
 def written_types(model: PreTrainedModel, settings: ExportSettings) -> dict[str, torch.dtype]:
     """Type of each floating tensor of the state dict as it is written.
 
-    What the source stores in another type than the rest stays in that type. What a family keeps in float32 is written
-    so where nothing is known of a source.
+    A tensor that the source stores in another type than the rest keeps that type. Without a known source, tensors that
+    a family keeps in float32 are written in float32.
     """
     main, patterns = written_dtype(model, settings), _kept_in_float32(model)
     stored = _stored_types(source_of(model)) if settings.dtype == "auto" else {}
@@ -71,9 +71,9 @@ def written_bytes(model: PreTrainedModel, settings: ExportSettings) -> int:
 def written_weights(
     model: PreTrainedModel, settings: ExportSettings
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state dict as it is written, and as who opens it computes: all in one type, but for what a family keeps.
+    """The state dict as it is written, and as it is after opening: all in one type, except tensors that a family keeps.
 
-    Tied tensors stay one.
+    Tied tensors remain one tensor.
     """
     types, patterns = written_types(model, settings), _kept_in_float32(model)
     main = written_dtype(model, settings)

@@ -1,8 +1,8 @@
 """Everything of a model folder that is not weights or code: config, generation settings, tokenizer, processor, licence.
 
-A result is the user's model, smaller, and otherwise the same. So the source's files travel along as they are, and in
-its config and generation settings only that changes which was changed since it was opened: transformers would drop
-what equals a default, add what the source never said, and rename the rest.
+A result is the user's model, smaller, and otherwise the same. Therefore the source's files are copied unchanged. In its
+config and generation settings, only keys that were changed since opening are changed: transformers would drop keys with
+default values, add keys that the source does not have, and rename others.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Words = dict[str, bytes]
 """Path in the folder → content."""
 
 _NAMES_CODE = ("auto_map", "custom_pipelines")
-"""Keys of JSON files under which code is named that whoever trusts the folder runs."""
+"""Keys of JSON files that name code, which runs with ``trust_remote_code=True``."""
 _KERNELS = "experts_implementation"
-"""Key of a config with the kernels that read stacked experts: not all take every width."""
+"""Key of a config with the kernels for stacked experts. Not all kernels support every width."""
 _NOT_COMPARED = ("_name_or_path", "transformers_version")
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
@@ -49,15 +49,15 @@ def words_of(
     config: PreTrainedConfig,
     dtype: torch.dtype,
 ) -> Words:
-    """What is written beside the weights of ``model``.
+    """The files beside the weights of ``model``.
 
     Args:
-        model: gives generation settings, and the folder that it came from.
+        model: has the generation settings, and the folder that it came from.
         tokenizer: None writes no tokenizer.
         model_class, config: of the standard form that is written; ``dtype`` of its weights.
 
-    Code that the result would not hold is not named in it. Raises InputError for generation settings that transformers
-    does not write, and for a tokenizer that cannot be saved.
+    The files do not name code that the result does not contain. Raises InputError for generation settings that
+    transformers does not write, and for a tokenizer that cannot be saved.
     """
     source = source_of(model)
     before = None if source is None else _config_of(source, type(config))
@@ -76,9 +76,9 @@ def words_of(
 
 
 def write_words(folder: Path, words: Words) -> None:
-    """Write what ``words_of`` found over what transformers wrote there.
+    """Write the files of ``words_of`` over those of transformers.
 
-    A model whose code came with its folder has that in the new folder, too, by the names that transformers gave it.
+    A model with its own code has it in the new folder as well, under the names that transformers gave it.
     """
     written = folder / _CONFIG
     own = read_json(written).get("auto_map") if written.is_file() else None
@@ -92,7 +92,7 @@ def write_words(folder: Path, words: Words) -> None:
 
 
 def carried(folder: Path, patterns: Iterable[str]) -> Words:
-    """Files of ``folder`` whose names, in small letters, fit one of ``patterns``."""
+    """Files of ``folder`` whose names, in lower case, match one of ``patterns``."""
     files = [path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")) if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
@@ -103,7 +103,7 @@ def carried(folder: Path, patterns: Iterable[str]) -> Words:
 
 
 def merged(source: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """``source`` with what differs between ``before`` and ``after``: two readings of it, the second one changed."""
+    """``source`` with the changes from ``before`` to ``after``, two readings of it of which the second was changed."""
     result = dict(source)
     for key in before.keys() | after.keys():
         if key in before and key in after and before[key] == after[key]:
@@ -118,10 +118,10 @@ def merged(source: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[
 
 
 def _config_of(source: Path, config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
-    """The source's config as it was opened; None when it is of another family than what is written."""
+    """The source's config as it was opened; None when it is of another family than the written one."""
     try:
         found = config_class.from_pretrained(source, local_files_only=True)
-    except Exception:  # config classes raise whatever their validators raise
+    except Exception:  # config classes raise any error of their validators
         return None
     return found if read_json(source / _CONFIG).get("model_type") == found.model_type else None
 
@@ -134,7 +134,7 @@ def _config(
     before: PreTrainedConfig | None,
     scratch: Path,
 ) -> bytes:
-    """config.json: the source's with what was changed; as transformers writes it for a model that has none."""
+    """config.json: the source's with the changes; without a source, as transformers writes it."""
     config = copy.deepcopy(config)
     kernels = vars(config).pop(_KERNELS, None)  # read back as something else than it is written
     chosen = {} if kernels is None else {_KERNELS: kernels}
@@ -164,7 +164,7 @@ def _config(
 
 
 def _compared(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> dict[str, Any]:
-    """All that ``config`` says, its parts in the type of the whole: opening a model sets that in each."""
+    """All keys of ``config``, its parts in the type of the whole: opening a model sets the type in each."""
     config = copy.deepcopy(config)
     for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
         if isinstance(part, PreTrainedConfig):
@@ -176,7 +176,7 @@ def _compared(config: PreTrainedConfig, dtype: torch.dtype | str | None) -> dict
 def _generation(
     settings: GenerationConfig, source: Path | None, before: PreTrainedConfig | None, scratch: Path
 ) -> Words:
-    """generation_config.json: the source's own, or none where it has none, unless the settings were changed."""
+    """generation_config.json: the source's own, or none when it has none, unless the settings were changed."""
     file = None if source is None else source / _GENERATION
     known = None
     if file is not None and file.is_file():
@@ -202,7 +202,7 @@ def _generation(
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path | None, scratch: Path) -> Words:
-    """The files of the folder that ``tokenizer`` was opened from, while it is as it was; or what it writes itself."""
+    """The tokenizer files of its source folder, if ``tokenizer`` was not changed; or those that it writes itself."""
     written = _written(tokenizer, scratch / "given")
     named = Path(tokenizer.name_or_path or "")
     for folder in (named if named.is_absolute() else None, source):
@@ -229,7 +229,7 @@ def _is_that_of(tokenizer: PreTrainedTokenizerBase, written: Words, folder: Path
 
 
 def _same(ours: Words, theirs: Words) -> bool:
-    """Whether two tokenizers are one, but for how the latest text was filled up and cut off."""
+    """Whether two tokenizers are equal, except for the padding and truncation of the latest text."""
     if ours.keys() != theirs.keys():
         return False
     return all(ours[name] == theirs[name] or _parsed(name, ours) == _parsed(name, theirs) for name in ours)
@@ -244,10 +244,10 @@ def _parsed(name: str, words: Words) -> Any:
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Words:
-    """What ``tokenizer.save_pretrained`` writes; raises InputError when it cannot."""
+    """The files of ``tokenizer.save_pretrained``; raises InputError when it fails."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # each tokenizer class raises what it likes
+    except Exception as error:  # tokenizer classes raise many errors
         if is_full(error):
             raise
         raise InputError(
@@ -258,7 +258,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Words:
 
 
 def _without_code(words: Words) -> Words:
-    """The same files; those in JSON that name code, which does not travel along, without these names."""
+    """The same files; JSON files without the names of code that is not copied."""
     clean = dict(words)
     for name, text in words.items():
         if name.endswith("config.json") and any(key.encode() in text for key in _NAMES_CODE):
@@ -268,7 +268,7 @@ def _without_code(words: Words) -> Words:
 
 
 def _without_parts_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` whose parts name no code: only the whole may."""
+    """``config`` without names of code in its parts: only the whole config may name code."""
     parts = {key: value for key, value in config.items() if isinstance(value, dict) and key not in _NAMES_CODE}
     clean = {key: {k: v for k, v in part.items() if k not in _NAMES_CODE} for key, part in parts.items()}
     return {**config, **clean}

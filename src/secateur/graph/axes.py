@@ -1,9 +1,9 @@
-"""The algebra of symbolic axes: what a tensor's dimensions are made of, and what follows when they meet.
+"""The algebra of symbolic axes: the parts of a tensor's dimensions, and the relations between them.
 
-An **atom** is a piece of some dimension: it has a size, and it stands for that many *units* that can only go or stay.
+An **atom** is a piece of some dimension: it has a size, and represents that many *units*, each kept or removed whole.
 An **axis** (one dimension of one tensor) is a tuple of atoms, read as a row-major product; a dimension of size 1 is the
-empty tuple. While a model runs, every operator tells how the axes of its output follow from those of its inputs, and
-the atoms get to know each other:
+empty tuple. While a model runs, the rule of every operator derives the axes of its output from those of its inputs, and
+relates their atoms:
 
 >>> rows = leaf(12)                        # rows of a query projection; nothing is known about them
 >>> heads, head_dim = split_axis(rows, 4)  # `view(..., 3, 4)`: the rows are 3 heads of 4
@@ -13,7 +13,7 @@ True
 
 An atom starts as a *leaf*. It may later be **bound** in place to a *product* (it was a view of several axes), to a
 *concatenation* (a slice cut it: this is how a fused ``gate_up`` comes apart), or to another atom (they were added).
-Because bindings are made in place, what is learned late is known everywhere, also about tensors seen long ago.
+Because bindings are made in place, a late binding is valid everywhere, also for earlier tensors.
 
 Five primitives carry every operator that moves elements around:
 
@@ -23,9 +23,8 @@ Five primitives carry every operator that moves elements around:
 * ``cut``         divides an axis at a position into left and right, which makes a concatenation of a leaf;
 * ``unify``       says that two axes are the same; the larger atoms are factored until they match.
 
-Two shapes that have no common refinement (12 as 4 x 3 and as 3 x 4, both with meaning) raise ``Conflict``: the caller
-then *refuses* the axes. Refusing never has to undo anything: bindings that were made before the conflict only say that
-more things belong together, or look at them more finely.
+Two shapes without a common refinement (12 as 4 x 3 and as 3 x 4, both with meaning) raise ``Conflict``: the caller then
+*refuses* the axes. Refusing never has to undo anything: earlier bindings only add dependencies, or make units finer.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Atom:
     """A node of the union-find forest; use the functions of this module rather than its attributes.
 
     At most one of ``link`` (same as another atom), ``factors`` (a product) and ``pieces`` (a concatenation) is set.
-    ``refusals`` are reasons not to cut (in the order in which they were found), ``marks`` say what the
-    atom was part of.
+    ``refusals`` are reasons not to cut (in the order in which they were found), ``marks`` are the operations of the
+    atom.
     """
 
     __slots__ = ("factors", "link", "marks", "pieces", "refusals", "serial", "size")
@@ -77,7 +76,7 @@ def axis_text(axis: Axis) -> str:
 
 
 def leaf(size: int) -> Axis:
-    """A new axis about which nothing is known; the empty product when ``size`` is 1."""
+    """A new axis without any relation; the empty product when ``size`` is 1."""
     return () if size == 1 else (Atom(size),)
 
 
@@ -126,13 +125,13 @@ def nodes(axis: Axis) -> Iterator[Atom]:
 
 
 def refuse(axis: Axis, reason: str) -> None:
-    """Nothing below ``axis`` may be cut, because of ``reason``."""
+    """Protect everything below ``axis`` from cuts, because of ``reason``."""
     for atom in nodes(axis):
         atom.refusals.setdefault(reason)
 
 
 def sever(axis: Axis, reason: str) -> None:
-    """Refuse ``axis``, and note that what becomes of its units is not known: the other half of the place is missing."""
+    """Refuse ``axis``, and note that the consumers or producers of its units are not known."""
     refuse(axis, reason)
     mark(axis, "severed")
 

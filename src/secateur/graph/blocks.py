@@ -1,8 +1,8 @@
-"""Whole decoder layers as units: which blocks can become the identity without anything else missing them.
+"""Whole decoder layers as units: blocks that can be replaced by the identity.
 
-A block adds to the residual stream; without it the stream passes on as it came. That is all there is to removing a
-block when the blocks run once each, one after the other, and when nothing but the next block uses what a block has
-computed. Both are read off the recorded run: which operators ran inside of which block, and whose results they used.
+A block adds to the residual stream; without it the stream is passed on unchanged. A block can be removed in this way
+when the blocks run once each, one after the other, and only the next block uses its result. Both are found in the
+recorded run: the operators inside of each block, and the results that they use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from secateur.types import NodeGroup
 
 @dataclass
 class Span:
-    """One pass through a module that stands in a list of modules."""
+    """One pass through a member of a list of modules."""
 
     path: str
     start: int
@@ -38,9 +38,9 @@ class Span:
 
 
 class WatchBlocks:
-    """While it lasts, every pass through a member of a list of modules is noted in ``spans``.
+    """A context that records every pass through a member of a list of modules in ``spans``.
 
-    ``calls`` is the list that the operators are recorded in.
+    ``calls`` is the list of the recorded operators.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:

@@ -1,4 +1,4 @@
-"""From atoms to node groups: which leaves own rows of parameters, what they are, and how they are called."""
+"""From atoms to node groups: leaves that own rows of parameters, their kinds, and their names."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ RENORMALISING = (
     "cumulative product",
     "product",
 )
-"""Marks of reductions that have to be told which units are gone."""
+"""Marks of reductions that must know the removed units."""
 
 _OPEN: tuple[Kind, ...] = ("ffn", "attention")
-"""Kinds that may be cut unless something speaks against it."""
+"""Kinds that may be cut by default."""
 
 _WHAT: Mapping[Kind, str] = {"ffn": "mlp", "expert": "experts"}
-"""How kinds are called in the names of groups, where it is not the kind itself."""
+"""Names of kinds in the names of groups, where they differ from the kind."""
 
 
 @dataclass
@@ -87,10 +87,10 @@ class Candidate:
 def find_groups(
     model: nn.Module, table: SymbolTable, calls: Sequence[Call], spans: Sequence[Span]
 ) -> tuple[DependencyGraph, dict[str, Axis]]:
-    """The graph of ``model`` from the symbols that a recorded run left in ``table``, and by name what each group's
-    units are: a leaf, or for query heads the leaf of the KV heads and the leaf within.
+    """The graph of ``model`` from the symbols of a recorded run in ``table``, and by group name the leaf of its units;
+    for query heads, the leaf of the KV heads and the leaf within.
 
-    The layers, and experts in groups, have none.
+    Layers, and experts in groups, have no leaf.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     places = Places(model, table.used)
@@ -167,7 +167,7 @@ def _candidates(table: SymbolTable, places: Places, order: Sequence[str]) -> lis
 
 
 def _unused_modules(table: SymbolTable, places: Places, order: Sequence[str]) -> Mapping[tuple[str, ...], str]:
-    """Modules with a parameter that the run did not use, so that nothing is known about its axes."""
+    """Modules with a parameter that the run did not use. Its axes are therefore unknown."""
     return {places[name].module: name for name in order if name not in table.used}
 
 

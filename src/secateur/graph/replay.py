@@ -1,12 +1,11 @@
-"""Running a recorded forward pass again, with units masked and with units gone, and comparing the two.
+"""Replays a recorded forward pass with units masked and with units removed, and compares the two.
 
 This checks a graph independently of the model's own code: the same operators run on sliced parameters, with every size
-that the code wrote into a view or a slice computed from the axes instead, and once more at full size with the units
-masked. What masking means:
+in a view or a slice computed from the axes, and once more at full size with the units masked. Masking means:
 
 * a matrix product sees zeros at the removed positions of the axis that it contracts;
-* any other reduction (mean, norm, softmax, top-k, sum) runs over the survivors only, so that it sees its neutral
-  element and counts what is left.
+* any other reduction (mean, norm, softmax, top-k, sum) runs over the kept units only: removed ones are its neutral
+  element, and its divisor counts the kept ones.
 
 A member that is missing, misplaced or one row off makes the two differ, or makes the sliced run fail.
 """
@@ -31,7 +30,7 @@ from secateur.types import Kept
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of replaying a run with some units gone."""
+    """The result of replaying a run without some units."""
 
     difference: float
     """Largest absolute difference between the logits of the sliced run and those of the masked run."""
@@ -41,19 +40,19 @@ class Replayed:
 
 
 class NotReplayable(ModelError):  # noqa: N818
-    """The recorded operators depend on the data, so that running them again on other tokens proves nothing."""
+    """The recorded operators depend on the data: replaying them on other tokens proves nothing."""
 
 
 def replay(model: nn.Module, trace: Trace, kept: Kept, dtype: torch.dtype = torch.float32) -> Replayed:
     """Replay ``trace`` on the weights of ``model`` with only the ``kept`` units (group name to unit indices).
 
-    Groups may be protected ones too; a group that is not named stays whole. All numbers are of type ``dtype``. Raises
-    ModelError for a model on the meta device, and when the sliced operators do not fit together; NotReplayable when not
-    even the whole run can be had again.
+    Groups may be protected. A group that is not named is kept whole. All numbers have type ``dtype``. Raises ModelError
+    for a model on the meta device, and when the sliced operators do not fit together. Raises NotReplayable when the
+    whole run cannot be replayed either.
     """
     values = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if any(tensor.is_meta for tensor in values.values()):
-        raise ModelError("A model on the meta device has no weights to replay; give a small real model of its config.")
+        raise ModelError("A model on the meta device has no weights to replay. Give a small real model of its config.")
     values = {name: _in(dtype, tensor) for name, tensor in values.items()}
     cut = AxisCut([(trace.units[name], torch.as_tensor(sorted(units))) for name, units in kept.items()])
     tokens = _tokens(trace, cut)
@@ -91,8 +90,8 @@ class AxisCut:
     """Which positions of an axis are left when only some units are.
 
     ``kept`` has what the units are, and the indices of those that stay. Units of two leaves are all pairs, of which
-    equally many stay for each unit of the outer leaf: on an axis that has the inner leaf alone, so many are left (what
-    lies there is repeated from KV heads, so that it does not matter which).
+    equal numbers are kept for each unit of the outer leaf. An axis with the inner leaf alone keeps this number; its
+    entries are repeated from KV heads, therefore any of them will do.
     """
 
     def __init__(self, kept: Sequence[tuple[Axis, torch.Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""The table of all operators that the graph understands, and what happens to those that it does not."""
+"""The table of all operators with a rule, and the protection of axes at other operators."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ RULES: dict[str, Rule] = {
 
 
 def protect(table: SymbolTable, call: Call, reason: str) -> None:
-    """The answer to what is not understood: every axis that the call touches must stay, because of ``reason``.
+    """Protect every axis of a call that is not understood, because of ``reason``.
 
-    A result with the shape of an operand keeps its axes, so that the place in the model is still seen for what it is.
+    A result with the shape of an operand keeps its axes. The place in the model can then still be identified.
     """
     shapes: dict[tuple[int, ...], tuple[Axis, ...]] = {}
     for tensor in call.tensors:

@@ -103,7 +103,7 @@ def _signature(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
 
 @dataclass
 class SymbolTable:
-    """Symbols of all tensors of a run, by identity; it keeps the tensors alive, so that an identity is not used twice.
+    """Symbols of all tensors of a run, by identity. It keeps the tensors alive, or an identity could be reused.
 
     ``names`` tells which tensors are parameters or buffers of the model, by ``id``.
     """

@@ -57,7 +57,7 @@ def trace(model: nn.Module) -> DependencyGraph:
 def record(model: nn.Module) -> Trace:
     """Run a weightless twin of ``model`` on a few tokens and find its node groups.
 
-    Code that looks at computed values cannot run without weights; then real weights are used if there are any.
+    Code that reads computed values cannot run without weights. For such code real weights are used, if there are any.
     """
     try:
         return _record(twin_of(model), model)
@@ -120,15 +120,15 @@ def _input_embedding(twin: Any) -> torch.Tensor:
         return twin.get_input_embeddings().weight
     except (AttributeError, NotImplementedError) as error:
         raise ModelError(
-            f"{type(twin).__name__} has no input embedding, so it is not a causal language model. "
-            "Give a model that AutoModelForCausalLM builds."
+            f"{type(twin).__name__} has no input embedding, and is not a causal language model. Give a model that "
+            "AutoModelForCausalLM builds."
         ) from error
 
 
 def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False, **more: Any) -> torch.Tensor:
-    """``[batch, length, vocabulary]``; what the model returns may be the logits, or have them.
+    """Logits ``[batch, length, vocabulary]``; the model may return them directly or as an attribute.
 
-    ``use_cache`` says whether a cache is made on the way, where a model takes this argument; ``more`` is given as well.
+    ``use_cache``: whether the model makes a cache, if it has this argument; ``more``: further arguments.
     """
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     caching = {"use_cache": use_cache} if "use_cache" in inspect.signature(base.forward).parameters else {}
@@ -138,7 +138,7 @@ def logits_of(model: nn.Module, token_ids: torch.Tensor, use_cache: bool = False
 def _logits(output: Any) -> torch.Tensor:
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor):
-        raise ModelError("The model's forward returns no logits, so it is not a causal language model.")
+        raise ModelError("The model's forward returns no logits, and it is not a causal language model.")
     return logits
 
 

@@ -1,4 +1,4 @@
-"""How much each unit matters: one criterion a file. To add one, write the file and its line in ``CRITERIA``."""
+"""Importance of units: one criterion in each file. To add one, write its file and its line in ``CRITERIA``."""
 
 from __future__ import annotations
 

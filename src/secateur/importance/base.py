@@ -1,4 +1,4 @@
-"""What every criterion is: its frozen settings, and a score for each unit."""
+"""The interface of a criterion: frozen settings, and a score for each unit."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ Needs = Literal["nothing", "activations", "gradients", "adapters"]
 
 
 class Criterion(Settings, ABC):
-    """Says how much each unit matters. Its fields are its options, each with a default; it has no other state."""
+    """Scores the importance of each unit. Its fields are its options, each with a default; it has no other state."""
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     """One line."""
     paper: ClassVar[str] = ""
-    """Link to where it comes from; empty for folklore."""
+    """Link to the paper; empty when there is none."""
     needs: ClassVar[Needs] = "nothing"
     """``nothing``: only weights; ``activations``: a forward pass over text; ``gradients``: a backward pass with
     gradients of the weights; ``adapters``: LoRA adapters, their values or the gradients of A and B alone."""
     kinds: ClassVar[tuple[Kind, ...]] = ()
-    """The kinds of groups that it can score, if it is bound to some."""
+    """The kinds of groups that it can score, if not all."""
 
     @abstractmethod
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """Score every unit of every prunable group of ``graph``; higher = keep, fp32, on the CPU.
 
         Args:
-            model: the model that ``graph`` was traced from; it is left exactly as it was.
+            model: the model that ``graph`` was traced from; it is restored exactly.
             graph: groups that must not be scored are protected in it.
             calibration: text; None for a criterion that needs nothing.
-            seed: of whatever is random in the criterion.
+            seed: of everything random in the criterion.
 
         Raises:
             DataError: text is needed and there is none.
@@ -45,14 +45,14 @@ class Criterion(Settings, ABC):
         """
 
     def check(self, model: nn.Module, graph: DependencyGraph) -> None:
-        """Raise the ModelError that ``score`` would end with. Takes a moment; adapters need not be trained yet."""
+        """Raise the ModelError that ``score`` would raise. It is quick, and adapters need not be trained yet."""
 
 
 def unscorable(group: NodeGroup, criterion: str, reason: str) -> ModelError:
     """The error for a group that a criterion cannot read."""
     return ModelError(
         f"The criterion '{criterion}' cannot score {group.name}: {reason}. "
-        f'Choose another method, or leave the group whole with budget.protect=["{group.name}"].'
+        f'Choose another method, or protect the group with budget.protect=["{group.name}"].'
     )
 
 

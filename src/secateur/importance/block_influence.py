@@ -1,4 +1,4 @@
-"""Block Influence (ShortGPT, arXiv 2403.03853): how much a decoder layer turns what passes through it."""
+"""Block Influence (ShortGPT, arXiv 2403.03853): how much a decoder layer turns the hidden state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.walk import Calibration, borrowed, calibration_for
 
 
 class BlockInfluence(Criterion):
-    """``BI_i = 1 − E[cos(x_i, x_{i+1})]`` over all tokens, x_i being the hidden state that layer i takes in (eq. 1).
+    """``BI_i = 1 − E[cos(x_i, x_{i+1})]`` over all tokens, where x_i is the input of layer i (eq. 1).
 
     For groups whose units are whole modules (kind ``layer``); raises ModelError for any other prunable group.
     """

@@ -1,4 +1,4 @@
-"""Fisher information of a switch on each unit: how unevenly the loss of single texts would react to its removal.
+"""Fisher information of a switch on each unit: the squared effect of the unit on the loss of single texts.
 
 Molchanov et al. 2019 (arXiv 1906.10771, equation 8, its squared first-order term averaged over samples); for masks of
 heads and channels of transformers Kwon et al. 2022 (arXiv 2204.09656, equation 8).
@@ -19,12 +19,12 @@ from secateur.walk import Calibration, borrowed, calibration_for
 
 
 class Fisher(Criterion):
-    """``mean over blocks of (∂L_block/∂m)²``, where the switch m = 1 multiplies what the unit hands on.
+    """``mean over blocks of (∂L_block/∂m)²``, where the switch m = 1 multiplies the output of the unit.
 
-    That derivative is ``Σ w · ∂L/∂w`` over the weights that consume the unit (role ``in``): exact, and without a
-    switch in the model. Signs cancel inside a block and not between blocks, so that a unit that helps one text and
-    hurts another counts, which averaging gradients first (``taylor``) misses. Memory: the gradients of the consuming
-    weights alone; one block is run at a time, so that every block has a gradient of its own.
+    That derivative is ``Σ w · ∂L/∂w`` over the weights that consume the unit (role ``in``). It is exact, and needs no
+    switch in the model. Signs cancel within a block, but not between blocks: a unit that helps one text and hurts
+    another counts, and a mean of gradients (``taylor``) would miss it. Memory: the gradients of the consuming weights
+    only. Each pass runs one block, because every block needs its own gradient.
     """
 
     name: ClassVar[str] = "fisher"
@@ -62,7 +62,7 @@ def _switch_gradient(
     total = torch.zeros(size)
     for member in members:
         gradient = trained[member.parameter].grad
-        if gradient is not None:  # else no token reached it (an expert that was never chosen): it changes nothing
+        if gradient is not None:  # None: no token reached it (an expert that was never chosen)
             weight = effective_weight(model, member.parameter)
             total += sum_units(first_order(weight, gradient, "vector"), member, size).cpu()
     return total

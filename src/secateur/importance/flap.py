@@ -1,4 +1,4 @@
-"""FLAP (arXiv 2312.11983): how much a channel fluctuates around its mean, and a bias that stands for the mean."""
+"""FLAP (arXiv 2312.11983): the fluctuation of a channel around its mean, and a bias that replaces the mean."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def fluctuation(weight: torch.Tensor, axis: int, variance: torch.Tensor) -> torc
 
 
 def standardise(scores: torch.Tensor) -> torch.Tensor:
-    """z-scores over the channels of one module, ``[channels]``: what makes modules comparable (equation 6)."""
+    """z-scores over the channels of one module, ``[channels]``, which make modules comparable (equation 6)."""
     spread = scores.std() if len(scores) > 1 else torch.zeros(())
     return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
 
 
 class Fluctuation(Criterion):
-    """FLAP's criterion: z-scored fluctuation of the inputs of ``o_proj`` and ``down_proj``, its mean over a unit.
+    """FLAP's criterion: z-scored fluctuation of the inputs of ``o_proj`` and ``down_proj``, averaged over a unit.
 
-    All groups are measured on the dense model, as FLAP does. Scores of different groups are comparable as they are.
+    All groups are measured on the dense model, as in FLAP. Scores of different groups are comparable without scaling.
     """
 
     name: ClassVar[str] = "flap"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
-    summary: ClassVar[str] = "how much a channel fluctuates around its mean, which a bias replaces"
+    summary: ClassVar[str] = "fluctuation of a channel around its mean, which a bias replaces"
     needs: ClassVar[Needs] = "activations"
 
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
@@ -56,7 +56,7 @@ class Fluctuation(Criterion):
         return moments
 
     def from_moments(self, model: nn.Module, graph: DependencyGraph, moments: Mapping[str, Moments]) -> Scores:
-        """Scores from what ``measure`` found."""
+        """Scores from the moments of ``measure``."""
         found = {}
         for group in graph.prunable:
             total = torch.zeros(group.size)
@@ -69,7 +69,7 @@ class Fluctuation(Criterion):
         return Scores(found, on_one_scale=True)
 
     def check(self, model: nn.Module, graph: DependencyGraph) -> None:
-        """See ``Criterion.check``: linears consume every group."""
+        """See ``Criterion.check``: only linears consume the groups."""
         for group in graph.prunable:
             consumers(model, group, self.name)
 
@@ -77,9 +77,9 @@ class Fluctuation(Criterion):
 def compensation(
     model: nn.Module, graph: DependencyGraph, moments: Mapping[str, Moments], removed: Mapping[str, Iterable[int]]
 ) -> dict[str, torch.Tensor]:
-    """Biases that make up for removed channels (section 3.4): path of the bias → its new values, ``[outputs]``.
+    """Biases that compensate for removed channels (section 3.4): path of the bias → its new values, ``[outputs]``.
 
-    What the removed channels contribute on average, ``W (mean ⊙ removed)``, is added to the bias of the linear that
+    The mean contribution of the removed channels, ``W (mean ⊙ removed)``, is added to the bias of the linear that
     consumes them. A linear without a bias starts from zero.
     """
     biases: dict[str, torch.Tensor] = {}
@@ -99,7 +99,7 @@ def compensation(
 
 
 def consumers(model: nn.Module, group: NodeGroup, criterion: str) -> list[Member]:
-    """The linears that consume a group; ModelError when it is consumed by anything else."""
+    """The linears that consume a group. Raises ModelError when anything else consumes it."""
     members = [member for member in base_members(group) if member.role == "in"]
     for member in members:
         weight = model.get_parameter(member.parameter)

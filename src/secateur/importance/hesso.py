@@ -1,14 +1,14 @@
 """The saliency proxies of HESSO and LHSPG (arXiv 2409.09085; the optimisers that LoRAShear's authors released).
 
-``x_g`` is all that produces unit ``g`` (its rows of weights, biases and norms) as one vector, and ``d_g`` the direction
-in which the loss falls there. Five proxies look at them:
+``x_g`` is the vector of all parameters that produce unit ``g`` (its rows of weights, biases and norms). ``d_g`` is the
+direction in which the loss falls there. There are five proxies:
 
-* ``magnitude`` ``‖x_g‖`` and ``average-magnitude`` ``‖x_g‖ / numel``: a unit of small weights matters little;
-* ``cosine`` ``1 + cos(x_g, d_g)``: near 0 the loss falls towards the origin, where training would take the unit anyway;
-* ``first-order`` ``|⟨x_g, d_g⟩|`` and ``second-order`` ``½ ⟨x_g, d_g⟩²``: by how much the loss changes without it.
+* ``magnitude`` ``‖x_g‖`` and ``average-magnitude`` ``‖x_g‖ / numel``: a unit of small weights is unimportant;
+* ``cosine`` ``1 + cos(x_g, d_g)``: near 0 the loss falls towards the origin, and training moves the unit there anyway;
+* ``first-order`` ``|⟨x_g, d_g⟩|`` and ``second-order`` ``½ ⟨x_g, d_g⟩²``: the change of the loss without the unit.
 
-``d_g`` is ``−∇f`` of calibration text, or ``γ B A``: what LoRA learned is about the sum of ``−∇f`` over its steps, so
-that it stands in for a gradient that is never computed.
+``d_g`` is ``−∇f`` of calibration text, or ``γ B A``: the LoRA update is about the sum of ``−∇f`` over its steps, and
+replaces a gradient that is never computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from secateur.walk import Calibration, borrowed, calibration_for
 
 Proxy = Literal["magnitude", "average-magnitude", "cosine", "first-order", "second-order"]
 Direct = Callable[[str], torch.Tensor | None]
-"""Parameter → d, of its shape; None where nothing is known, which counts as zero."""
+"""Parameter → d, of its shape; None where d is unknown, which counts as zero."""
 
 
 def proxy_scores(
@@ -63,10 +63,10 @@ class Hesso(Criterion):
     proxy: ClassVar[Proxy]
 
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
-        """See ``Criterion.score``; by adapters no text is looked at."""
+        """See ``Criterion.score``. With adapters, no text is read."""
         if not graph.prunable:
             return Scores({})
-        # what is proportional to a change of the loss, and by the same factor everywhere
+        # proportional to a change of the loss, with the same factor in all groups
         of_loss = self.needs == "gradients" and self.proxy != "cosine"
         if self.needs == "nothing":
             return self._scores(model, graph, lambda name: effective_weight(model, name), lambda name: None, of_loss)
@@ -89,19 +89,19 @@ class Hesso(Criterion):
             return self._scores(model, graph, lambda name: effective_weight(model, name), downhill, of_loss)
 
     def check(self, model: nn.Module, graph: DependencyGraph) -> None:
-        """Raise ModelError where what adapters learned is asked for and a prunable group has none: it would score 0.
+        """Raise ModelError when the proxy reads adapters and a prunable group has none: it would score 0.
 
-        Takes a moment; the adapters need not be trained yet.
+        It is quick, and the adapters need not be trained yet.
         """
         if self.needs != "adapters":
             return
         if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
-            raise ModelError(f"'{self.name}' reads LoRA adapters, and there are none; attach and train them first.")
+            raise ModelError(f"'{self.name}' reads LoRA adapters, and there are none. First attach and train them.")
         for group in graph.prunable:
             # a unit that is a module needs an adapter of its own, while the units of other groups share theirs
             for names in base_parameters(graph, group) if group.modules else [_names(graph, group)]:
                 if not any(active_adapters(model, name) for name in names):
-                    reason = "nothing that produces its units has an active LoRA adapter (lora.targets)"
+                    reason = "no weight that produces its units has an active LoRA adapter (lora.targets)"
                     raise unscorable(group, self.name, reason)
 
     def _scores(
@@ -153,21 +153,21 @@ class HessoSecondOrder(Hesso):
 
 
 class HessoLoRACosine(HessoCosine):
-    """``HessoCosine`` by what the adapters learned."""
+    """``HessoCosine`` with the direction of the adapters."""
 
     name: ClassVar[str] = "hesso-lora-cosine"
     needs: ClassVar[Needs] = "adapters"
 
 
 class HessoLoRAFirstOrder(HessoFirstOrder):
-    """``HessoFirstOrder`` by what the adapters learned."""
+    """``HessoFirstOrder`` with the direction of the adapters."""
 
     name: ClassVar[str] = "hesso-lora-first-order"
     needs: ClassVar[Needs] = "adapters"
 
 
 class HessoLoRASecondOrder(HessoSecondOrder):
-    """``HessoSecondOrder`` by what the adapters learned."""
+    """``HessoSecondOrder`` with the direction of the adapters."""
 
     name: ClassVar[str] = "hesso-lora-second-order"
     needs: ClassVar[Needs] = "adapters"
@@ -183,7 +183,7 @@ HESSO: tuple[type[Hesso], ...] = (
     HessoLoRAFirstOrder,
     HessoLoRASecondOrder,
 )
-"""The whole family."""
+"""All criteria of this family."""
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -1,9 +1,9 @@
-"""Knowledge distribution analysis (LoRAShear, arXiv 2310.18356, Algorithm 3): where a model's knowledge sits.
+"""Knowledge distribution analysis (LoRAShear, arXiv 2310.18356, Algorithm 3): the sensitivity of each node group.
 
-Each node group is cut alone, at each of a few ratios, by masking; how far the predictions move says how much depends
-on it. A cut in layer l leaves everything before l as it was: the hidden states at the input of l are kept, a trial
-runs layer l under its mask, and all trials of a layer go through the rest of the model as one batch (``LayerStack``).
-The states move along with the layers, so that only those of one layer are held at a time.
+Each node group is cut alone, at each of a few ratios, by masking. The change of the predictions is its sensitivity. A
+cut in layer l does not change anything before l. The hidden states at the input of l are therefore kept, a trial runs
+layer l under its mask, and all trials of a layer run through the rest of the model as one batch (``LayerStack``). Only
+the states of one layer are in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
 
 @dataclass(frozen=True)
 class TrialCut:
-    """A trial to be made: the units of one group that stay."""
+    """A trial to run: the kept units of one group."""
 
     group: NodeGroup
     ratio: float
@@ -48,7 +48,7 @@ class TrialCut:
 
     @property
     def made(self) -> tuple[str, int]:
-        """What is really tried: the group, and how many of its units go. Small groups have it for several ratios."""
+        """The group, and the number of units to remove. In small groups several ratios give the same number."""
         return self.group.name, self.group.size - len(self.kept)
 
     @property
@@ -59,16 +59,18 @@ class TrialCut:
 def cuts(graph: DependencyGraph, scores: Scores, ratios: Sequence[float]) -> list[TrialCut]:
     """Every trial of Alg. 3, in model order: the lowest-scored ``ratio`` of each prunable group inside a layer.
 
-    A ratio that is named twice counts once. Groups without a unit to spare have none. Raises InputError for ratios that
-    are not strictly between 0 and 1, or when there is nothing to try.
+    A ratio that is named twice counts once. A group without a removable unit has no trial. Raises InputError for ratios
+    that are not strictly between 0 and 1, or when there is no trial.
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise InputError(f"Ratios of an analysis lie strictly between 0 and 1, such as 0.25,0.5; got {list(ratios)}.")
+        raise InputError(
+            f"Ratios of an analysis must be strictly between 0 and 1, such as 0.25,0.5; got {list(ratios)}."
+        )
     groups = [group for group in graph.prunable if group.size > group.least and group.layer is not None]
     if not groups:
         raise InputError(
-            "There is nothing to analyse: no layer has a group that can be cut and has a unit to spare. "
-            "`secateur inspect` shows the groups, and why the others are protected."
+            "There is nothing to analyse: no layer has a prunable group with a unit that can be removed. `secateur "
+            "inspect` shows the groups, and why the others are protected."
         )
     found = []
     for group in groups:
@@ -89,27 +91,27 @@ def measure_cuts(
     done: Sequence[Trial] = (),
     keep: Callable[[list[Trial]], None] | None = None,
 ) -> tuple[float, list[Trial]]:
-    """Loss and KL of every trial; the model is given back bit by bit as it was, also after an exception.
+    """Loss and KL of every trial. The model is restored bit by bit, also after an exception.
 
-    Trials of a group that come to the same number of units are run once.
+    Trials of a group with the same number of units are run once.
 
     Memory beside the model, on the CPU: the dense model's probabilities, tokens x vocabulary in fp32 (0.8 GB for 4,096
     tokens and a vocabulary of 49,152), and the hidden states of the trials of one layer.
 
     Args:
-        calibration: text; every token but the first of a window is predicted. A pass holds ``batch_size`` windows, of
-            one trial or of several.
-        cached: run only what comes after the cut. Where the layers are no plain stack (``LayerStack.find``) every trial
-            runs the whole model, and that is said; False does so in any case, as the reference.
-        done: trials of an earlier, interrupted call, which are not made again.
+        calibration: text; every token but the first of a window is predicted. A pass has ``batch_size`` windows, of one
+            trial or of several.
+        cached: run only the layers after the cut. Where the layers are no plain stack (``LayerStack.find``), every
+            trial runs the whole model, with a message. False always runs the whole model, as the reference.
+        done: trials of an earlier, interrupted call, which are not run again.
         keep: called with all trials so far whenever those of a layer are finished.
 
     Returns:
         The dense model's loss, and the trials in the order of ``chosen``.
 
     Raises:
-        ModelError: a loss or a KL is not finite, which says nothing about where knowledge sits; the dense model's is
-            looked at before the first trial.
+        ModelError: a loss or a KL is not finite, which cannot be ranked. The dense model's loss is checked before the
+            first trial.
     """
     text = calibration_for(calibration, "analyze")
     finished = {(trial.group, trial.removed): (trial.loss, trial.kl) for trial in done}
@@ -119,8 +121,8 @@ def measure_cuts(
         run = _Run(model, graph, text, stack, bar)
         if not math.isfinite(run.reference.loss):
             raise ModelError(
-                f"The model's own loss on the calibration text is {run.reference.loss}, so that no cut can be compared "
-                "with it. Set calibration.precision=fp32; if that does not help, its weights are damaged."
+                f"The model's own loss on the calibration text is {run.reference.loss}, and no cut can be compared "
+                "with it. Set calibration.precision=fp32. If that does not help, its weights are damaged."
             )
         for layer, together in _by_layer(once, stack):
             waiting = [cut for cut in together if cut.made not in finished]
@@ -149,7 +151,7 @@ def _stack(model: nn.Module, graph: DependencyGraph) -> LayerStack | None:
 
 
 def _start(cut: TrialCut, stack: LayerStack | None) -> int:
-    """The layer from which on a cut changes anything."""
+    """The first layer that a cut changes."""
     return (cut.group.layer or 0) if stack is not None and stack.inside(cut.group) else 0
 
 
@@ -161,12 +163,12 @@ def _by_layer(chosen: Iterable[TrialCut], stack: LayerStack | None) -> Iterator[
 
 
 def _passes(chosen: Iterable[TrialCut], stack: LayerStack | None) -> int:
-    """How many layers must run for these trials, for the bar; whole passes where there is no stack."""
+    """Number of layers to run for these trials, for the progress bar; whole passes where there is no stack."""
     return sum(len(stack) - _start(cut, stack) if stack is not None else 1 for cut in chosen)
 
 
 class _Run:
-    """The text, the dense model's answer to it, and the hidden states at the input of the layer that is looked at."""
+    """The text, the dense model's predictions for it, and the hidden states at the input of the current layer."""
 
     def __init__(
         self, model: nn.Module, graph: DependencyGraph, text: Calibration, stack: LayerStack | None, bar: Bar
@@ -213,7 +215,7 @@ class _Run:
 
 
 class _Reference:
-    """What the dense model predicts: its probabilities for every predicted token, their entropy, and its loss."""
+    """The dense model's predictions: probabilities for every predicted token, their entropy, and the loss."""
 
     def __init__(self, answers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """``answers``: windows ``[n, window]`` with their logits ``[n, window, vocabulary]``, in order."""

@@ -1,4 +1,4 @@
-"""The four criteria of LLM-Pruner (arXiv 2305.11627, section 3.2), and how it adds up what belongs together."""
+"""The four criteria of LLM-Pruner (arXiv 2305.11627, section 3.2), and its aggregation over dependent weights."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Aggregate = Literal["sum", "product", "max", "last"]
 
 
 def salience(weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor | None, form: Form) -> torch.Tensor:
-    """What each element contributes, before it is summed; fp32, of the weight's shape.
+    """The contribution of each element before summation; fp32, of the weight's shape.
 
-    ``vector``: w g, whose sign is kept until a row is summed; ``first`` (Element¹): |w g|; ``second`` (Element²): w² q;
+    ``vector``: w g, with its sign until a row is summed; ``first`` (Element¹): |w g|; ``second`` (Element²): w² q;
     ``mixed``: |w g − ½ w² q|.
 
     Args:
         gradient: g, of the mean loss over all samples.
-        squares: q, the mean over samples of their squared gradients (the diagonal of the Fisher matrix, which stands
-            for the Hessian); None where the form does not need it.
+        squares: q, the mean over samples of their squared gradients (the diagonal of the Fisher matrix, which
+            approximates the Hessian); None where the form does not need it.
     """
     w = weight.float()
     if form == "vector":
@@ -39,7 +39,7 @@ def salience(weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor
 
 
 def aggregate(scores: Sequence[torch.Tensor], consumers: Sequence[torch.Tensor], how: Aggregate) -> torch.Tensor:
-    """One score per unit from those of its members, each ``[units]``; ``last`` looks at the consuming ones alone."""
+    """One score per unit from those of its members, each ``[units]``. ``last`` uses the consuming members only."""
     stacked = torch.stack(list(consumers if how == "last" else scores))
     if how == "product":
         return stacked.prod(0)
@@ -49,9 +49,9 @@ def aggregate(scores: Sequence[torch.Tensor], consumers: Sequence[torch.Tensor],
 class Salience(Criterion):
     """Gradients times weights in four forms; a score for each row (or column), summed over the rows of a unit.
 
-    L is the mean next-token loss. ``second`` and ``mixed`` run one block at a time, so that every sample has a gradient
-    of its own. Memory: one gradient for each weight that a prunable group lives on, and for these two forms two more
-    copies of them (the sum of gradients, and of their squares).
+    L is the mean next-token loss. ``second`` and ``mixed`` run one block at a time, because every sample needs its own
+    gradient. Memory: one gradient for each weight of a prunable group, and for these two forms two more copies of them
+    (the sum of gradients, and of their squares).
     """
 
     name: ClassVar[str] = "llm-pruner"
@@ -63,7 +63,8 @@ class Salience(Criterion):
     """``vector``; ``first``: Element¹, the default of the code; ``second``: Element², squared gradients of single
     samples for the Hessian; ``mixed``: both orders."""
     members: Aggregate = "sum"
-    """How the matrices of a unit are put together: ``sum``, ``product``, ``max``, or ``last``: what consumes it."""
+    """How the scores of a unit's matrices are combined: ``sum``, ``product``, ``max``, or ``last``: the consuming ones
+    only."""
 
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
@@ -88,7 +89,7 @@ class Salience(Criterion):
         scores, consumers = [], []
         for member in _matrices(group, trained):
             gradient = trained[member.parameter].grad
-            if gradient is None:  # no token reached it (an expert that was never chosen): it changes nothing
+            if gradient is None:  # no token reached it (an expert that was never chosen)
                 continue
             weight = effective_weight(model, member.parameter)
             rows = self._rows(salience(weight, gradient, squares.get(member.parameter), self.form), member)
@@ -100,15 +101,15 @@ class Salience(Criterion):
         return aggregate(scores, consumers, self.members)
 
     def _rows(self, elements: torch.Tensor, member: Member) -> torch.Tensor:
-        """``[rows]``: absolute values are taken of elements, or, in the vector form, of whole rows."""
+        """``[rows]``: absolute values are taken of elements, or, in the vector form, of sums over rows."""
         axes = other_axes(elements, member.axis)
         rows = elements.sum(dim=axes) if axes else elements
         return rows.abs()
 
 
 def _matrices(group: NodeGroup, trained: dict[str, nn.Parameter]) -> list[Member]:
-    """What is scored: as in the authors' code no biases and norms (the gradient of a key's bias is zero, and so would
-    every product be), except where there is nothing else."""
+    """The members to score. As in the authors' code, biases and norms are left out (the gradient of a key's bias is
+    zero, and every product would be zero), except where there is nothing else."""
     members = list(base_members(group, trained))
     return [member for member in members if trained[member.parameter].dim() > 1] or members
 

@@ -19,17 +19,17 @@ Form = Literal["absolute", "squared"]
 Sides = Literal["both", "out", "in"]
 
 _BLOCK_ELEMENTS = 1 << 19
-"""Elements of one block of rows of the estimate, about what a processor's cache holds: a few passes over such a block
-cost little, and nothing of the size of a whole weight is ever allocated."""
+"""Elements of one block of rows of the estimate. A block fits a processor's cache: several passes over it are cheap,
+and a tensor of the size of a whole weight is never allocated."""
 
 
 class LoRA(Criterion):
     """``Σ |Ĝ (W + s B A)|`` over the elements of a unit, Ĝ from the gradients of A and B alone.
 
     The gradient of a frozen weight is never allocated: backward runs with gradients for A and B alone. At LoRA's
-    initialisation (B = 0) the estimate is a rank-r random projection of the true gradient: better after some training.
-    Memory beside the model is that of one pass's activations, which are recomputed layer by layer in the backward
-    pass, for about a third more time.
+    initialisation (B = 0) the estimate is a rank-r random projection of the true gradient. It improves with training.
+    Memory beside the model: the activations of one pass, which are recomputed layer by layer in the backward pass, for
+    about a third more time.
     """
 
     name: ClassVar[str] = "lora"
@@ -40,11 +40,12 @@ class LoRA(Criterion):
     form: Form = "absolute"
     """``absolute``: sum of absolute values (the paper's code); ``squared``: sum of squares (the paper)."""
     normalise: bool = False
-    """Divide the unit sums of each module by their L2 norm before they are added up, as the paper's code does. That
-    takes away which layers matter more; it is needed to add the two ``sides``, whose estimates differ in scale."""
+    """Divide the unit sums of each module by their L2 norm before they are added up, as in the paper's code.
+    Differences between layers are lost. It is required for adding the two ``sides``, whose estimates differ in
+    scale."""
     sides: Sides = "out"
-    """Matrices that count: those that produce a unit (``out``), that consume it (``in``), or ``both`` (the paper); the
-    estimate for the consuming ones is mostly noise until B has been trained for long."""
+    """Matrices that count: those that produce a unit (``out``), those that consume it (``in``), or ``both`` (the
+    paper). The estimate for the consuming ones is mostly noise until B has been trained for long."""
     quadratic: bool = False
     """Keep the third term of eq. 10, −∂_B ∂_A."""
 
@@ -52,13 +53,13 @@ class LoRA(Criterion):
     def of_loss(self) -> bool:
         """Whether scores of different groups can be compared (``Scores.of_loss``).
 
-        With B = 0 the estimate is ``G AᵀA``, and A's entries have a variance that depends on the width of the input
-        alone: about the same fraction of G in all matrices that read the residual stream, so in all that produce units.
+        With B = 0 the estimate is ``G AᵀA``, and the variance of A's entries depends on the width of the input only. It
+        is about the same fraction of G in all matrices that read the residual stream, and these produce the units.
         """
         return self.sides == "out" and not self.normalise
 
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
-        """See ``Criterion.score``; the model must carry exactly one active LoRA adapter."""
+        """See ``Criterion.score``. The model must have exactly one active LoRA adapter."""
         text = calibration_for(calibration, self.name)
         if not graph.prunable:
             return Scores({})
@@ -74,7 +75,7 @@ class LoRA(Criterion):
 
     def _gradients(self, model: nn.Module, graph: DependencyGraph) -> AdapterGradients:
         if not any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
-            raise ModelError("LoRA-guided scores need a model with LoRA adapters; attach them first (attach_lora).")
+            raise ModelError("LoRA-guided scores need a model with LoRA adapters. First attach them (attach_lora).")
         return AdapterGradients(model, graph, self)
 
 
@@ -90,8 +91,8 @@ def gradient_factors(
 
     ``∂L/∂(BA) ≈ ∂_B A + B ∂_A``, where ``∂_B = s G Aᵀ`` and ``∂_A = s Bᵀ G``; hence ``(∂_B A + B ∂_A) / s`` is exactly
     ``G AᵀA + B Bᵀ G``: G itself where the rows of A (with B = 0) or the rows of B (with A = 0) are an orthonormal
-    basis. The paper's third term ``− ∂_B ∂_A`` is left out unless asked for (``quadratic``): it is not of the same
-    degree in the loss, so that its share depends on the scale of the loss.
+    basis. The paper's third term ``− ∂_B ∂_A`` is left out unless ``quadratic`` is set: it is not of the same degree in
+    the loss, therefore its share depends on the scale of the loss.
 
     Args:
         a: ``[r, in]``, with its gradient ``grad_a``.
@@ -137,13 +138,13 @@ def row_sums(layer: LoraLayer, axis: int, criterion: LoRA) -> torch.Tensor:
 
 
 class AdapterGradients:
-    """Scores from the gradients that A and B hold: for use inside a training step, unscaled and unclipped.
+    """Scores from the present gradients of A and B, for use within a training step, unscaled and unclipped.
 
-    Of each wrapped weight that a group lives on, output side (rows of ``W`` and ``B``) and input side (columns of
-    ``W`` and ``A``), the sums over the rows of a unit are divided by their L2 norm over the units (``normalise``: the
-    estimate's scale depends on the norms of A and B, which differ between the two sides) and added up.
+    For each wrapped weight of a group, output side (rows of ``W`` and ``B``) and input side (columns of ``W`` and
+    ``A``), the sums over the rows of a unit are divided by their L2 norm over the units and added up (``normalise``:
+    the estimate's scale depends on the norms of A and B, which differ between the two sides).
 
-    Layers are looked up once; ``scores`` reads what is in them at the time.
+    Layers are looked up once; ``scores`` reads their gradients at the time of the call.
 
     Raises:
         ModelError: a prunable group has no weight with an adapter on the sides asked for.
@@ -154,7 +155,7 @@ class AdapterGradients:
         self._members = [(group, _adapted_members(model, group, criterion.sides)) for group in graph.prunable]
 
     def scores(self) -> Scores:
-        """Of every prunable group, from the gradients as they are now.
+        """Scores of every prunable group, from the present gradients.
 
         Raises PlanError where these are not finite, and ModelError where an adapter has been merged or switched off.
         """
@@ -178,11 +179,11 @@ def _adapted_members(model: nn.Module, group: NodeGroup, sides: Sides) -> list[t
         raise unscorable(
             group, "lora", f"none of its weights is a linear layer with a LoRA adapter{side} (lora.targets)"
         )
-    for _, layer in found:  # refused before anything is trained, not at the first score
+    for _, layer in found:  # refuse before training, not at the first score
         adapter_of(layer)
     return found
 
 
 def _is_linear(layer: LoraLayer) -> bool:
-    """Stacked experts carry adapters as well, which are not of the form W + s B A of one matrix."""
+    """False for adapters of stacked experts, which are not of the form W + s B A of one matrix."""
     return isinstance(getattr(layer.get_base_layer(), "weight", None), torch.Tensor) and len(layer.lora_A) > 0

@@ -1,4 +1,4 @@
-"""Magnitude: a unit whose weights are small is thought to matter little."""
+"""Magnitude: a unit with small weights is assumed to be unimportant."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Magnitude(Criterion):
 
     ``consumers`` is magnitude-sp as FLAP (arXiv 2312.11983) compares with it: the norm of each column of the consuming
     matrices (``o_proj``, ``down_proj``: role ``in``), summed over the columns of a unit. ``all`` is the norm of the
-    unit as a whole, over every member: LLM-Pruner's (arXiv 2305.11627) "L2" baseline. It is also taken for units that
-    no matrix consumes: experts, tokens, whole layers.
+    unit as a whole, over every member: LLM-Pruner's (arXiv 2305.11627) "L2" baseline. It is also used for units that no
+    matrix consumes: experts, tokens, whole layers.
     """
 
     name: ClassVar[str] = "magnitude"

@@ -1,4 +1,4 @@
-"""Random scores: the floor that every criterion has to beat."""
+"""Random scores: the floor that every criterion must beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First-order Taylor: how much the loss would change if a unit's weights were zero (LLM-Pruner, arXiv 2305.11627)."""
+"""First-order Taylor: the change of the loss if a unit's weights were zero (LLM-Pruner, arXiv 2305.11627)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def first_order(weight: torch.Tensor, gradient: torch.Tensor, form: Form) -> tor
 class Taylor(Criterion):
     """``Σ |w · ∂L/∂w|`` over all members and elements of a unit: LLM-Pruner's Element¹, its default.
 
-    ``vector`` is its vector-wise form ``|Σ w · ∂L/∂w|``: the first-order change of the loss when exactly this unit
-    goes. L is the mean next-token loss over all blocks, so gradients of the blocks are averaged before absolute
-    values are taken. Memory: one gradient for each weight that a prunable group lives on, in the weight's own type,
-    beside the model; the other weights get none. With LoRA the weight is ``W + s B A``, and so is its gradient's place.
+    ``vector`` is its vector-wise form ``|Σ w · ∂L/∂w|``: the first-order change of the loss when exactly this unit is
+    removed. L is the mean next-token loss over all blocks: gradients of the blocks are averaged before absolute values
+    are taken. Memory beside the model: one gradient for each weight of a prunable group, in the weight's own type. The
+    other weights get none. With LoRA the weight is ``W + s B A``, and its gradient is of this sum.
     """
 
     name: ClassVar[str] = "taylor"
@@ -73,7 +73,7 @@ class Taylor(Criterion):
         total = torch.zeros(group.size)
         for member in base_members(group, trained):
             gradient = trained[member.parameter].grad
-            if gradient is None:  # no token reached it (an expert that was never chosen): it changes nothing
+            if gradient is None:  # no token reached it (an expert that was never chosen)
                 continue
             weight = effective_weight(model, member.parameter)
             total += sum_units(first_order(weight, gradient, self.form), member, group.size).cpu()

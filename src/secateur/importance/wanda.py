@@ -1,4 +1,4 @@
-"""Wanda-sp: weights times the size of what flows through them (arXiv 2306.11695; structured form from FLAP's code)."""
+"""Wanda-sp: weights times the size of their inputs (arXiv 2306.11695; structured form from FLAP's code)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WandaSP(Criterion):
 
     name: ClassVar[str] = "wanda"
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
-    summary: ClassVar[str] = "weights times the size of the activations that they meet (Wanda-sp)"
+    summary: ClassVar[str] = "weights times the size of their input activations (Wanda-sp)"
     needs: ClassVar[Needs] = "activations"
 
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
@@ -50,7 +50,7 @@ class WandaSP(Criterion):
         return self.from_moments(model, graph, moments)
 
     def moments(self, model: nn.Module, graph: DependencyGraph) -> dict[str, Moments]:
-        """What must be collected to score ``graph``: parameter → the moments of its inputs, still empty."""
+        """The statistics to collect for scoring ``graph``: parameter → the moments of its inputs, still empty."""
         members = [member for group in graph.prunable for member in self._consumers(model, group)]
         return {member.parameter: Moments.of(model, member) for member in members}
 

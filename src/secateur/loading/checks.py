@@ -1,4 +1,4 @@
-"""What must be right about a folder before its weights are read: its config, and the JSON files beside it."""
+"""Checks of a folder before its weights are read: its config, and the JSON files beside it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 _ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""Of the files that a model is opened from."""
+"""Names of the files of a model."""
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
-# What transformers reads besides config.json; some of it, it leaves out without a word when it cannot be read.
+# files that transformers reads besides config.json; it silently ignores some of them when they cannot be read
 _OBJECTS = (_GENERATION, _TOKENIZER, "special_tokens_map.json", "added_tokens.json")
-# What must be numbers there, and is not looked at before it is used.
+# keys there that must be numbers, and that transformers does not check before use
 _NUMBERS = {
     _TOKENIZER: ("model_max_length",),
     _GENERATION: (
@@ -43,7 +43,7 @@ _NUMBERS = {
     ),
 }
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-"""What no model has none of, in config.json."""
+"""Sizes in config.json that must be at least 1."""
 _KINDS: Mapping[str, Mapping[type, tuple[str, ...]]] = {
     "config.json": {
         dict: ("auto_map", "text_config", "id2label", "label2id"),
@@ -56,51 +56,50 @@ _KINDS: Mapping[str, Mapping[type, tuple[str, ...]]] = {
         str: ("tokenizer_class", "processor_class", "padding_side", "truncation_side"),
     },
 }
-"""What must be of one kind where it is there, as libraries fail at others in words that do not name the key."""
+"""Keys with a required type. For other types, errors of libraries do not name the key."""
 _WORDS = {dict: "an object", list: "a list", bool: "true or false", str: "a text"}
 
 
 def check_config(folder: Path, name: str, trust: bool) -> PreTrainedConfig:
-    """The folder's configuration, if it is that of a causal language model; raises ModelError otherwise."""
+    """The folder's configuration. Raises ModelError unless it is that of a causal language model."""
     path = folder / "config.json"
     if not path.is_file():
         below = sorted(str(found.parent.relative_to(folder)) for found in folder.glob("*/config.json"))
         hint = f" Perhaps you mean a folder below it: {', '.join(below[:4])}." if below else ""
-        raise ModelError(f"{name} has no config.json, so it is not a Hugging Face model folder.{hint}")
+        raise ModelError(f"{name} has no config.json, and is not a Hugging Face model folder.{hint}")
     raw = read_object(path)
     _check_types(raw, path)
     model_type = raw.get("model_type")
     if str(model_type) not in CONFIG_MAPPING and not trust:
         if raw.get("auto_map"):
             raise ModelError(
-                f"{name} brings its own model code (auto_map in config.json), and transformers {transformers_version} "
-                f"has none for {model_type!r}. If you trust its author, say so with --trust-remote-code "
-                "(trust_remote_code=True); nothing from the folder was run."
+                f"{name} has its own model code (auto_map in config.json), and transformers {transformers_version} has "
+                f"none for {model_type!r}. If you trust its author, add --trust-remote-code (trust_remote_code=True). "
+                "Nothing from the folder was run."
             )
         raise ModelError(
-            f"transformers {transformers_version} does not know the model type {model_type!r} in {path}. "
-            "A newer transformers may."
+            f"transformers {transformers_version} does not know the model type {model_type!r} in {path}. Try a newer "
+            "version of transformers."
         )
     if raw.get("quantization_config"):
         method = _mapping(raw, "quantization_config").get("quant_method", "some method")
         raise ModelError(
-            f"{name} is quantised ({method}); rows and columns cannot be cut out. Give the unquantised model."
+            f"{name} is quantised ({method}); rows and columns cannot be removed. Give the unquantised model."
         )
     _check_causal(raw, name)
-    with explained(f"{path} is not valid", name):  # config classes raise whatever they like
+    with explained(f"{path} is not valid", name):  # config classes raise many errors
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    vars(config).pop("quantization_config", None)  # empty, as seen above; transformers would look into it
+    vars(config).pop("quantization_config", None)  # empty, as checked above; transformers would read it
     return cast(PreTrainedConfig, config)
 
 
 def check_beside(folder: Path, name: str) -> None:
-    """Raise ModelError for a file that cannot be read, and for settings of the tokenizer or of generation that are not
-    what they should be."""
+    """Raise ModelError for a file that cannot be read, and for invalid settings of the tokenizer or of generation."""
     for path in sorted(folder.iterdir()):
         if not path.is_file() and (not path.is_dir() or path.suffix in _ENDINGS):
-            raise ModelError(f"{path} is no ordinary file, or a link that leads nowhere. Fetch the model again.")
+            raise ModelError(f"{path} is no ordinary file, or a broken link. Download the model again.")
         if path.suffix in _ENDINGS and not os.access(path, os.R_OK):
-            raise ModelError(f"{path} cannot be read (permission). Mend its permissions.")
+            raise ModelError(f"{path} cannot be read (permission). Change its permissions.")
     contents = {file: read_object(folder / file) for file in _OBJECTS if (folder / file).is_file()}
     for file, content in contents.items():
         _check_kinds(content, folder / file)
@@ -110,7 +109,7 @@ def check_beside(folder: Path, name: str) -> None:
             parts = value if isinstance(value, list) and key == "eos_token_id" else [value]
             if not all(part is None or _is_number(part) for part in parts):
                 raise ModelError(
-                    f"{folder / file}: {key} is {brief(value)}; it must be a number. Mend it or take it out."
+                    f"{folder / file}: {key} is {brief(value)}; it must be a number. Correct or remove it."
                 )
     if _GENERATION in contents:
         with explained(f"{folder / _GENERATION} is not valid", name):
@@ -137,17 +136,17 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
     for part in (raw, _mapping(raw, "text_config")):
         for key in _SIZES if part.get("use_sliding_window") is False else (*_SIZES, "sliding_window"):
             if isinstance(part.get(key), int) and part[key] < 1:
-                raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Mend it.")
+                raise ModelError(f"{path}: {key} is {brief(part[key])}; it must be 1 or more. Correct it.")
     _check_kinds(raw, path)
     for key, value in raw.items():
         if re.search("dropout|pdrop", key) and _is_number(value) and not 0 <= value <= 1:
-            raise ModelError(f"{path}: {key} is {brief(value)}; it must be a probability, from 0 to 1. Mend it.")
+            raise ModelError(f"{path}: {key} is {brief(value)}; it must be a probability, from 0 to 1. Correct it.")
     if raw.get("return_dict") is False:
-        raise ModelError(f"{path}: return_dict is false, and what the model answers is read by name. Take it out.")
+        raise ModelError(f"{path}: return_dict is false, and secateur reads outputs by name. Remove this key.")
     if raw.get("transformers_weights") is not None:
         raise ModelError(
-            f"{path} says that its weights are elsewhere than usual (transformers_weights). Call the file "
-            "model.safetensors and take the key out."
+            f"{path} names another weight file than usual (transformers_weights). Rename that file to "
+            "model.safetensors and remove the key."
         )
 
 
@@ -155,17 +154,17 @@ def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
     for form, keys in _KINDS.get(path.name, {}).items():
         for key in keys:
             if content.get(key) is not None and not isinstance(content[key], form):
-                raise ModelError(f"{path}: {key} is {brief(content[key])}; it must be {_WORDS[form]}. Mend it.")
+                raise ModelError(f"{path}: {key} is {brief(content[key])}; it must be {_WORDS[form]}. Correct it.")
 
 
 def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What stands under ``key``; empty when that is null, missing, or no JSON object."""
+    """The object under ``key``; empty when it is null, missing, or no JSON object."""
     value = raw.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _check_causal(raw: Mapping[str, Any], name: str) -> None:
-    """Refuse encoders, encoder-decoders and models without a language-modelling head."""
+    """Raise ModelError for encoders, encoder-decoders and models without a language-modelling head."""
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or []
     what = architectures[0] if architectures else model_type
     if raw.get("is_encoder_decoder"):

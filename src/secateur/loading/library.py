@@ -1,4 +1,4 @@
-"""How other libraries are called here: silently, and with what they raise put into one message of ours."""
+"""Calls of other libraries: silent, and with their errors in one message of secateur."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secateur.errors import ModelError, SecateurError, out_of_memory
 
 
 def first_line(error: BaseException) -> str:
-    """The start of a library's message, for quoting within ours; with what follows a heading that ends in a colon."""
+    """The start of a library's message, for quoting; with the next line when the first ends in a colon."""
     said = str(error)
     if isinstance(error, KeyError) and " " not in said:
         said = f"there is no {said}"
@@ -22,9 +22,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(message: str, name: str) -> Iterator[None]:
-    """Raise ModelError, beginning with ``message``, for whatever a library raises while it opens the model ``name``.
+    """Raise ModelError, beginning with ``message``, for any error of a library while it opens the model ``name``.
 
-    Too little memory is said as that, whatever the library calls it.
+    Too little memory gets its own message, for any error of the library.
     """
     try:
         with quiet_transformers():
@@ -34,15 +34,15 @@ def explained(message: str, name: str) -> Iterator[None]:
     except Exception as error:  # they raise RuntimeError, ValueError, OSError, KeyError, bare Exception ...
         if out_of_memory(error):
             raise ModelError(
-                f"There is too little memory to open {name} ({first_line(error)}). Free some, use a larger machine, or "
-                "hold the weights in half the bytes with --set model.dtype=bfloat16."
+                f"There is too little memory to open {name} ({first_line(error)}). Free some memory, use a larger "
+                "machine, or load the weights in half the bytes with --set model.dtype=bfloat16."
             ) from error
         raise ModelError(f"{message}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and warnings off the screen; what matters comes as an error or through progress."""
+    """Suppress transformers' own bars and warnings. Relevant facts are errors, or reported by ``progress``."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

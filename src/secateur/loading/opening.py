@@ -1,7 +1,7 @@
 """Opening a model: a folder, a Hugging Face hub id, or a built-in name.
 
-Nothing from a model folder is executed unless the caller says ``trust_remote_code=True``, and nothing is unpickled,
-ever: weights come from safetensors. Everything that can be wrong with a folder is found before the weights are read.
+Nothing from a model folder is executed without ``trust_remote_code=True``, and nothing is ever unpickled: weights are
+read from safetensors. Every fault of a folder is found before the weights are read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelSettings(Settings):
-    """Which model, and how it is opened."""
+    """The model, and how it is opened."""
 
     name: str = "smollm2-135m"
     """A folder, a hub id, or a built-in name."""
@@ -56,12 +56,12 @@ class ModelSettings(Settings):
     device: str = "auto"
     """``auto`` (CUDA, else Apple's MPS, else the CPU) or a torch device such as ``cuda:1``."""
     dtype: Dtype = "float32"
-    """Type of the master weights in memory; training is steadiest in float32."""
+    """Type of the master weights in memory. Training is most stable in float32."""
     trust_remote_code: bool = False
     """Allow code from the model folder to run. Only for folders that you trust."""
     drop_unexpected: bool = False
-    """Leave out tensors of the files that have no place in the architecture, such as layers for multi-token prediction;
-    otherwise they are refused by name."""
+    """Leave out tensors of the files that have no place in the architecture, such as layers for multi-token prediction.
+    Without it, such tensors are refused by name."""
 
 
 def load(
@@ -76,8 +76,8 @@ def load(
     """Open a causal language model and its tokenizer.
 
     Args:
-        name: a folder, a hub id or a built-in name (``BUILT_IN``). A folder that holds a LoRA adapter is opened as
-            its base model with the adapter merged.
+        name: a folder, a hub id or a built-in name (``BUILT_IN``). A folder with a LoRA adapter is opened as its base
+            model with the adapter merged.
         revision: branch, tag or commit, for hub ids only.
         device: ``auto`` or a torch device.
         dtype: ``float32`` (default), ``bfloat16`` or ``float16``.
@@ -85,14 +85,14 @@ def load(
         drop_unexpected: leave out tensors of the files that have no place in the architecture.
 
     Returns:
-        The model in eval mode, and its tokenizer, or None when the folder has none. Besides what transformers gives it,
-        the model has ``stored_dtype``, the type of most floating bytes in its files, and ``source_folder``, where these
-        lie; of a merged adapter both are those of its base.
+        The model in eval mode, and its tokenizer, or None when the folder has none. The model has two more attributes:
+        ``stored_dtype``, the type of most floating bytes in its files, and ``source_folder``, the folder of these. For
+        a merged adapter both are those of its base.
 
     Raises:
         InputError: unknown device or dtype, or a flag that is no bool.
-        ModelError: there is no such model, or it is not a causal LM, or its files are damaged, unsafe or hold something
-            else than its config says, or there is too little memory.
+        ModelError: there is no such model, it is not a causal LM, its files are damaged, unsafe or do not match its
+            config, or there is too little memory.
     """
     _check_flags(trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     place, precision = pick_device(device), _precision(dtype)
@@ -116,8 +116,8 @@ def outline(
 ) -> PreTrainedModel:
     """The model that ``load`` would open, without its weights (meta device): enough to trace a model of any size.
 
-    Raises ModelError as ``load`` does, but for what only the numbers in the weight files can tell. A folder with a
-    config and no weights at all will do. Of an adapter it is the base model.
+    Raises ModelError as ``load`` does, except for faults in the values of the weights. A folder with a config and no
+    weights is enough. For an adapter, it opens the base model.
     """
     _check_flags(trust_remote_code=trust_remote_code, drop_unexpected=drop_unexpected)
     folder = _find(str(name), revision, trust_remote_code)
@@ -138,7 +138,7 @@ def outline(
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """``auto`` means CUDA, else MPS, else the CPU; raises InputError when what was asked for is not there."""
+    """``auto`` means CUDA, else MPS, else the CPU. Raises InputError when the device does not exist."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -157,7 +157,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def _check_flags(**flags: object) -> None:
-    """Raise InputError for what is neither True nor False: the text "no" would be taken for a yes."""
+    """Raise InputError for a value that is neither True nor False: the text "no" would count as true."""
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise InputError(f"{key} is {brief(value)}; it must be True or False.")
@@ -170,12 +170,12 @@ def _precision(dtype: str) -> torch.dtype:
 
 
 def _find(name: str, revision: str | None, trust: bool) -> Path:
-    """The folder that holds the model, after downloading or converting it when that is needed."""
+    """The model's folder, after downloading or converting it if needed."""
     path = path_of(name, "The model", ModelError)
     if path.is_dir():
         return path
     if path.exists():
-        raise ModelError(f"{name} is a file. Give the folder that holds config.json and *.safetensors.")
+        raise ModelError(f"{name} is a file. Give the folder with config.json and *.safetensors.")
     if name in BUILT_IN:
         return built_in_folder(name)
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
@@ -188,7 +188,7 @@ def _find(name: str, revision: str | None, trust: bool) -> Path:
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder that was found to be in order, and what is needed to read its weights."""
+    """A checked folder, with everything for reading its weights."""
 
     folder: Path
     name: str
@@ -198,9 +198,9 @@ class _Source:
 
 
 def _examine(folder: Path, name: str, trust: bool, drop: bool, needed: bool = True) -> _Source:
-    """Everything that can be known of a folder before its weights are read; raises ModelError for what is wrong.
+    """Check a folder before its weights are read. Raises ModelError for every fault.
 
-    ``needed`` says whether there must be weights.
+    ``needed``: whether there must be weights.
     """
     config = check_config(folder, name, trust)
     check_beside(folder, name)
@@ -213,7 +213,9 @@ def _examine(folder: Path, name: str, trust: bool, drop: bool, needed: bool = Tr
     places.promise_nothing_absent(empty)
     for key, value in (("stored_dtype", stored_dtype(stored.values())), ("source_folder", folder)):
         setattr(empty, key, value)
-    empty.config._name_or_path = name  # what plans, cards and adapters record; a cache path would mean nothing
+    empty.config._name_or_path = (
+        name  # the name in plans, cards and adapters; a path of the cache would mean nothing there
+    )
     return _Source(folder, name, config, empty)
 
 
@@ -225,7 +227,7 @@ def _settle(
     trust: bool,
     drop: bool,
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """Config and model as the files have them, where these may decide; raises ModelError where they may not."""
+    """Adjust config and model to the files where that is allowed; raises ModelError where it is not."""
     found = places.fit(empty, stored)
     places.check_types(empty, stored, found)
     places.check_places(empty, stored, found, name)
@@ -237,7 +239,7 @@ def _settle(
         if getattr(empty, "all_tied_weights_keys", None):
             raise ModelError(
                 f"config.json of {name} says that {' and '.join(pairs[0])} are one tensor; the files hold two that "
-                "differ, and this kind of model cannot hold two. Save it again from where it was trained."
+                "differ, and this kind of model supports only one. Save it again where it was trained."
             )
         say(
             f"config.json of {name} says that {' and '.join(pairs[0])} are one tensor (tie_word_embeddings); the files "
@@ -285,7 +287,7 @@ def _open_tokenizer(folder: Path, name: str, trust: bool) -> PreTrainedTokenizer
     """The folder's tokenizer, with a padding token; None when the folder has no tokenizer files."""
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
-    with explained(f"The tokenizer of {name} cannot be opened, from tokenizer.json or what is beside it", name):
+    with explained(f"The tokenizer of {name} cannot be opened, from tokenizer.json or the files beside it", name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -314,7 +316,7 @@ def _without_base(name: str, base: str, error: ModelError) -> ModelError:
 
 
 def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset()) -> tuple[str, str | None]:
-    """Name and revision of the model that a LoRA adapter was trained on; ``above`` are adapters that stand upon it."""
+    """Name and revision of the model that a LoRA adapter was trained on; ``above``: adapters that use this one."""
     raw = read_object(folder / ADAPTER_CONFIG)
     base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     for key, value in (("base_model_name_or_path", base), ("revision", revision)):
@@ -329,18 +331,18 @@ def _adapter_base(folder: Path, name: str, above: frozenset[Path] = frozenset())
     if is_adapter_folder(below):
         if below.resolve() in above:
             raise ModelError(
-                f"{name} is an adapter of {base}: adapters in a circle, without a model below. Put the name of the "
-                f"base model into base_model_name_or_path in {ADAPTER_CONFIG}."
+                f"{name} is an adapter of {base}: adapters in a circle, without a base model. Put the name of the base "
+                f"model into base_model_name_or_path in {ADAPTER_CONFIG}."
             )
         _adapter_base(below, base, above)
     return base, revision
 
 
 def _check_adapter_weights(folder: Path, name: str) -> None:
-    """Raise ModelError unless the file with the adapter's weights is whole and holds floating numbers."""
+    """Raise ModelError unless the file of the adapter's weights is complete and contains floating-point tensors."""
     for key, tensor in read_header(folder / ADAPTER_WEIGHTS, name).items():
         if not tensor.is_float:
             raise ModelError(
-                f"{tensor.file} holds the weight {key} as {tensor.dtype}, which is no floating type. Save the adapter "
-                "again from where it was trained."
+                f"{tensor.file} holds the weight {key} as {tensor.dtype}, which is no floating-point type. Save the "
+                "adapter again where it was trained."
             )

@@ -1,7 +1,7 @@
-"""Whether what the weight files hold and what the architecture has are the same tensors; before they are read.
+"""Checks that the weight files and the architecture have the same tensors, before the weights are read.
 
-transformers leaves out what finds no place, and draws random numbers for what is not there, for some families without
-a word. Here the names in the files are compared with those of the model without weights.
+transformers ignores tensors without a place, and draws random numbers for missing ones, for some families without a
+message. Here the names in the files are compared with those of the model without weights.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _COMPUTED = re.compile(
     r"(^|[._])(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|causal_mask|masked_bias|"
     r"relative_position_index|num_batches_tracked)$"
 )
-"""Buffers that older versions of transformers saved, and that newer ones compute."""
+"""Buffers that older versions of transformers saved, and newer ones compute."""
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 """A causal mask by the name of a bias, as GPT-2 and GPT-NeoX saved it; it has four axes."""
 _PREDICT_MORE = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
-"""What configs call the number of layers for multi-token prediction, which no causal language model here holds."""
+"""Names in configs for the number of layers for multi-token prediction, which no causal language model here has."""
 
 
 @dataclass
 class Fit:
-    """Which tensors of the files go where in the model."""
+    """The places of the files' tensors in the model."""
 
     plain: dict[str, list[str]] = field(default_factory=dict)
-    """Tensor of the model → tensors of the files that are read into it as they are."""
+    """Tensor of the model → tensors of the files that are read into it unchanged."""
     merged: dict[str, list[str]] = field(default_factory=dict)
-    """The same for tensors that are put together or taken apart while they are read."""
+    """The same for tensors that are joined or split while they are read."""
     unplaced: list[str] = field(default_factory=list)
-    """Tensors of the files that find no place, but for buffers that the model computes itself."""
+    """Tensors of the files without a place, except buffers that the model computes itself."""
 
 
 def fit(model: PreTrainedModel, stored: Mapping[str, Stored]) -> Fit:
-    """Where transformers will put each stored tensor of ``model``, which may be without weights."""
+    """The place of each stored tensor in ``model``, which may be without weights."""
     transforms = get_model_conversion_mapping(model)
     renamings = [change for change in transforms if isinstance(change, WeightRenaming)]
     converters = [change for change in transforms if isinstance(change, WeightConverter)]
@@ -74,7 +74,7 @@ def _is_computed(key: str, tensor: Stored) -> bool:
 
 
 def contradicted_ties(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fit) -> list[tuple[str, str]]:
-    """Pairs of stored tensors that the config says are one and that hold different numbers."""
+    """Pairs of stored tensors that are tied in the config, but have different values."""
     pairs = []
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
         keys = [found.plain[name][0] for name in (one, other) if name in found.plain]
@@ -84,14 +84,15 @@ def contradicted_ties(model: PreTrainedModel, stored: Mapping[str, Stored], foun
 
 
 def check_types(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fit) -> None:
-    """Raise ModelError for a weight that is stored as anything but floating numbers of 16 bits or more."""
+    """Raise ModelError for a weight that is not stored in a floating-point type of 16 bits or more."""
     state = model.state_dict()
     for place, keys in (found.plain | found.merged).items():
         for key in keys:
             if state[place].is_floating_point() and not stored[key].is_float:
                 raise ModelError(
                     f"{stored[key].file} holds the weight {key} as {stored[key].dtype}; weights are read as "
-                    f"{', '.join(FLOATS)}. If the model is quantised, give the original; otherwise save it again."
+                    f"{', '.join(FLOATS)}. If the model is quantised, give the unquantised one. Otherwise save it "
+                    "again."
                 )
 
 
@@ -101,8 +102,8 @@ def check_places(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fi
         if len(keys) > 1 or place in found.merged:
             both = [*keys, *found.merged.get(place, [])][:2]
             raise ModelError(
-                f"{name} holds two tensors for {place}: {both[0]} and {both[1]}; which is meant cannot be known. Save "
-                "the model again."
+                f"{name} holds two tensors for {place}: {both[0]} and {both[1]}. It is not clear which one to use. "
+                "Save the model again."
             )
     with explained(f"The weights of {name} do not fit its config.json", name):
         wrong = _misfits(model, stored)
@@ -110,9 +111,9 @@ def check_places(model: PreTrainedModel, stored: Mapping[str, Stored], found: Fi
 
 
 def _misfits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> list[str]:
-    """What ``model`` would lack, found by reading tensors of the same shapes that hold no numbers.
+    """The parameters that ``model`` would lack, found by loading tensors of the same shapes without values.
 
-    So transformers itself puts together and takes apart what is stored in another form, such as one tensor an expert.
+    transformers itself joins and splits tensors that are stored in another form, such as one tensor for each expert.
     """
     empty = copy.deepcopy(model)
     transforms: list[Any] = [*get_model_conversion_mapping(empty)]
@@ -124,13 +125,13 @@ def _misfits(model: PreTrainedModel, stored: Mapping[str, Stored]) -> list[str]:
     info, _ = convert_and_load_state_dict_in_model(empty, tensors, options)
     shapes = [f"{place}: {list(given)} instead of {list(wanted)}" for place, given, wanted in info.mismatched_keys]
     lacking = _without_tensor(model, model.state_dict().keys() - info.missing_keys)
-    empty._adjust_missing_and_unexpected_keys(info)  # of buffers, a family knows which it computes
+    empty._adjust_missing_and_unexpected_keys(info)  # a family knows which buffers it computes
     return sorted(shapes) + sorted(lacking | (info.missing_keys & {buffer for buffer, _ in model.named_buffers()}))
 
 
 def refuse_misfits(wrong: list[str], name: str) -> None:
-    """Raise ModelError when ``wrong`` names parameters for which the files hold nothing that fits."""
-    if wrong:  # transformers would go on with random numbers in their place
+    """Raise ModelError when ``wrong`` names parameters without fitting weights in the files."""
+    if wrong:  # transformers would use random numbers in their place
         raise ModelError(
             f"{name} has no fitting weights for {len(wrong)} parameters of its config.json; the first is {wrong[0]}."
         )
@@ -148,20 +149,20 @@ def _without_tensor(model: PreTrainedModel, given: Set[str]) -> set[str]:
 
 
 def leave_out(unplaced: list[str], config: PreTrainedConfig, name: str, drop: bool) -> str:
-    """What to say about tensors without a place; raises ModelError unless they are to be dropped."""
+    """The message for tensors without a place; raises ModelError unless ``drop`` is set."""
     shown = ", ".join(unplaced[:6]) + (" ..." if len(unplaced) > 6 else "")
     if drop:
         return f"Leaving out {len(unplaced)} tensors of {name} that have no place in its architecture: {shown}"
     raise ModelError(
         f"{name} holds {len(unplaced)} tensors that have no place in the architecture of its config.json "
-        f"({config.model_type}): {shown}. What is saved would lack them. If that is meant (layers for multi-token "
-        "prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True); if not, mend "
-        "config.json."
+        f"({config.model_type}): {shown}. A saved model would lack them. If they may be dropped (layers for "
+        "multi-token prediction, a vision tower), add --set model.drop_unexpected=true (drop_unexpected=True). "
+        "Otherwise correct config.json."
     )
 
 
 def promise_nothing_absent(model: PreTrainedModel) -> None:
-    """Let the config of ``model`` promise no layers for multi-token prediction when the model has none."""
+    """Remove layers for multi-token prediction from the config of ``model`` when the model has none."""
     if any(re.search(r"(^|[._])(mtp|nextn)", name) for name in model.state_dict()):
         return
     for part in (model.config, model.config.get_text_config()):
@@ -177,4 +178,7 @@ def check_layers(config: PreTrainedConfig, tensors: int, name: str) -> None:
     """Raise ModelError for more layers than the ``tensors`` in the files: building them could take hours."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
-        raise ModelError(f"config.json of {name} speaks of {layers:,} layers; its files hold {tensors} tensors.")
+        raise ModelError(
+            f"config.json of {name} speaks of {layers:,} layers; its files hold {tensors} tensors. Correct "
+            "config.json, or download the model again."
+        )

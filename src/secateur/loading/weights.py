@@ -1,4 +1,4 @@
-"""The weight files of a folder: which ones are read, whether they are whole, and what their headers say."""
+"""The weight files of a folder: their selection, their completeness, and their headers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
-"""What weights may be stored as, by the names that safetensors has for types."""
+"""Supported types of stored weights, by their names in safetensors."""
 _TYPES = r"BOOL|C64|BF16|[UI](8|16|32|64)|F(16|32|64)|F[468](_\w+)?"
-_FETCH = "Fetch or save the model again."
+_FETCH = "Download or save the model again."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the header of its file describes it."""
+    """A tensor, as described in the header of its file."""
 
     file: Path
     dtype: str
@@ -49,10 +49,10 @@ class Stored:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder that must hold an object; raises ModelError otherwise."""
-    content = read_json(path, error=ModelError, advice="Fetch the model again.")
+    """Read a JSON file of a model's folder; raises ModelError unless it contains an object."""
+    content = read_json(path, error=ModelError, advice="Download the model again.")
     if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object. Fetch the model again.")
+        raise ModelError(f"{path} does not contain a JSON object. Download the model again.")
     return content
 
 
@@ -65,7 +65,7 @@ def promises_weights(folder: Path) -> bool:
 def stored_tensors(folder: Path, name: str) -> dict[str, Stored]:
     """Every tensor that opening ``folder`` reads, by its name in the files; only headers and lengths are read.
 
-    Raises ModelError for files that are missing, damaged or contradict each other.
+    Raises ModelError for files that are missing, damaged, or contradict each other.
     """
     files = _weight_files(folder, name)
     stored: dict[str, Stored] = {}
@@ -73,7 +73,7 @@ def stored_tensors(folder: Path, name: str) -> dict[str, Stored]:
         for key, tensor in read_header(file, name).items():
             if key in stored:
                 raise ModelError(
-                    f"{stored[key].file} and {file} both hold the tensor {key}; which is meant cannot be known. "
+                    f"{stored[key].file} and {file} both hold the tensor {key}. It is not clear which one to use. "
                     f"{_FETCH}"
                 )
             stored[key] = tensor
@@ -93,7 +93,7 @@ def stored_dtype(stored: Iterable[Stored]) -> torch.dtype | None:
 
 
 def read_header(file: Path, name: str) -> dict[str, Stored]:
-    """The tensors of a safetensors file; raises ModelError unless it is whole."""
+    """The tensors of a safetensors file; raises ModelError unless it is complete."""
     with explained(f"{file} is damaged or cut off. {_FETCH[:-1]}", name):
         try:
             with safe_open(file, framework="pt") as opened:
@@ -105,14 +105,14 @@ def read_header(file: Path, name: str) -> dict[str, Stored]:
 
 
 def _refuse_unknown_type(file: Path) -> None:
-    """Raise ModelError when a header that safetensors does not take names a type that there is none of."""
+    """Raise ModelError when safetensors refuses a header because of an unknown type."""
     try:
         tensors = parse_local_safetensors_file_metadata(file).tensors
-    except Exception:  # damaged in another way, which is what the caller says
+    except Exception:  # damaged in another way, which the caller reports
         return
     for key, tensor in sorted(tensors.items()):
         if not re.fullmatch(_TYPES, str(tensor.dtype)):
-            raise ModelError(f"{file} says that the tensor {key} is of type {tensor.dtype!r}, which is none. {_FETCH}")
+            raise ModelError(f"{file} gives the tensor {key} the type {tensor.dtype!r}, which does not exist. {_FETCH}")
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
@@ -122,14 +122,16 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if whole.is_file():
         if missing:
-            say(f"{index} names files that are not there ({missing[0]}); {WEIGHTS} beside it is read.")
+            say(f"{index} names files that do not exist ({missing[0]}). {WEIGHTS} beside it is read.")
         elif set(shards) - {WEIGHTS}:
             _refuse_two_sets(whole, [folder / shard for shard in shards], name)
         return [whole]
     if not index.is_file():
         refuse_weights(name, [path.name for path in folder.iterdir()])
     if missing:
-        raise ModelError(f"{name} lacks {len(missing)} of {len(shards)} weight files ({missing[0]}). Fetch it again.")
+        raise ModelError(
+            f"{name} lacks {len(missing)} of {len(shards)} weight files ({missing[0]}). Download it again."
+        )
     _refuse_bare(index)
     return [folder / shard for shard in shards]
 
@@ -150,11 +152,13 @@ def _refuse_bare(index: Path) -> None:
     """Raise ModelError for an index without ``metadata``, which transformers reads from the one that it uses."""
     found = read_object(index).get("metadata")
     if not isinstance(found, dict):
-        raise ModelError(f"{index}: metadata is {brief(found)}; it must be an object, such as {{}}. Mend it. {_FETCH}")
+        raise ModelError(
+            f"{index}: metadata is {brief(found)}; it must be an object, such as {{}}. Correct it. {_FETCH}"
+        )
 
 
 def _refuse_two_sets(whole: Path, shards: list[Path], name: str) -> None:
-    """Raise ModelError unless ``whole`` holds the tensors that ``shards`` hold, number by number."""
+    """Raise ModelError unless ``whole`` contains the same tensors as ``shards``, value by value."""
     alone = read_header(whole, name)
     parts = {key: tensor for shard in shards for key, tensor in read_header(shard, name).items()}
     differs = sorted(alone.keys() ^ parts.keys())
@@ -167,12 +171,12 @@ def _refuse_two_sets(whole: Path, shards: list[Path], name: str) -> None:
     if differs:
         raise ModelError(
             f"{name} holds two sets of weights that differ ({differs[0]}): {whole.name}, and {len(shards)} files that "
-            f"{INDEX} names. Which of them is meant cannot be known; move one of the sets to another folder."
+            f"{INDEX} names. It is not clear which one to use. Move one of the sets to another folder."
         )
 
 
 def same_numbers(one: Stored, key: str, other: Stored, other_key: str) -> bool:
-    """Whether two stored tensors hold the same numbers, whatever the types; some rows are read at a time."""
+    """Whether two stored tensors have the same values, also in different types. It reads some rows at a time."""
     if one.shape != other.shape:
         return False
     with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
@@ -187,14 +191,12 @@ def same_numbers(one: Stored, key: str, other: Stored, other_key: str) -> bool:
 
 
 def refuse_weights(name: str, files: list[str]) -> None:
-    """Say why none of ``files`` can be opened as weights."""
+    """Raise ModelError with the reason why none of ``files`` can be opened as weights."""
     if any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in files):
         raise ModelError(
             f"{name} has its weights only as pickle, which can run code when it is opened. secateur reads safetensors "
-            "only: convert it once where you trust it (load it with transformers, then save_pretrained)."
+            "only. If you trust the file, convert it once (load it with transformers, then save_pretrained)."
         )
     if any(file.endswith(".gguf") for file in files):
         raise ModelError(f"{name} has its weights as GGUF. Give the original folder with *.safetensors.")
-    raise ModelError(
-        f"{name} has a config.json but no weights (model.safetensors). Was it fetched or saved completely?"
-    )
+    raise ModelError(f"{name} has a config.json but no weights (model.safetensors). Download or save it completely.")

@@ -1,4 +1,4 @@
-"""What a method is: it looks at a task and answers with the units that go."""
+"""The interface of a method: it takes a task and returns the units to remove."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ MethodNeeds = Literal["nothing", "text", "training"]
 
 
 def _ignore(entry: Mapping[str, Any]) -> None:
-    """The log of a task that nobody listens to."""
+    """The default log of a task: drops every entry."""
 
 
 @dataclass
 class PruningTask:
-    """Everything that a method may look at. With ``changes_weights`` it may change the model, never its shapes."""
+    """The inputs of a method. With ``changes_weights`` it may change the model's weights, never its shapes."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     graph: DependencyGraph
     budget: Budget
     calibration: Calibration | None = None
-    """Text to measure importance on; None when the method needs nothing."""
+    """Text for measuring importance; None when the method needs no text."""
     training_blocks: TokenBlocks | None = None
     """Text to train on; None when the method does not train."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     seed: int = 0
     work: Path | None = None
-    """Folder for the checkpoints that a long method resumes from; None to keep none."""
+    """Folder for checkpoints, from which a long method resumes; None to keep none."""
     log: Callable[[Mapping[str, Any]], None] = _ignore
-    """Takes one entry of the run's log."""
+    """Writes one entry to the run's log."""
 
     @cached_property
     def restricted(self) -> DependencyGraph:
-        """The task's graph with every group protected that the budget must not touch (``planning.restrict``)."""
+        """The task's graph, with every group protected that the budget excludes (``planning.restrict``)."""
         return restrict(self.graph, self.budget)
 
     @property
@@ -60,22 +60,22 @@ class PruningTask:
         return self.restricted.prunable
 
     def score(self, criterion: Criterion, seed: int | None = None) -> Scores:
-        """Scores of what the budget may cut, by the model as it is now; with the task's seed unless one is given."""
+        """Scores of the prunable groups, by the model as it is now; with the task's seed unless one is given."""
         return criterion.score(self.model, self.restricted, self.calibration, self.seed if seed is None else seed)
 
     def allocate(
         self, scores: Scores, removed: Mapping[str, Iterable[int]] | None = None, ratio: float | None = None
     ) -> dict[str, list[int]]:
-        """The units that go under the task's budget; arguments and answer are those of ``planning.allocate``."""
+        """The units to remove under the task's budget; arguments and result as in ``planning.allocate``."""
         return solve(Problem.of(self.restricted, scores, self.budget, removed), ratio)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a method answers."""
+    """The result of a method."""
 
     removed: dict[str, list[int]]
-    """Group name → units that go, ascending."""
+    """Group name → units to remove, ascending."""
     scores: Scores | None = None
     """The last scores, for the record."""
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Decision:
     does not have yet.
     """
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Whatever else is worth keeping, JSON-able."""
+    """Other facts worth keeping, JSON-able."""
 
 
 class NoSettings(Settings):
@@ -93,42 +93,44 @@ class NoSettings(Settings):
 
 
 class Method(ABC):
-    """One way of choosing what goes. A subclass names itself, declares what differs from the defaults, and has ``run``.
+    """One way of choosing the units to remove. A subclass has a name, overrides the defaults below, and defines
+    ``run``.
 
-    It is built with its own settings, or without for their defaults.
+    It is built with its own settings, or without arguments for their defaults.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line."""
     paper: ClassVar[str] = ""
-    """Link to where it comes from; empty for folklore."""
+    """Link to the paper; empty when there is none."""
     needs: ClassVar[MethodNeeds] = "nothing"
-    """What ``run`` reads. ``nothing``: weights; ``text``: calibration text; ``training``: training text as well."""
+    """Inputs of ``run``. ``nothing``: weights only; ``text``: calibration text; ``training``: training text as well."""
     changes_weights: ClassVar[bool] = False
-    """Whether ``run`` leaves other weights in the model than it found. If so, they are kept for ``--resume``."""
+    """Whether ``run`` changes the model's weights. If so, they are kept for ``--resume``."""
     kinds: ClassVar[tuple[Kind, ...]] = ()
-    """The kinds of groups that it cuts, if it is bound to some; they become the default of ``budget.kinds``."""
+    """The kinds of groups that it can cut, if not all. They become the default of ``budget.kinds``."""
     Settings: ClassVar[type[Settings]] = NoSettings
-    """Its own keys."""
+    """Its own settings."""
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings or self.Settings()
 
     @property
     def training_steps(self) -> int:
-        """Optimiser steps that ``run`` makes; a method that trains has at least one."""
+        """Optimiser steps of ``run``; a method that trains has at least one."""
         return 0
 
     @property
     def compensates(self) -> bool:
-        """Whether the decision has ``updates``, so that ``recovery.repair`` would make up for the cut a second time."""
+        """Whether the decision has ``updates``. Then ``recovery.repair`` must be off, or the cut is compensated
+        twice."""
         return False
 
     def check(self, task: PruningTask) -> None:
-        """Raise the SecateurError that ``run`` would end with: impossible kinds, groups, settings, adapters.
+        """Raise the SecateurError that ``run`` would raise: impossible kinds, groups, settings, adapters.
 
-        Takes a moment, changes nothing, and reads no text: the task has none yet.
+        It is quick, changes nothing, and reads no text: the task has none yet.
         """
         if self.kinds and set(task.budget.kinds) != set(self.kinds):
             raise InputError(
@@ -138,7 +140,7 @@ class Method(ABC):
 
     @abstractmethod
     def run(self, task: PruningTask) -> Decision:
-        """Choose the units that go; within one unit of the task's ratio, the same for the same seed."""
+        """Choose the units to remove: within one unit of the task's ratio, and the same for the same seed."""
 
 
 def adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:

@@ -12,15 +12,15 @@ from secateur.types import Settings
 
 
 class FLAPSettings(Fluctuation):
-    """The criterion, and whether the mean of what is removed becomes a bias."""
+    """The criterion, and whether the mean of removed channels becomes a bias."""
 
     compensate: bool = True
-    """Add what the removed channels contribute on average to the bias of the linear that consumed them; the linear gets
-    a bias if it has none, and the folder then needs its modelling file."""
+    """Add the mean contribution of the removed channels to the bias of the linear that consumed them. A linear without
+    a bias gets one, and the folder then needs its modelling file."""
 
 
 class FLAP(Method):
-    """Channels whose input hardly fluctuates go, and a bias stands for their mean.
+    """Removes channels whose input hardly fluctuates, and replaces their mean by a bias.
 
     ::
 
@@ -52,11 +52,11 @@ class FLAP(Method):
         return Decision(removed, scores, updates)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Method.check``: linears consume what goes, and may be given a bias."""
+        """See ``Method.check``: only linears consume the prunable groups, and they may get a bias."""
         super().check(task)
         if self.settings.compensate and needs_equal_widths(task.budget.runs_on):
             raise InputError(
-                f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not read. Set "
+                f"FLAP's biases need a modelling file, which {task.budget.runs_on} does not support. Set "
                 "method.compensate=false, or budget.runs_on=transformers."
             )
         self.settings.check(task.model, task.restricted)

@@ -1,8 +1,8 @@
 """The transfer of LoRAPrune: scores from the gradients of A and B in every step, masks that only grow.
 
-It reads in ``on_pre_optimizer_step``, when the gradients of the whole batch are accumulated, unscaled and all-reduced,
-and before they are clipped; it masks after the step. Everything that it decides from is the same on every rank, and is
-saved with each checkpoint.
+It reads gradients in ``on_pre_optimizer_step``: by then they are accumulated over the whole batch, unscaled and
+all-reduced, and not yet clipped. It masks after the step. Its state is the same on every rank, and is saved with each
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class GuidedPruning(Transfer):
     Args:
         graph: of the model that the Trainer trains, traced with the adapters on, and restricted to the budget
             (``planning.restrict``).
-        budget: how much goes in the end, from where, and whether units compete in the whole model or in each layer.
-        schedule: number of finished optimiser steps → fraction of the budget that is spent, rising from 0 to 1.
+        budget: how much is removed in the end, from where, and whether units compete in the whole model or in each
+            layer.
+        schedule: number of finished optimiser steps → fraction of the budget that is removed, rising from 0 to 1.
         every: optimiser steps between two decisions.
         moving_average: λ of Ḡ ← λ Ḡ + (1 − λ) Ĝ.
         criterion: its options; None for the defaults.
 
-    The masks stay on when training ends, until ``release``. Use it with ``secateur.training.train``, or with a Trainer
-    of your own whose ``max_grad_norm`` is 0 (it clips before callbacks look; clip in a later callback).
+    The masks are kept after training until ``release``. Use it with ``secateur.training.train``, or with a Trainer of
+    your own with ``max_grad_norm=0``: the Trainer clips before callbacks run. Clip in a later callback.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class GuidedPruning(Transfer):
         criterion: LoRA | None = None,
     ) -> None:
         self.graph, self.budget, self.schedule = countable(graph), budget, schedule
-        """The graph is without the shapes of the adapters, which will be merged and do not count."""
+        """The graph has no shapes of the adapters: these will be merged, and do not count."""
         self.every, self.moving_average, self.criterion = every, moving_average, criterion or LoRA()
         self.removed: Removed = {}
         """Group name → units that are masked now, ascending."""
         self.average: dict[str, torch.Tensor] = {}
-        """Ḡ: group name → moving average of the scores, from zero on."""
+        """Ḡ: group name → moving average of the scores, which starts at zero."""
         self.observed = 0
-        """Steps that it is made of."""
+        """Steps in the moving average."""
         self.skipped = 0
-        """Steps whose gradients were not finite, so that they were not looked at."""
+        """Steps that were left out because their gradients were not finite."""
         self._done = False
         self._masks: InputMasks | None = None
         self._gradients: AdapterGradients | None = None
@@ -67,9 +68,10 @@ class GuidedPruning(Transfer):
 
     @property
     def scores(self) -> Scores:
-        """The moving averages as they are now, without the weight that is still on the zero that they began from.
+        """The current moving averages, corrected for their start at zero.
 
-        Beginning from the first scores instead would give those, which see least (B = 0), the most weight for long.
+        Starting from the first scores instead would give these too much weight for long, and they are the least
+        reliable ones (B = 0).
         """
         share = 1 - self.moving_average**self.observed
         return Scores({name: value / share for name, value in self.average.items()}, self.criterion.of_loss)
@@ -77,7 +79,7 @@ class GuidedPruning(Transfer):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Check that the Trainer lets gradients be read, and begin."""
+        """Check that the Trainer does not clip before callbacks, and begin."""
         if args.max_grad_norm:
             raise InputError(
                 f"LoRAPrune reads gradients before they are clipped, and this Trainer clips first (max_grad_norm="
@@ -86,16 +88,16 @@ class GuidedPruning(Transfer):
         super().on_train_begin(args, state, control, model)
 
     def begin(self, model: PeftModel) -> None:
-        """Check that gradients can be read, and put the masks of a restored checkpoint on."""
+        """Check that gradients can be read, and apply the masks of a restored checkpoint."""
         self._gradients = AdapterGradients(model, self.graph, self.criterion)
         self._parameters = list(model.parameters())
         self._masks = InputMasks(model, self.graph)
         self._masks.remove(self.removed)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look at the gradients of the whole batch."""
+        """Add the scores of the whole batch's gradients to the moving averages."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        # one number, so that a GPU is waited for once; the largest, as squares of finite numbers need not be finite
+        # one number, to wait for a GPU once; the largest value, as squares of finite numbers need not be finite
         if not get_total_norm(gradients, float("inf")).isfinite():
             self.skipped += 1
             for gradient in gradients:  # one step of NaN would be the end of all adapters
@@ -111,7 +113,7 @@ class GuidedPruning(Transfer):
             self.average[name] = before.lerp(now[name], 1 - self.moving_average)
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """Take the next units away, when it is time."""
+        """Mask the next units, when a decision is due."""
         finished = step + 1
         fraction = self.schedule(finished)
         if not self._done and fraction > 0 and (finished % self.every == 0 or fraction == 1.0):
@@ -121,8 +123,8 @@ class GuidedPruning(Transfer):
     def _decide(self, fraction: float) -> None:
         if not self.average:
             raise ModelError(
-                f"None of the {self.skipped} steps so far had finite gradients, so that nothing can be ranked. "
-                "Train in fp32 or bf16, or lower the learning rate."
+                f"None of the {self.skipped} steps so far had finite gradients, therefore no unit can be ranked. Train "
+                "in fp32 or bf16, or lower the learning rate."
             )
         ratio = None if fraction == 1.0 else fraction * self.budget.ratio
         self.removed = solve(Problem.of(self.graph, self.scores, self.budget, self.removed), ratio)
@@ -130,7 +132,7 @@ class GuidedPruning(Transfer):
         self._masks.remove(self.removed)
 
     def release(self) -> None:
-        """Take the masks off the model."""
+        """Remove the masks from the model."""
         if self._masks is not None:
             self._masks.remove({})
 
@@ -144,7 +146,7 @@ class GuidedPruning(Transfer):
         return tensors | {"counts": torch.tensor([self.observed, self.skipped, int(self._done)])}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The opposite of ``state_tensors``."""
+        """Restore the state from ``state_tensors``."""
         self.observed, self.skipped, done = tensors["counts"].tolist()
         self._done = bool(done)
         self.average = _below("average/", tensors)

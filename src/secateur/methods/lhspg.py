@@ -1,18 +1,19 @@
 """LHSPG, the LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, Algorithm 4): maths and transfers.
 
-While the adapters of the important units go on learning, the redundant units of one period are driven to exact zero
-a little every step, so that what they did is re-learned by the others before they are cut.
+While the adapters of the important units keep learning, the redundant units of one period are driven to exact zero, a
+little in every step. The other units learn their function before they are cut.
 
 ``[x]_g`` is everything that produces unit ``g``: its rows of every weight (role ``out`` in the graph) and bias. In a
 *composed operator* ``W + γ B A`` the effective rows are meant: every step folds ``γ [B]_g A`` into ``[W]_g`` and sets
-``[B]_g`` to zero, so that shrinking acts on what the unit computes.
+``[B]_g`` to zero. Shrinking then acts on the whole effective weight.
 
-A query head has no values of its own: with zero queries it attends to everything alike, and is still heard. Of such
-units (``still_heard``) ``[x]_g`` is what consumes them, columns instead of rows, ``γ B [A]_g`` with them.
+A query head has no values of its own: with zero queries it attends to all positions equally, and is still consumed. For
+such units (``still_consumed``), ``[x]_g`` is the weights that consume them: columns instead of rows, and ``γ B [A]_g``
+with them.
 
-Where a norm runs over the units (OLMo2), units that shrink would leave the others a larger share of it, and no adapter
-before the norm could undo that. The norm's weights are therefore lowered by as much, step by step, so that the norm is
-one over the units that are left; ``surgery`` takes that back when the zeros, and with them the divisor, are cut out.
+Where a norm runs over the units (OLMo2), shrinking units give the others a larger share of it, and no adapter before
+the norm can undo that. The norm's weights are therefore lowered to match in every step: the norm then equals one over
+the remaining units. ``surgery`` reverses this when it removes the zeros, and with them changes the divisor.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ def half_space_factor(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The projected step of Algorithm 4, lines 7-9, for ``n`` units at once, without their rows.
 
-    The trial ``x̃ = x + u - λ x / ‖x‖`` with ``u = γ B A`` is ``(1 - λ / ‖x‖) x + u``, so that its inner product with
-    ``x`` follows from two numbers of the unit.
+    The trial ``x̃ = x + u - λ x / ‖x‖`` with ``u = γ B A`` is ``(1 - λ / ‖x‖) x + u``. Its inner product with ``x``
+    therefore follows from two numbers of the unit.
 
     Args:
         norm2: ``[n]``, ‖x‖² over all rows of the unit.
         along: ``[n]``, ⟨u, x⟩.
-        shrink: ``[n]``, λ_g: how much of the norm goes in this step.
+        shrink: ``[n]``, λ_g: the amount by which the norm shrinks in this step.
         epsilon: the half-space is ``⟨x̃, x⟩ ≥ ε ‖x‖²``, with ε in [0, 1).
 
     Returns:
-        Two tensors ``[n]``: by what ``x`` and by what ``u`` is multiplied, to be added up; both 0 outside of the
-        half-space, and for a unit that is zero already.
+        Two tensors ``[n]``: the factors of ``x`` and of ``u``, whose products are added. Both are 0 outside of the
+        half-space, and for a unit that is already zero.
     """
     norm = norm2.sqrt()
     factor = 1 - shrink / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -64,18 +65,18 @@ def half_space_factor(
 
 
 @torch.no_grad()
-def still_heard(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str]:
-    """Groups whose units still reach their consumers when everything that produces them is zero.
+def still_consumed(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str]:
+    """Groups whose units still reach their consumers when all weights that produce them are zero.
 
-    Found by trying: one short forward pass without the first unit of every group. The model is left as it was.
+    Found by one short forward pass without the first unit of every group. The model is restored.
     """
     first = {group.name: [0] for group in graph.prunable}
-    modules, heard, hooks = dict(model.named_modules()), set[str](), []
+    modules, consumed, hooks = dict(model.named_modules()), set[str](), []
 
     def listen(name: str, index: torch.Tensor) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if bool(inputs[0][..., index.to(inputs[0].device)].any()):
-                heard.add(name)
+                consumed.add(name)
 
         return hook
 
@@ -90,7 +91,7 @@ def still_heard(model: PreTrainedModel, graph: DependencyGraph) -> frozenset[str
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(heard)
+    return frozenset(consumed)
 
 
 @dataclass
@@ -101,16 +102,16 @@ class _Norm:
     """The group whose units it runs over."""
     module: nn.Module
     start: torch.Tensor
-    """``weight[left]`` as it was."""
+    """``weight[left]`` at the start of the period."""
     left: torch.Tensor
-    """Rows of the units that stay."""
+    """Rows of the kept units."""
     redundant: int
     """Rows that shrink in this period."""
 
     def follow(self, share: float) -> None:
-        """Make it a norm over all units that are there, of whose redundant ones ``share`` of the squares is left.
+        """Make it a norm over the units that are left, when ``share`` of the redundant units' squares is left.
 
-        It divides by N rows, of which those that are gone are zero.
+        It divides by N rows; rows of removed units are zero.
         """
         weight, left = self.module.get_parameter("weight").detach(), len(self.left)
         counted = left + self.redundant * share
@@ -123,35 +124,39 @@ def _norms(
     graph: DependencyGraph,
     redundant: Kept,
     gone: Kept,
-    heard: Collection[str],
+    consumed: Collection[str],
 ) -> list[_Norm]:
-    """The norms that redundant units count in; ModelError for one that is more than an RMS norm."""
+    """The norms over redundant units. Raises ModelError for one that is not a plain RMS norm."""
     found = []
     for name in {**redundant, **gone}:
         leaving = {name: [*redundant.get(name, ()), *gone.get(name, ())]}
         for module, norm in norms_over(model, graph, Cut.removing(graph, leaving)).items():
-            if name in heard:  # what produces them stays whole until it is cut, and counts in the norm until then
-                raise _cannot_follow(module, model, "shrink where they are consumed, while it sees all of them")
+            if name in consumed:  # their producers are unchanged until the cut, and count in the norm until then
+                raise _cannot_follow(
+                    module, model, "shrink where they are consumed, while the norm still includes all of them"
+                )
             if not scales_with_zeros(module, norm.kept):
-                raise _cannot_follow(module, model, "would shrink to zero, and is no RMS norm: its mean would move")
+                raise _cannot_follow(
+                    module, model, "would shrink to zero, and it is no RMS norm: its mean would change"
+                )
             weight = module.get_parameter("weight").detach()
             left = norm.kept["weight"].to(weight.device)
-            # what is gone is zero, and goes on counting in the divisor
+            # removed units are zero, and still count in the divisor
             found.append(_Norm(name, module, weight[left], left, len(weight) - len(norm.counting["weight"])))
     return found
 
 
-def check_norms(model: PeftModel, graph: DependencyGraph, heard: Collection[str]) -> None:
-    """Raise ModelError when LHSPG could not drive units of some prunable group to zero for a norm over them."""
+def check_norms(model: PeftModel, graph: DependencyGraph, consumed: Collection[str]) -> None:
+    """Raise ModelError when a norm over units of a prunable group does not allow driving them to zero."""
     for group in graph.prunable:
-        _norms(model, graph, {group.name: [0]}, {}, heard)
+        _norms(model, graph, {group.name: [0]}, {}, consumed)
 
 
 def _cannot_follow(module: nn.Module, model: nn.Module, what: str) -> ModelError:
     path = next(path for path, other in model.named_modules() if other is module)
     return ModelError(
-        f"{path} ({type(module).__name__}) runs over units that {what}. "
-        "Leave these groups whole (budget.protect), or choose a one-shot method."
+        f"{path} ({type(module).__name__}) runs over units that {what}. Protect these groups (budget.protect), or "
+        "choose a one-shot method."
     )
 
 
@@ -161,17 +166,17 @@ def _norm2(members: list[UnitRows]) -> torch.Tensor:
 
 
 class Shrinking(Transfer):
-    """Drives one period's redundant units to exact zero, and keeps those already gone at zero.
+    """Drives one period's redundant units to exact zero, and keeps removed units at zero.
 
-    Its state is the rows of the redundant units: with the model as it was when the period began, a checkpoint of the
-    Trainer goes on where it was taken. Subclasses say by how much the units shrink in a step.
+    Its state is the rows of the redundant units. With them, and with the model from the start of the period, a
+    checkpoint of the Trainer can be resumed. Subclasses define by how much the units shrink in a step.
 
     Args:
         graph: of the model that the Trainer trains, traced with the adapters on.
         redundant: group name → units to drive to zero in this period.
         gone: group name → units that earlier periods drove to zero.
         steps: length of the period, T_p.
-        heard: see ``still_heard``; groups whose units shrink where they are consumed.
+        consumed: see ``still_consumed``; groups whose units shrink where they are consumed.
     """
 
     def __init__(
@@ -181,10 +186,10 @@ class Shrinking(Transfer):
         gone: Kept,
         *,
         steps: int,
-        heard: Collection[str] = (),
+        consumed: Collection[str] = (),
     ) -> None:
         self.steps = steps
-        self._heard = heard
+        self._consumed = consumed
         self._graph, self._units = graph, (redundant, gone)
         self._restored: dict[str, torch.Tensor] = {}
 
@@ -192,7 +197,7 @@ class Shrinking(Transfer):
     def begin(self, model: PeftModel) -> None:
         """See ``Transfer.begin``."""
         self._redundant, self._gone = (self._shrinking(model, units) for units in self._units)
-        self._norms = _norms(model, self._graph, *self._units, self._heard)
+        self._norms = _norms(model, self._graph, *self._units, self._consumed)
         self._shrink = [_norm2(unit).sqrt() / self.steps for unit in self._redundant]
         for name, rows in self._by_name().items():
             if name in self._restored:
@@ -220,7 +225,7 @@ class Shrinking(Transfer):
     def _shrinking(self, model: PeftModel, units: Kept) -> list[list[UnitRows]]:
         """For each group in ``units``, ``[x]_g`` of those units."""
         return [
-            rows_of(model, self._graph[name], units[name], "in" if name in self._heard else "out")
+            rows_of(model, self._graph[name], units[name], "in" if name in self._consumed else "out")
             for name in units
             if units[name]
         ]
@@ -231,7 +236,7 @@ class Shrinking(Transfer):
             norm.follow(shares[norm.group])
 
     def _share(self, name: str) -> float:
-        """How much of the squares of a group's redundant rows is left since the period began."""
+        """The share of the squares of a group's redundant rows that is left since the start of the period."""
         redundant = [name for name, units in self._units[0].items() if units]
         if name not in redundant:
             return 0.0
@@ -248,7 +253,7 @@ class Shrinking(Transfer):
         return {name: rows.read() for name, rows in self._by_name().items()}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The opposite of ``state_tensors``; the rows are written when training begins."""
+        """Restore the state from ``state_tensors``; the rows are written when training begins."""
         self._restored = dict(tensors)
 
 

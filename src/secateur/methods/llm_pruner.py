@@ -14,10 +14,10 @@ from secateur.types import Cut, Scores, Settings
 
 
 class LLMPrunerSettings(importance.Salience):
-    """The criterion, and in how many rounds. Protected layers and the ranking are the budget's."""
+    """The criterion, and the number of rounds. Protected layers and the ranking are set in the budget."""
 
     rounds: int = Field(default=1, ge=1)
-    """In how many equal rounds the units go, scored anew in each (``iterative_steps`` of the code)."""
+    """Number of equal rounds in which units are removed, with new scores in each (``iterative_steps`` of the code)."""
 
 
 class LLMPruner(Method):

@@ -20,23 +20,23 @@ from secateur.types import Settings
 
 
 class LoRAPruneSettings(LoRA):
-    """Criterion and schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
+    """Criterion and schedule. Steps are optimiser steps. The text is that of the recipe's ``recovery`` section."""
 
     steps: int = Field(default=40, ge=1)
     """T: steps of LoRA training in which the masks grow."""
     every: int = Field(default=1, ge=1)
-    """Steps between two decisions (10 in the paper's code, which trains for thousands). The fewer steps there are, the
-    more each decision takes at once, and the worse that is."""
+    """Steps between two decisions (10 in the paper's code, which trains for thousands of steps). With fewer steps in
+    all, each decision removes more units at once, which costs quality."""
     warm_up: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the steps at the beginning in which nothing goes."""
+    """Fraction of the steps at the beginning without pruning."""
     cool_down: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the steps at the end in which everything is gone."""
+    """Fraction of the steps at the end, after the last decision."""
     moving_average: float = Field(default=0.9, ge=0, lt=1)
     """λ: weight of the past in the moving average of the scores."""
     schedule: Schedule = "constant"
-    """Learning-rate schedule while pruning; recovery, which ends the training, has ``training.schedule``."""
+    """Learning-rate schedule during pruning; recovery, which ends the training, has ``training.schedule``."""
     base: BaseWeights = "as-is"
-    """Frozen weights while pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
+    """Frozen weights during pruning: as they are loaded, or in 8 (``int8``) or 4 bits (``nf4``) by bitsandbytes."""
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -46,7 +46,7 @@ class LoRAPruneSettings(LoRA):
 
 
 class LoRAPrune(Method):
-    """Train LoRA; every few steps mask the units with the lowest averaged scores, along a cubic schedule.
+    """Trains LoRA, and every few steps masks the units with the lowest averaged scores, by a cubic schedule.
 
     ::
 
@@ -103,7 +103,7 @@ class LoRAPrune(Method):
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: every group can be masked, and has a matrix with an adapter.
 
-        Tried on a twin that shares the weights.
+        Tested on a twin that shares the weights.
         """
         super().check(task)
         require_maskable(task.prunable)

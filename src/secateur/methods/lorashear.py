@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
-from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_heard
+from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_consumed
 from secateur.methods.periods import Period, Periods, PeriodSettings
 from secateur.methods.saliency import Saliency, checked_weights
 from secateur.methods.transfer import Transfer
@@ -21,14 +21,14 @@ from secateur.types import DependencyGraph, Settings
 
 
 class LoRAShearSettings(PeriodSettings):
-    """The schedule, how units shrink, and what ranks them."""
+    """The schedule, the way units shrink, and the criteria that rank them."""
 
     projection: Literal["decay", "half-space"] = "decay"
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """ε of the half-space projection: bigger zeroes earlier. Above 0 only with ``half-space``."""
+    """ε of the half-space projection: a larger ε zeroes units earlier. It must be 0 with ``decay``."""
     saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
-    """Criteria that rank the units anew in every period, with their weights. A mapping in place of a weight gives a
+    """Criteria that rank the units in every period, with their weights. A mapping in place of a weight gives a
     criterion's own options: ``{lora: {weight: 0.5, sides: both}}``."""
 
     @field_validator("saliency")
@@ -47,14 +47,15 @@ class LoRAShearSettings(PeriodSettings):
         readers = Saliency(self.saliency).readers
         if readers and self.warmup_steps == 0:
             raise ValueError(
-                f"saliency by {', '.join(readers)} reads adapters, and there are none before the first period: "
-                "set warmup_steps above 0"
+                f"saliency by {', '.join(readers)} reads adapters, and there are none before the first period; set "
+                "warmup_steps above 0"
             )
         return self
 
 
 class LoRAShear(Method):
-    """Train LoRA in periods; in each, score, choose the next units, and shrink them to zero while the rest learns.
+    """Trains LoRA in periods. In each, it scores, chooses the next units, and shrinks them to zero while the rest
+    learns.
 
     ::
 
@@ -65,7 +66,7 @@ class LoRAShear(Method):
 
     name: ClassVar[str] = "lorashear"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.18356"
-    summary: ClassVar[str] = "progressive: LoRA learns what redundant units did while LHSPG drives them to zero"
+    summary: ClassVar[str] = "progressive: LoRA takes over the function of redundant units while LHSPG zeroes them"
     needs: ClassVar[MethodNeeds] = "training"
     changes_weights: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = LoRAShearSettings
@@ -77,16 +78,16 @@ class LoRAShear(Method):
         return self.settings.steps
 
     def run(self, task: PruningTask) -> Decision:
-        """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes; the units that go are zero."""
-        heard = still_heard(task.model, task.restricted)
-        return Periods(task, self.settings, self._saliency, partial(self._transfer, heard)).run()
+        """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes. The removed units are zero."""
+        consumed = still_consumed(task.model, task.restricted)
+        return Periods(task, self.settings, self._saliency, partial(self._transfer, consumed)).run()
 
-    def _transfer(self, heard: Collection[str], graph: DependencyGraph, period: Period) -> Transfer:
+    def _transfer(self, consumed: Collection[str], graph: DependencyGraph, period: Period) -> Transfer:
         settings = self.settings
         if settings.projection == "decay":
-            return Decay(graph, period.redundant, period.gone, steps=period.steps, heard=heard)
+            return Decay(graph, period.redundant, period.gone, steps=period.steps, consumed=consumed)
         return HalfSpace(
-            graph, period.redundant, period.gone, steps=period.steps, heard=heard, epsilon=settings.epsilon
+            graph, period.redundant, period.gone, steps=period.steps, consumed=consumed, epsilon=settings.epsilon
         )
 
     @property
@@ -94,12 +95,12 @@ class LoRAShear(Method):
         return Saliency(self.settings.saliency)
 
     def check(self, task: PruningTask) -> None:
-        """See ``Method.check``: zeroing must be removing, norms must be able to follow, and a saliency that reads
-        adapters must find them in every group; tried on a twin."""
+        """See ``Method.check``. Zeroing must equal removing, norms must be adjustable, and a saliency that reads
+        adapters must find them in every group; tested on a twin."""
         super().check(task)
         require_maskable(task.prunable)
-        heard = still_heard(task.model, task.restricted)
+        consumed = still_consumed(task.model, task.restricted)
         adapted = attach_lora(cast(PreTrainedModel, twin_of(task.model, weights=True)), task.lora, task.seed)
         graph = adapted_graph(adapted, task)
-        check_norms(adapted, graph, heard)
+        check_norms(adapted, graph, consumed)
         self._saliency.check(adapted, graph)

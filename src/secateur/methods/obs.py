@@ -14,10 +14,10 @@ from secateur.types import Settings
 
 
 class OBSSettings(Settings):
-    """What divides the budget among the groups, and what the weights that stay should give."""
+    """The criteria that divide the budget among the groups, and the target of the refit."""
 
     saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
-    """Criteria with their weights, as in lorashear. They say how many units each group loses, not which."""
+    """Criteria with their weights, as in lorashear. They determine how many units each group loses, not which ones."""
     target: Target = "dense"
     """See ``recovery.repair_target``."""
 
@@ -28,7 +28,7 @@ class OBSSettings(Settings):
 
 
 class OBS(Method):
-    """Units are removed where the others can make up for them best; the weights that do so are kept.
+    """Removes the units for which the others can compensate best, and keeps the compensated weights.
 
     ::
 
@@ -39,7 +39,7 @@ class OBS(Method):
 
     name: ClassVar[str] = "obs"
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.04089"
-    summary: ClassVar[str] = "one shot: units that the other weights can make up for, layer by layer (ZipLM, SlimGPT)"
+    summary: ClassVar[str] = "one shot: units for which other weights can compensate, layer by layer (ZipLM, SlimGPT)"
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = OBSSettings
     settings: OBSSettings

@@ -28,11 +28,12 @@ class OneShot(Method):
 
 
 def one_shot(name: str, criterion: type[Criterion]) -> type[OneShot]:
-    """The method ``name`` that cuts what ``criterion`` scores lowest; InputError for one that reads adapters."""
+    """The method ``name``, which removes the units with the lowest scores of ``criterion``.
+
+    Raises InputError for a criterion that reads adapters.
+    """
     if criterion.needs == "adapters":
-        raise InputError(
-            f"{name} reads adapters, which a method of one shot does not train. Use it in method.saliency."
-        )
+        raise InputError(f"{name} reads adapters, and a one-shot method does not train any. Use it in method.saliency.")
     return type(
         criterion.__name__,
         (OneShot,),

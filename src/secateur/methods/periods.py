@@ -1,7 +1,7 @@
-"""Pruning in periods: the loop, its schedule, and the notes on disk that an interrupted run goes on from.
+"""Pruning in periods: the loop, its schedule, and the notes on disk from which an interrupted run resumes.
 
-In each period fresh adapters train while a ``Transfer`` takes the redundant units out. Then the adapters are merged,
-the units that are left are scored, and the next ones are chosen. LoRAShear is a saliency and a transfer in this loop.
+In each period fresh adapters train while a ``Transfer`` drives out the redundant units. Then the adapters are merged,
+the remaining units are scored, and the next ones are chosen. LoRAShear is a saliency and a transfer in this loop.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from secateur.whole import remove, whole, write_whole
 
 
 class PeriodSettings(Settings):
-    """The schedule. Steps are optimiser steps; the text is that of the recipe's ``recovery`` section."""
+    """The schedule. Steps are optimiser steps. The text is that of the recipe's ``recovery`` section."""
 
     periods: int = Field(default=1, ge=1)
-    """P: in how many instalments the units go."""
+    """P: number of periods in which the units are removed."""
     period_steps: int = Field(default=40, ge=1)
     """T_p: steps in which the redundant units of one period shrink to zero."""
     warmup_steps: int = Field(default=0, ge=0)
     """T_w: steps of plain LoRA training before the first period."""
     schedule: Schedule = "constant"
-    """Learning-rate schedule inside a period; recovery, which ends the training, has ``training.schedule``."""
+    """Learning-rate schedule within a period; recovery, which ends the training, has ``training.schedule``."""
 
     @property
     def steps(self) -> int:
@@ -55,17 +55,18 @@ class Period:
     """One stretch of training, with fresh adapters and a fresh optimiser."""
 
     number: int
-    """From 1 on; 0 is the warm-up, in which nothing goes."""
+    """From 1 on; 0 is the warm-up, in which nothing is removed."""
     steps: int
     redundant: Removed
-    """Group name → units that go in this period."""
+    """Group name → units to remove in this period."""
     gone: Removed
-    """Group name → units that earlier periods took out; nothing consumes them."""
+    """Group name → units that earlier periods removed; nothing consumes them."""
 
 
 @dataclass
 class Periods:
-    """One run. Changes the weights of ``task.model`` in place, not their shapes; in the end nothing consumes what goes.
+    """One run. Changes the weights of ``task.model`` in place, not their shapes. At the end nothing consumes removed
+    units.
 
     ``Periods(task, settings, Saliency({"magnitude": 1.0}), MyTransfer).run()`` is a whole method.
 
@@ -83,7 +84,7 @@ class Periods:
         self.book = Book(self.task)
 
     def run(self) -> Decision:
-        """All periods, or those that are left of an interrupted run."""
+        """Run all periods, or the remaining ones of an interrupted run."""
         settings = self.settings
         begun = self.book.restore()
         adapted: PeftModel | None = None
@@ -102,7 +103,8 @@ class Periods:
         return Decision(removed=removed, scores=begun.scores, metrics={"training": self.book.log})
 
     def _begin(self, number: int, removed: Removed, adapted: PeftModel | None) -> _Begun:
-        """Score what is there, with the adapters of the training before it still on; merge them; choose what goes."""
+        """Score the remaining units while the previous adapters are still on, merge these, and choose the next
+        units."""
         task, seed = self.task, self.task.seed + number - 1
         found = {} if adapted is None else self.saliency.of_adapters(task, adapted, seed)
         _settle(task, adapted, removed)
@@ -139,7 +141,7 @@ class Periods:
 
 
 def _settle(task: PruningTask, adapted: PeftModel | None, removed: Removed) -> None:
-    """End a stretch of training: merge the adapters, and let nothing consume what is gone."""
+    """End a period of training: merge the adapters, and zero the weights that consume removed units."""
     if adapted is not None:
         merge_lora(adapted)
         zero_units(task.model, task.graph, Cut.removing(task.graph, removed))
@@ -147,18 +149,18 @@ def _settle(task: PruningTask, adapted: PeftModel | None, removed: Removed) -> N
 
 @dataclass(frozen=True)
 class _Begun:
-    """A period that has begun: what is decided, and still to be trained."""
+    """A period that has begun: its units are chosen, and its training is not finished."""
 
     number: int
     removed: Removed
-    """Units that earlier periods took out."""
+    """Units that earlier periods removed."""
     chosen: Removed
-    """These, and the units that go in this one."""
+    """These, and the units to remove in this period."""
     scores: Scores
 
 
 class _Note(Settings):
-    """What ``period.json`` holds; the tensors are in files beside it."""
+    """The content of ``period.json``; the tensors are in files beside it."""
 
     number: int = Field(ge=1)
     removed: Removed
@@ -168,9 +170,9 @@ class _Note(Settings):
 
 
 class Book:
-    """Keeps the beginning of the current period on disk; within it, the Trainer's checkpoints say how far it came.
+    """Keeps the start of the current period on disk. Within the period, the Trainer writes checkpoints.
 
-    Those of its last step are there until the next period has begun, as scoring for that one takes time.
+    Checkpoints of the last step are kept until the next period has begun, because scoring for it takes time.
     """
 
     def __init__(self, task: PruningTask) -> None:
@@ -202,8 +204,8 @@ class Book:
         shutil.rmtree(self.folder / f"training-{number - 1}", ignore_errors=True)
 
     def restore(self) -> _Begun | None:
-        """The period that had begun, with the task's model as it was then; None when there is none, or when what was
-        kept of it is damaged: then nothing of the earlier run stays, and the method begins anew."""
+        """The period that had begun, with the task's model as it was then. None when there is none, or when its files
+        are damaged: then all files of the earlier run are removed, and the method starts again."""
         if self.folder is None or not (self.folder / "period.json").exists():
             return None
         try:
@@ -215,7 +217,7 @@ class Book:
         except (InputError, ValidationError, SafetensorError, OSError) as error:
             if out_of_memory(error):
                 raise
-            progress.say(f"  What an earlier run kept in {self.folder} is damaged: the method begins anew.")
+            progress.say(f"  The files of an earlier run in {self.folder} are damaged. The method starts again.")
             remove(self.folder)
             return None
         self.log = note.log

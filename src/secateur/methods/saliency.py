@@ -1,4 +1,4 @@
-"""Which units are redundant: several criteria, weighted and added up."""
+"""Ranks redundant units by the weighted sum of several criteria."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ class Saliency:
             )
 
     def check(self, adapted: PeftModel, graph: DependencyGraph) -> None:
-        """Raise the ModelError that scoring would end with; ``graph`` is that of the model with fresh adapters."""
+        """Raise the ModelError that scoring would raise; ``graph`` is that of the model with fresh adapters."""
         for criterion in self.criteria.values():
             criterion.check(adapted, graph)
 
     def of_adapters(self, task: PruningTask, adapted: PeftModel, seed: int) -> dict[str, Scores]:
-        """The scores of the criteria that read adapters, while these are still on the task's model."""
+        """Scores of the criteria that read adapters, while these are still on the task's model."""
         if not self.readers:
             return {}
         graph = adapted_graph(adapted, task)
         return {name: self.criteria[name].score(adapted, graph, task.calibration, seed) for name in self.readers}
 
     def scores(self, task: PruningTask, found: Mapping[str, Scores], seed: int) -> Scores:
-        """All criteria together: those in ``found``, and the others as the task's model is now."""
+        """Combined scores: those in ``found``, and the other criteria on the task's model as it is now."""
         every = {
             name: found[name] if name in found else task.score(criterion, seed)
             for name, criterion in self.criteria.items()
@@ -91,7 +91,7 @@ def checked_weights(weights: Weights) -> dict[str, Any]:
 def combine(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
     """``Σ weight · score / ‖score‖`` over criteria, with norms over the units of all groups.
 
-    Each is divided by its norm, or one would drown the others (HESSO).
+    Each is divided by its norm, or one criterion would dominate the others (HESSO).
     """
     total: dict[str, torch.Tensor] = {}
     for name, scores in found.items():

@@ -1,4 +1,4 @@
-"""What is done, while the adapters train, with the units that go, so that the others learn what these did."""
+"""How redundant units are driven out while the adapters train, and the other units learn their function."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from secateur.training import StatefulCallback
 
 
 class Transfer(StatefulCallback):
-    """A callback of the Trainer with three places to act; a subclass fills those that it uses.
+    """A callback of the Trainer with three hooks; a subclass overrides those that it uses.
 
     Give it to ``secateur.training.train`` as a callback, and its ``penalty`` as the penalty. Steps are optimiser steps,
-    numbered from 0 on; after a resume they go on where they were.
+    numbered from 0; a resumed run continues the numbering.
     """
 
     def begin(self, model: PeftModel) -> None:
-        """Training begins, or goes on from a checkpoint whose state has been restored already."""
+        """Called when training begins, or resumes from a checkpoint whose state is already restored."""
 
     def penalty(self, model: PeftModel, step: int) -> torch.Tensor | None:
-        """A scalar that is added to the model's own loss in this step; None for nothing."""
+        """A scalar to add to the model's own loss in this step; None for no penalty."""
         return None
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """The optimiser has made this step."""
+        """Called after the optimiser's step."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """See ``StatefulCallback``: nothing."""
@@ -38,11 +38,11 @@ class Transfer(StatefulCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Called by the Trainer when the model is where it will be trained."""
+        """Called by the Trainer when the model is on its device."""
         self.begin(model)
 
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Called by the Trainer between the optimiser's step and the next batch."""
-        self.after_step(model, state.global_step)  # the Trainer counts it a moment later
+        self.after_step(model, state.global_step)  # the Trainer counts the step after this call

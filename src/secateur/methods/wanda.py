@@ -1,4 +1,4 @@
-"""Wanda-sp: weights times the activations that they meet, in the structured form."""
+"""Wanda-sp: weights times their input activations, in the structured form."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from secateur.walk import LayerStack, Walker, borrowed, calibration_for, watched
 
 
 class WandaSettings(importance.WandaSP):
-    """Which activations count."""
+    """The source of the activations."""
 
     inputs: Literal["dense", "pruned"] = "dense"
-    """``dense``: every layer sees what the dense model gives it; ``pruned``: what the layers before it give when
-    they are pruned already, one layer after the other (as in FLAP's code; twice the time)."""
+    """``dense``: every layer gets its inputs from the dense model. ``pruned``: layers are pruned one after the other,
+    and each gets its inputs from the pruned layers before it (as in FLAP's code; twice the time)."""
 
 
 class Wanda(Method):
@@ -45,10 +45,11 @@ class Wanda(Method):
 
 
 def layer_by_layer(task: PruningTask, criterion: importance.WandaSP, counts: Mapping[str, int]) -> Decision:
-    """Take the ``counts`` lowest units of each group, every layer scored on what the pruned ones before it hand on.
+    """Remove the ``counts`` lowest units of each group, with every layer scored on the output of the pruned ones
+    before.
 
-    All groups of one layer see that layer while it is whole. Raises ModelError for a model whose layers do not run one
-    after the other, or for a group outside of them.
+    All groups of one layer are scored while that layer is whole. Raises ModelError for a model whose layers do not run
+    one after the other, or for a group outside of them.
     """
     graph = task.restricted
     walker = Walker(LayerStack.find(task.model, graph), calibration_for(task.calibration, criterion.name))
@@ -73,5 +74,5 @@ def layer_by_layer(task: PruningTask, criterion: importance.WandaSP, counts: Map
 
 
 def _lowest(group: NodeGroup, scores: torch.Tensor, count: int) -> list[int]:
-    """The ``count`` lowest units; equally many of each run, where a group has several."""
+    """The ``count`` lowest units, with equal numbers from each run of units."""
     return group.in_turn(scores.argsort(stable=True).tolist())[:count]

@@ -1,4 +1,4 @@
-"""From scores and a budget to the units that go, counted exactly."""
+"""From scores and a budget to the units to remove, counted exactly."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def allocate(
     removed: Mapping[str, Iterable[int]] | None = None,
     ratio: float | None = None,
 ) -> dict[str, list[int]]:
-    """Choose the units that go so that the parameter count lands within one unit of the target.
+    """Choose the units to remove. The parameter count is within one unit of the target.
 
-    With uneven widths that is one unit of the smallest kind; with equal widths one step of the finest kind in all
-    layers together; with rounding one rounding step. Parameters of LoRA adapters do not count: they will be merged.
-    What is in ``removed`` never comes back, so that a progressive choice in a model of few, large heads may be off by
-    a part of one of them.
+    With uneven widths that is one unit of the smallest kind; with equal widths, one step of the finest kind in all
+    layers together; with rounding, one rounding step. Parameters of LoRA adapters do not count: they will be merged.
+    Units in ``removed`` are never restored. A progressive choice in a model of few, large heads may therefore miss the
+    target by a part of one head.
 
     Args:
         graph: of the model, plain or with adapters.
         scores: of every group that the budget may cut (``restrict(graph, budget).prunable``).
-        budget: how much, and from where.
-        removed: what has gone already; it stays gone, and counts.
-        ratio: a smaller target on the way to ``budget.ratio``, for progressive methods; None for the final one.
-            On the way widths need not be legal for a runtime, but legal ones stay reachable.
+        budget: how much to remove, and from where.
+        removed: units that are already removed; they count towards the ratio.
+        ratio: a smaller target on the way to ``budget.ratio``, for progressive methods; None for the final one. Before
+            the final one, widths need not be legal for a runtime, but legal ones must remain reachable.
 
     Returns:
-        Group name → units that go, ascending, those in ``removed`` included; only groups that lose something.
+        Group name → units to remove, ascending, those in ``removed`` included; only groups that lose units.
 
     Raises:
         PlanError: the ratio cannot be reached (the message has the largest one), or no legal shape is near it.
@@ -47,7 +47,7 @@ def allocate(
 
 
 def solve(problem: Problem, ratio: float | None = None) -> dict[str, list[int]]:
-    """The units that go, by the strategy that the budget names; ``ratio``, answer and errors as in ``allocate``."""
+    """The units to remove, by the budget's strategy; ``ratio``, result and errors as in ``allocate``."""
     strategy = equal_counts if problem.budget.equal_widths else ranked_counts
     if problem.budget.shares:
         counts = shared_counts(problem, ratio, strategy)
@@ -57,15 +57,15 @@ def solve(problem: Problem, ratio: float | None = None) -> dict[str, list[int]]:
     answer = problem.choose(counts, on_the_way=ratio is not None)
     if not answer and ratio is None:
         raise PlanError(
-            f"Removing {problem.ratio:.4g} of all parameters is less than what the smallest step takes within the "
-            f"floor of every group; one step is {_smallest_step(problem) / problem.count.total:.4g}. Ask for a larger "
-            "ratio, or lower budget.floor."
+            f"Removing {problem.ratio:.4g} of all parameters is less than the smallest step within the floor of every "
+            f"group; one step is {_smallest_step(problem) / problem.count.total:.4g}. Ask for a larger ratio, or lower "
+            "budget.floor."
         )
     return answer
 
 
 def _smallest_step(problem: Problem) -> int:
-    """Parameters of the cheapest step: one unit, or as many as a group, or all of equal widths, must lose at once."""
+    """Parameters of the cheapest step: one unit, or the units that a group, or all equal groups, must lose at once."""
     steps: dict[object, int] = {}
     for name, stack in problem.stacks.items():
         below = [count for count in problem.legal[name] if count < stack.left]
@@ -89,7 +89,7 @@ def _check_reachable(problem: Problem) -> None:
         whole.append("runs_on")
     advice = f", or allow more ({', '.join(f'budget.{key}' for key in whole)})" if whole else ""
     raise PlanError(
-        f"A ratio of {problem.ratio:g} of all parameters cannot be reached: what may be cut "
-        f"({', '.join(sorted({stack.group.kind for stack in problem.stacks.values()}))} in {len(problem.stacks)} "
-        f"groups) makes at most {math.floor(reachable * 1000) / 1000:g}. Ask for at most that{advice}."
+        f"A ratio of {problem.ratio:g} of all parameters cannot be reached: the prunable groups ({len(problem.stacks)} "
+        f"of kind {', '.join(sorted({stack.group.kind for stack in problem.stacks.values()}))}) allow at most "
+        f"{math.floor(reachable * 1000) / 1000:g}. Ask for at most that{advice}."
     )

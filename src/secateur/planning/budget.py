@@ -1,4 +1,4 @@
-"""What must be reached, and which groups may pay for it."""
+"""The ratio to reach, and the groups that may be cut for it."""
 
 from __future__ import annotations
 
@@ -19,49 +19,50 @@ from secateur.types import DependencyGraph, Kind, NodeGroup, Settings
 
 
 class Budget(Settings):
-    """How much must go, from where, and what must open the result."""
+    """How much to prune, from which groups, and which programs must open the result."""
 
     ratio: float = 0.2
     """Fraction of all parameters to remove, strictly between 0 and 1."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
     """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV
-    heads with their query heads; ``query``, instead of that: query heads, equally many of each KV head; ``expert``:
-    routed experts; ``layer``: whole decoder layers; ``hidden``: width of the residual stream; ``vocab``: tokens (only
-    without a tokenizer); ``state``: units of state-space layers."""
+    heads with their query heads; ``query``, instead of ``attention``: query heads, equally many of each KV head;
+    ``expert``: routed experts; ``layer``: whole decoder layers; ``hidden``: width of the residual stream; ``vocab``:
+    tokens (only without a tokenizer); ``state``: units of state-space layers."""
     floor: float = Field(default=0.8, ge=0, le=1)
-    """Every group keeps at least this fraction of what an even cut to the same ratio would leave it, and at least one
-    unit; 0 lets ranking empty a group down to one unit, 1 makes the cut even."""
+    """Every group keeps at least this fraction of its size after an even cut to the same ratio, and at least one unit.
+    With 0, ranking may leave a group one unit. With 1, the cut is even."""
     ranking: Literal["global", "layer"] = "global"
-    """``global``: units compete over the whole model, so that widths differ between layers; ``layer``: the same number
-    of units goes in every group of a kind (and size), so that widths stay equal."""
+    """``global``: units compete over the whole model, and widths differ between layers. ``layer``: every group of a
+    kind (and size) loses the same number of units, and widths are equal."""
     shares: dict[str, float] = Field(default_factory=dict)
-    """Ratios of their own for some groups, by kind, name or pattern of names, such as ``{attention: 0.1}`` or
-    ``{layers.0.*: 0.05}``: so much goes of the parameters of these groups, and the others make up for the difference
-    to ``ratio``. A group that several name belongs to the first; 0 keeps it whole."""
+    """Separate ratios for some groups, by kind, name or pattern of names, such as ``{attention: 0.1}`` or
+    ``{layers.0.*: 0.05}``: this fraction of the parameters of these groups is removed, and the other groups make up for
+    the difference to ``ratio``. A group with several matches belongs to the first; 0 excludes it from pruning."""
     normalise: Literal["auto", "mean", "parameters", "none"] = "auto"
-    """What makes scores of different groups comparable. ``mean``: each relative to the mean of its group;
-    ``parameters``: divided by the parameters that go with the unit; ``none``: as they are; ``auto``: ``parameters``
-    for scores that estimate a loss (taylor), ``none`` for those on one scale already (flap), ``mean`` for all
-    others."""
+    """How scores of different groups are made comparable. ``mean``: divided by the mean of the group; ``parameters``:
+    divided by the number of parameters removed with the unit; ``none``: unchanged; ``auto``: ``parameters`` for scores
+    that estimate a loss (taylor), ``none`` for scores that already have one scale (flap), ``mean`` for all others."""
     round_to: dict[Kind, int] = Field(default_factory=dict)
-    """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``; groups that are not cut stay."""
+    """Kept units are rounded to a multiple of this, by kind, such as ``{ffn: 64}``. Groups that are not cut keep their
+    size."""
     protect: tuple[str, ...] = ()
-    """Groups that must stay whole: names or patterns, such as ``layers.0.*`` or ``*.attention``."""
+    """Groups that are excluded from pruning: names or patterns, such as ``layers.0.*`` or ``*.attention``."""
     protect_first: int | float = Field(default=0, ge=0)
-    """The first so many decoder layers stay whole; a number below 1 is a share of all layers (0.1: a tenth)."""
+    """Number of decoder layers at the start that are not pruned; below 1, a share of all layers (0.1: a tenth)."""
     protect_last: int | float = Field(default=0, ge=0)
-    """The last so many decoder layers stay whole; a number below 1 is a share of all layers."""
+    """Number of decoder layers at the end that are not pruned; below 1, a share of all layers."""
     protect_from: Path | None = None
-    """The analysis.json that `secateur analyze` wrote for this model: its most sensitive groups stay whole,
-    and no layer that has one of them goes."""
+    """The analysis.json that `secateur analyze` wrote for this model. Its most sensitive groups are not pruned, and no
+    layer with one of them is removed."""
     protect_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the analysed groups that protect_from keeps whole, at least one, most sensitive first (LoRAShear's
-    γ_u)."""
+    """Share of the analysed groups that protect_from excludes from pruning, most sensitive first, at least one
+    (LoRAShear's γ_u)."""
     protect_by: Deviation = "kl"
-    """What makes a group sensitive: ``kl``, how far the predictions move when a part of it goes, or ``perplexity``."""
+    """The measure of sensitivity when a part of a group is removed: ``kl`` of the predictions, or ``perplexity``."""
     runs_on: RunsOn = "transformers"
-    """What must open the result. ``transformers`` takes any widths; ``vllm``, ``llama.cpp`` and ``everywhere`` need
-    equal widths, FFN widths that are multiples of 64 or 256, and head counts that the family allows."""
+    """Programs that must open the result. ``transformers`` supports any widths. ``vllm``, ``llama.cpp`` and
+    ``everywhere`` need equal widths, FFN widths that are multiples of 64 or 256, and head counts that the family
+    allows."""
 
     @field_validator("ratio", mode="before")
     @classmethod
@@ -72,7 +73,7 @@ class Budget(Settings):
             ratio = math.nan
         if isinstance(value, bool) or not 0 < ratio < 1:
             raise ValueError(
-                f"a ratio lies strictly between 0 and 1 (0.2 removes a fifth of all parameters); got {brief(value)}"
+                f"a ratio must be strictly between 0 and 1 (0.2 removes a fifth of all parameters); got {brief(value)}"
             )
         return ratio
 
@@ -83,8 +84,8 @@ class Budget(Settings):
             raise ValueError(f"name at least one of {', '.join(get_args(Kind))}")
         if {"attention", "query"} <= set(value):
             raise ValueError(
-                "attention takes KV heads with all their query heads and query takes query heads from KV heads, which "
-                "does not go together; name one of the two, and the other in a second run on what this one leaves"
+                "attention removes KV heads with all their query heads, query removes query heads from KV heads, and "
+                "the two cannot be combined; name one of the two, and the other in a second run on the result"
             )
         return value
 
@@ -113,7 +114,7 @@ class Budget(Settings):
     def _equal_widths(self) -> Budget:
         if needs_equal_widths(self.runs_on) and (self.protect_first or self.protect_last or self.protect_from):
             raise ValueError(
-                f"runs_on={self.runs_on} needs the same widths in every layer, so that no layers can be protected; "
+                f"runs_on={self.runs_on} needs the same widths in every layer, therefore no layers can be protected; "
                 "set protect_first and protect_last to 0 and protect_from to null, or runs_on to transformers"
             )
         return self
@@ -125,12 +126,12 @@ class Budget(Settings):
 
 
 def restrict(graph: DependencyGraph, budget: Budget) -> DependencyGraph:
-    """The same graph with every group protected that this budget must not touch, and the reason.
+    """The same graph, in which every group that this budget excludes is protected, with the reason.
 
-    Score and mask with this one, and only what can be cut is looked at. Raises PlanError for a pattern in
-    ``budget.protect`` that no group has (a typing error would leave unprotected what was meant), for an analysis
-    that cannot be read or is of another model, and for a kind named in ``budget.kinds`` that this model has nothing of
-    to give (``ffn`` and ``attention``, which the default names, apart).
+    Scores and masks of the restricted graph cover the prunable groups only. Raises PlanError for a pattern in
+    ``budget.protect`` that matches no group (a typing error would leave a group unprotected), for an analysis that
+    cannot be read or is of another model, and for a kind in ``budget.kinds`` without prunable groups in this model
+    (except ``ffn`` and ``attention``, which are the default).
     """
     for pattern in budget.protect:
         if not any(fnmatchcase(group.name, pattern) for group in graph):
@@ -152,7 +153,7 @@ def restrict(graph: DependencyGraph, budget: Budget) -> DependencyGraph:
         for group in graph.prunable:
             if reasons[group.name] is None and _width_class(group) in stuck:
                 other = stuck[_width_class(group)]
-                reasons[group.name] = f"{budget.runs_on} needs equal widths, and {other} must stay whole"
+                reasons[group.name] = f"{budget.runs_on} needs equal widths, and {other} is not pruned"
     groups = (_narrowed(group, graph, budget, reasons[group.name], sensitive) for group in graph)
     return replace(graph, groups=tuple(groups))
 
@@ -170,7 +171,7 @@ def _require_some(graph: DependencyGraph, kind: Kind) -> None:
 def _narrowed(
     group: NodeGroup, graph: DependencyGraph, budget: Budget, reason: str | None, sensitive: Mapping[str, str]
 ) -> NodeGroup:
-    """``group`` with the reason why it must stay whole; or, for whole layers, with those that the budget keeps."""
+    """``group`` with the reason why it is protected; a group of whole layers with the layers that the budget keeps."""
     if reason is not None:
         unchanged = reason == group.protected and not group.on_request
         return group if unchanged else replace(group, protected=reason, on_request=False)
@@ -184,12 +185,12 @@ def _narrowed(
     if group.fixed != tuple(sorted(fixed.items())):
         group = replace(group, fixed=tuple(sorted(fixed.items())))
     if group.fixed and not group.movable:
-        return replace(group, protected=f"all of its units must stay: {fixed[0]}", on_request=False)
+        return replace(group, protected=f"all of its units must be kept: {fixed[0]}", on_request=False)
     return group if group.protected is None else replace(group, protected=None)
 
 
 def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: int) -> str | None:
-    """Why a decoder layer, whose groups are called ``names``, must stay; None when it may go."""
+    """Why a decoder layer with the groups ``names`` must be kept; None when it may be removed."""
     if any(fnmatchcase(name, pattern) for name in names for pattern in budget.protect):
         return "named in budget.protect"
     first, last = (_layers(count, last_layer + 1) for count in (budget.protect_first, budget.protect_last))
@@ -201,10 +202,10 @@ def _kept_layer(layer: int, names: Sequence[str], budget: Budget, last_layer: in
 
 
 def _sensitive(graph: DependencyGraph, budget: Budget) -> dict[str, str]:
-    """Reasons for the groups that the analysis in ``budget.protect_from`` found to be the most sensitive.
+    """Reasons for the groups that are the most sensitive by the analysis in ``budget.protect_from``.
 
-    A group whose units are parts of theirs (query heads of KV heads) has the reason as well, and the other way round:
-    both cut the same rows. Raises PlanError when the budget cuts nothing of them, so that they would stay in any case.
+    Query heads of a protected group of KV heads are protected as well, and vice versa: both cut the same rows. Raises
+    PlanError when the budget would not cut any of these groups anyway.
     """
     if budget.protect_from is None:
         return {}
@@ -241,7 +242,7 @@ def _reason(group: NodeGroup, graph: DependencyGraph, budget: Budget, last_layer
 
 
 def _layers(count: int | float, layers: int) -> int:
-    """So many of ``layers``, or that share of them."""
+    """``count`` of ``layers``; below 1 it is a share of them."""
     return round(count * layers) if count < 1 else int(count)
 
 

@@ -13,13 +13,13 @@ from secateur.planning.stacks import Count, Stack
 from secateur.types import Kept
 
 _TOLERANCE = 0.02
-"""How far the ratio reached may be from the one asked where a runtime's legal shapes force big steps."""
+"""Largest difference from the ratio asked, where a runtime's legal shapes force big steps."""
 _COMBINATIONS = 256
-"""How many combinations of widths of the smaller classes are tried at most."""
+"""Largest number of combinations of widths of the smaller classes to try."""
 _EXACT = 0.005
-"""Fraction of all parameters: combinations that miss the target by no more than this are as good as exact."""
+"""Fraction of all parameters: combinations that miss the target by no more than this are treated as exact."""
 _LARGE = 0.1
-"""Of the parameters that the largest class can lose: what a class must be able to lose to settle the rest."""
+"""Fraction of the largest class's removable parameters that a class must be able to lose to absorb the rest."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class WidthClass:
 
     stacks: tuple[Stack, ...]
     counts: tuple[int, ...]
-    """Numbers of units that each may keep, descending."""
+    """Numbers of units that each group may keep, descending."""
 
     def loss(self, count: int) -> float:
-        """What goes when ``count`` units of each group stay: the sum of scores times parameters."""
+        """The removed sum of scores times parameters when each group keeps ``count`` units."""
         return sum(stack.loss(count) * stack.parameters for stack in self.stacks)
 
     def kept(self, count: int) -> dict[str, int]:
@@ -67,7 +67,7 @@ def equal_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]
 
 
 def _check_near(problem: Problem, chosen: Combination, looked_at: Sequence[Combination]) -> None:
-    """PlanError when the legal shape that was chosen is too far from the ratio asked."""
+    """Raise PlanError when the chosen legal shape is too far from the ratio asked."""
     ratios = sorted({1 - widths.parameters / problem.count.total for widths in looked_at})
     asked, reached = problem.ratio, 1 - chosen.parameters / problem.count.total
     if abs(asked - reached) <= _TOLERANCE:
@@ -98,17 +98,17 @@ def width_classes(stacks: Sequence[Stack], allowed: Kept) -> list[WidthClass]:
         if not counts:
             raise PlanError(
                 f"No legal width is left for {members[0].group.name}: some of the {members[0].group.size} units that "
-                "it needs have already gone. Start again from the whole model."
+                "it needs are already removed. Start again from the whole model."
             )
         classes.append(WidthClass(tuple(members), tuple(sorted(counts, reverse=True))))
     return classes
 
 
 def choose_equal(count: Count, classes: Sequence[WidthClass], target: float) -> tuple[Combination, list[Combination]]:
-    """The combination of widths that comes nearest to ``target`` parameters, and all that were looked at.
+    """The combination of widths nearest to ``target`` parameters, and all combinations that were tried.
 
-    Among those that are near enough (no further off than one step of the finest class, and half a percent of all
-    parameters) the one that loses the least score wins: this is what decides between heads and channels.
+    Among those that are near enough (within one step of the finest class, and half a percent of all parameters), the
+    one with the smallest loss of scores is chosen. This decides between heads and channels.
     """
     candidates = list(_candidates(count, classes, target))
     nearest = min(abs(candidate.parameters - target) for candidate in candidates)
@@ -138,9 +138,9 @@ def _candidates(count: Count, classes: Sequence[WidthClass], target: float) -> l
 
 
 def _finest(count: Count, classes: Sequence[WidthClass]) -> int:
-    """Index of the class with the most widths, of those that hold enough parameters to make up for the others.
+    """Index of the class with the most widths, of those with enough parameters to make up for the others.
 
-    The feed-forward layers of three layers before sixty with experts have many widths, and a share of nothing.
+    The feed-forward layers of three layers before sixty with experts have many widths, but few parameters.
     """
     start = {name: width for item in classes for name, width in item.kept(item.counts[0]).items()}
     spans = [count(start) - count({**start, **item.kept(item.counts[-1])}) for item in classes]

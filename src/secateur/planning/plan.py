@@ -1,4 +1,4 @@
-"""The plan: what was decided, with everything that is needed to know what it was decided for."""
+"""The plan: the kept units, and the model, ratio and settings that they were chosen for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_plan(
     base_model: str = "",
     revision: str | None = None,
 ) -> PruningPlan:
-    """Write down which units stay when ``removed`` go, with exact parameter counts (without adapters).
+    """The plan of the units kept when ``removed`` are removed, with exact parameter counts (without adapters).
 
     Raises PlanError when a group loses all its units, is protected, or does not exist.
     """
@@ -47,12 +47,12 @@ def make_plan(
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that decides what is computed, for the record."""
+    """The versions of the packages that determine the result, for the record."""
     return {name: version(name) for name in _VERSIONS}
 
 
 def decoder_ratio(plan: PruningPlan, graph: DependencyGraph) -> float:
-    """Fraction of the parameters of the decoder layers (without embeddings, head and final norm) that go."""
+    """Removed fraction of the parameters of the decoder layers (without embeddings, head and final norm)."""
     counted = countable(graph)
     inside = [name for name in counted.shapes if any(part.isdigit() for part in name.split("."))]
     before = sum(counted.numel(name, {}) for name in inside)
@@ -63,9 +63,9 @@ def decoder_ratio(plan: PruningPlan, graph: DependencyGraph) -> float:
 def describe_plan(plan: PruningPlan, graph: DependencyGraph) -> str:
     """The plan in a few lines: both ratios, and the range of widths that each kind keeps."""
     head = (
-        f"{plan.method}: {plan.ratio_reached:.1%} of all parameters go (asked {plan.ratio_asked:.1%}), "
-        f"{decoder_ratio(plan, graph):.1%} of the decoder layers; "
-        f"{plan.parameters_before / 1e6:.1f}M → {plan.parameters_after / 1e6:.1f}M"
+        f"{plan.method}: {plan.ratio_reached:.1%} of all parameters removed (asked {plan.ratio_asked:.1%}), "
+        f"{decoder_ratio(plan, graph):.1%} of the decoder layers; {plan.parameters_before / 1e6:.1f}M → "
+        f"{plan.parameters_after / 1e6:.1f}M"
     )
     lines = [head]
     for kind, size in sorted({(graph[name].kind, graph[name].size) for name in plan.kept}):

@@ -1,6 +1,6 @@
-"""What an allocation is asked: how many units each group may keep, what that leaves of the model, and how much must go.
+"""The allocation problem: legal counts of each group, the exact size of the model for them, and the ratio to remove.
 
-A strategy answers with counts (group name → units that stay); ``Problem.choose`` turns counts into units that go.
+A strategy returns counts (group name → number of kept units), and ``Problem.choose`` turns them into units to remove.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from secateur.planning.stacks import Count, Stack, build_stack
 from secateur.types import DependencyGraph, Kept, Scores
 
 Counts = Mapping[str, int]
-"""Group name → number of units that stay."""
+"""Group name → number of kept units."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The groups that may be cut, with their legal counts, what these cost, and how much must go.
+    """The groups that may be cut, with their legal counts, the parameters of a unit, and the ratio to remove.
 
     ``Problem.of`` states it for a whole model, ``part`` for some of its groups.
     """
@@ -31,15 +31,15 @@ class Problem:
     """Restricted to the budget, without adapters."""
     budget: Budget
     ratio: float
-    """Fraction of all parameters that must go in the end."""
+    """Fraction of all parameters to remove in the end."""
     stacks: Mapping[str, Stack]
-    """Group name → the units that are left, lowest score first, and what one of them costs; in model order."""
+    """Group name → the remaining units, lowest score first, and the parameters of one; in model order."""
     legal: Kept
     """Group name → numbers of units that it may keep in the end, ascending."""
     removed: Mapping[str, frozenset[int]]
-    """Group name → units that have gone already, of any group."""
+    """Group name → units that are already removed, of any group."""
     count: Count
-    """Counts → parameters of the whole model that are left, exactly."""
+    """Counts → exact number of parameters of the whole model."""
 
     @classmethod
     def of(
@@ -54,8 +54,8 @@ class Problem:
         Args:
             graph: of the model, plain or with adapters, restricted to ``budget`` (``restrict``).
             scores: of every group in ``graph.prunable``.
-            budget: how much must go, and by which rules.
-            removed: what has gone already; it stays gone, and counts.
+            budget: how much to remove, and by which rules.
+            removed: units that are already removed; they count towards the ratio.
 
         Raises:
             PlanError: nothing can be cut, a score is missing, or ``removed`` is not of this model.
@@ -64,12 +64,10 @@ class Problem:
         gone = {name: frozenset(units) for name, units in (removed or {}).items()}
         for name, units in gone.items():
             if name not in graph or not units < _all_units(graph[name].size):
-                raise PlanError(
-                    f"Already removed: {len(units)} units of {name}, which this model does not have to give."
-                )
+                raise PlanError(f"Already removed: {len(units)} units of {name}, which this model cannot lose.")
         groups = graph.prunable
         if not groups:
-            # of the most sensitive groups each has a number of its own, which says nothing here
+            # each of the most sensitive groups has its own number, which does not matter here
             by = f" ({budget.protect_by} moves"
             reasons = sorted({(group.protected or "").partition(by)[0] for group in graph})
             advice = " Lower budget.protect_share." if budget.protect_from is not None else ""
@@ -85,12 +83,12 @@ class Problem:
         return cls(graph, budget, budget.ratio, stacks, legal, gone, Count(graph, gone, list(stacks.values())))
 
     def part(self, names: Iterable[str], ratio: float, removed: Mapping[str, Iterable[int]]) -> Problem:
-        """The same problem for the groups ``names`` alone, while the others lose ``removed`` and no more.
+        """The same problem for the groups ``names`` alone, while the others lose only ``removed``.
 
         Args:
             names: groups of this problem.
-            ratio: fraction of all parameters of the model that must go, those of ``removed`` included.
-            removed: units that have gone, of any group.
+            ratio: fraction of all parameters of the model to remove, those of ``removed`` included.
+            removed: units that are removed, of any group.
         """
         stacks = {name: self.stacks[name] for name in names}
         gone = {name: frozenset(units) for name, units in removed.items()}
@@ -98,11 +96,11 @@ class Problem:
         return replace(self, ratio=ratio, stacks=stacks, removed=gone, count=count)
 
     def target(self, ratio: float | None = None) -> float:
-        """Parameters that stay when ``ratio`` of all goes; by default the problem's own."""
+        """Kept parameters when ``ratio`` of all is removed; by default the problem's own ratio."""
         return self.count.total * (1 - (self.ratio if ratio is None else ratio))
 
     def ratio_of(self, counts: Counts) -> float:
-        """Fraction of all parameters that goes when ``counts`` stay."""
+        """Removed fraction of all parameters when the groups keep ``counts``."""
         return 1 - self.count(counts) / self.count.total
 
     @cached_property
@@ -111,10 +109,10 @@ class Problem:
         return {name: min(stack.left, self.legal[name][0]) for name, stack in self.stacks.items()}
 
     def floors(self, target: float) -> dict[str, int]:
-        """The floor of each group: the first legal count from ``budget.floor`` times its share of an even cut on.
+        """The floor of each group: the first legal count of at least ``budget.floor`` times its size after an even cut.
 
         Args:
-            target: parameters that stay, of which the even cut is made.
+            target: number of parameters to which the even cut is made.
         """
         share = self._even_share(target)
         return {
@@ -123,16 +121,16 @@ class Problem:
         }
 
     def choose(self, counts: Counts, *, on_the_way: bool = False) -> dict[str, list[int]]:
-        """The units that go when each group keeps its ``counts``: those with the lowest scores, and what has gone.
+        """The units to remove when each group keeps its ``counts``: those with the lowest scores, and removed ones.
 
-        Floors are not looked at: they are the strategy's to keep.
+        Floors are not checked here. The strategy must respect them.
 
         Args:
-            counts: groups that are not named keep what is left of them.
-            on_the_way: the model is cut further later, so that counts need not be legal for a runtime yet.
+            counts: groups that are not named keep all their remaining units.
+            on_the_way: the model will be cut further, and counts need not be legal for a runtime yet.
 
         Returns:
-            Group name → units, ascending, in model order; only groups that lose something.
+            Group name → units, ascending, in model order; only groups that lose units.
 
         Raises:
             PlanError: a group cannot be cut, or its count is not legal.
@@ -146,7 +144,9 @@ class Problem:
     def _check(self, name: str, kept: int, on_the_way: bool) -> None:
         """Raise PlanError unless group ``name`` may keep ``kept`` units."""
         if name not in self.stacks:
-            raise PlanError(f"{name} cannot be cut under this budget. What can: {', '.join(list(self.stacks)[:4])} ...")
+            raise PlanError(
+                f"{name} cannot be cut under this budget. Prunable groups: {', '.join(list(self.stacks)[:4])} ..."
+            )
         left, legal = self.stacks[name].left, self.legal[name]
         steps = range(left, self.least[name] - 1, -self.stacks[name].group.runs)
         if kept == left or (kept < left and kept in (steps if on_the_way else legal)):
@@ -175,7 +175,7 @@ class Problem:
 
 
 def countable(graph: DependencyGraph) -> DependencyGraph:
-    """The same graph without the parameters of LoRA adapters, so that counting sees the model after merging."""
+    """The same graph without the parameters of LoRA adapters. It counts the model after merging."""
     shapes = {name: shape for name, shape in graph.shapes.items() if ".lora_" not in name}
     return graph if len(shapes) == len(graph.shapes) else replace(graph, shapes=shapes)
 

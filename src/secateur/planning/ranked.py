@@ -27,18 +27,18 @@ def ranked_counts(problem: Problem, ratio: float | None = None) -> dict[str, int
 def choose_ranked(
     count: Count, stacks: Sequence[Stack], stops: Sequence[torch.Tensor], target: float
 ) -> dict[str, int]:
-    """How many units each group keeps: the lowest-scored chunks go until ``target`` parameters are left.
+    """Number of units that each group keeps: the lowest-scored chunks are removed until ``target`` parameters are left.
 
-    A chunk is what lies between two stops of a group: one unit, unless widths are rounded. After the last chunk that
-    fits, cheaper ones further up the ranking fill what is left (a channel where a head would be too much), and one more
-    is taken where that ends nearer to the target; where nothing cheap is left, a dear one goes and cheap ones come
-    back. Ties: earlier group, then lower unit index.
+    A chunk is the units between two stops of a group: one unit, unless widths are rounded. After the last chunk that
+    fits, smaller ones further up the ranking fill the remainder (a channel where a head would be too much). One more is
+    removed where the result is nearer to the target. If no small chunk is left, a large one is removed and small ones
+    are restored. Ties: earlier group, then lower unit index.
 
     Args:
         count: counts parameters.
-        stacks: what each group can lose.
-        stops: for each stack the numbers of units that it may keep, descending from the number it has now.
-        target: parameters to be left.
+        stacks: the units that each group can lose, in order.
+        stops: for each stack the numbers of units that it may keep, descending from its present number.
+        target: number of parameters to keep.
     """
     ranking = _Ranking(stacks, stops)
     low, high = 0, len(ranking)
@@ -52,7 +52,7 @@ def choose_ranked(
 
 
 class _Ranking:
-    """All chunks of all stacks in the order in which they would go."""
+    """All chunks of all stacks in the order of removal."""
 
     def __init__(self, stacks: Sequence[Stack], stops: Sequence[torch.Tensor]) -> None:
         self.stacks, self.stops = stacks, stops
@@ -60,7 +60,7 @@ class _Ranking:
         owner = torch.repeat_interleave(torch.arange(len(stacks)), chunks)
         scores = torch.cat([stack.chunk_scores(stop) for stack, stop in zip(stacks, stops, strict=True)])
         self.owner = owner[scores.sort(stable=True).indices]
-        """``[chunks]``: which stack the n-th chunk belongs to; a stack's own chunks go in its own order."""
+        """``[chunks]``: the stack of the n-th chunk. A stack's chunks are removed in its own order."""
         self.position = self.owner.sort(stable=True).indices
         """Places in the ranking, all of the first stack, then all of the second …"""
         self.first = torch.cat([torch.zeros(1, dtype=torch.long), chunks.cumsum(0)]).tolist()
@@ -69,16 +69,16 @@ class _Ranking:
         return len(self.owner)
 
     def levels(self, chunks: int) -> list[int]:
-        """How many chunks of each stack are among the first ``chunks``."""
+        """Number of chunks of each stack among the first ``chunks``."""
         return torch.bincount(self.owner[:chunks], minlength=len(self.stacks)).tolist()
 
     def kept(self, levels: Sequence[int]) -> dict[str, int]:
-        """Units that each group keeps when so many of its chunks are gone."""
+        """Units that each group keeps when ``levels`` of its chunks are removed."""
         triples = zip(self.stacks, self.stops, levels, strict=True)
         return {stack.group.name: int(stops[level]) for stack, stops, level in triples}
 
     def place(self, stack: int, level: int) -> int | None:
-        """Where in the ranking the chunk stands that takes ``stack`` down from ``level``; None when there is none."""
+        """Rank of the chunk that follows ``level`` in ``stack``; None when there is none."""
         index = self.first[stack] + level
         return int(self.position[index]) if level >= 0 and index < self.first[stack + 1] else None
 
@@ -90,16 +90,16 @@ class _Settling:
         self.count, self.ranking, self.levels = count, ranking, list(levels)
         self.kept = ranking.kept(levels)
         self.excess = count(self.kept) - target
-        """Parameters that must still go; negative when too many have gone."""
+        """Parameters still to remove; negative when too many are removed."""
 
     def cost(self, s: int, way: int) -> int:
-        """Parameters in the next chunk of stack ``s`` that goes (``way`` 1) or comes back (−1)."""
+        """Parameters in the next chunk of stack ``s`` to remove (``way`` 1) or to restore (−1)."""
         group, stops = self.ranking.stacks[s].group, self.ranking.stops[s]
         upper = self.levels[s] if way > 0 else self.levels[s] - 1
         return self.count.step({**self.kept, group.name: int(stops[upper])}, group, int(stops[upper + 1]))
 
     def move(self, s: int, way: int) -> None:
-        """Take the next chunk of stack ``s``, or give its last one back."""
+        """Remove the next chunk of stack ``s``, or restore its last one."""
         self.excess -= way * self.cost(s, way)
         self.levels[s] += way
         self.kept[self.ranking.stacks[s].group.name] = int(self.ranking.stops[s][self.levels[s]])
@@ -137,7 +137,7 @@ def _settle(count: Count, ranking: _Ranking, levels: list[int], target: float) -
     swapped = _Settling(count, ranking, filled.levels, target)
     filled.step_over(too_much, 1)
     if too_much and abs(filled.excess) > smallest:
-        # nothing small is left to take: take something big and give small ones back
+        # no small chunk is left: remove a large one and restore small ones
         swapped.move(too_much[0], 1)
         swapped.step_over(swapped.approach(-1), -1)
         if abs(swapped.excess) < abs(filled.excess):

@@ -1,4 +1,4 @@
-"""How the cut grows over a progressive run: fractions of the target, from 0 to 1, by step. Pure functions."""
+"""Schedules of a progressive run: fractions of the target, from 0 to 1, by step. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from __future__ import annotations
 def cubic(step: int, steps: int, warm_up: float = 0.1, cool_down: float = 0.1) -> float:
     """Fraction of the target at ``step``: fast at first, slow at the end (LoRAPrune's schedule, after Zhu and Gupta).
 
-    ``1 − (1 − x)³`` with x going from 0 to 1 between the end of the warm-up and the beginning of the cool-down.
+    ``1 − (1 − x)³`` with x rising from 0 to 1 between the end of the warm-up and the beginning of the cool-down.
 
     Args:
-        step: 0-based; beyond ``steps`` the fraction stays 1.
+        step: 0-based; beyond ``steps`` the fraction is 1.
         steps: length of the run.
-        warm_up: fraction of the run at the beginning in which nothing goes.
-        cool_down: fraction at the end in which the whole target is gone.
+        warm_up: fraction of the run at the beginning with fraction 0.
+        cool_down: fraction of the run at the end with fraction 1.
     """
     start, end = warm_up * steps, (1 - cool_down) * steps
     if step >= end:

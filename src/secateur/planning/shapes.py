@@ -1,4 +1,4 @@
-"""Which shapes the runtimes open: what may be cut for them, and which numbers of units a group may keep.
+"""Shapes that the runtimes support: which groups may be cut, and which numbers of units a group may keep.
 
 Source: trials of pruned checkpoints against transformers 5.23 and llama.cpp, and vLLM's model files.
 """
@@ -19,15 +19,15 @@ RunsOn = Literal["transformers", "everywhere", "vllm", "llama.cpp"]
 
 @dataclass(frozen=True)
 class RuntimeRules:
-    """What a runtime that reads plain checkpoints can open."""
+    """The shapes that a runtime for plain checkpoints supports."""
 
     ffn_multiple: int
     """FFN widths: 64 divides over up to 64 GPUs of tensor parallelism; llama.cpp's K-quants need rows of 256."""
     heads: frozenset[str]
-    """Model types whose head counts it takes from the config together with an explicit ``head_dim``."""
+    """Model types whose head counts it reads from the config together with an explicit ``head_dim``."""
     fixed_heads: frozenset[str] = frozenset()
-    """Model types that it is known to size the attention of by the hidden width, so that cut heads give a load error
-    or wrong shapes. Families in neither set were not looked into, and their heads stay whole."""
+    """Model types whose attention it is known to size by the hidden width. Cut heads give a load error or wrong shapes
+    there. Families in neither set were not tested, and their heads are not pruned."""
 
 
 _VLLM = RuntimeRules(
@@ -60,12 +60,12 @@ def needs_equal_widths(runs_on: RunsOn) -> bool:
 
 
 def refusal(group: NodeGroup, model_type: str, runs_on: RunsOn) -> str | None:
-    """Why the runtime cannot open this model once ``group`` is cut, or None when it can."""
+    """Why the runtime cannot open this model after a cut of ``group``; None when it can."""
     runtime = RUNTIMES.get(runs_on)
     if runtime is None or group.kind not in (*_HEADS, "hidden", "state") or model_type in runtime.heads:
         return None
     where = "vllm and llama.cpp" if runs_on == "everywhere" else runs_on
-    if group.kind not in _HEADS:  # another hidden width leaves heads that do not add up to it
+    if group.kind not in _HEADS:  # after a cut of the hidden width, heads do not add up to it
         return f"{model_type} with another number of {group.kind} units is not known to open in {where}"
     if runs_on != "everywhere" and model_type not in runtime.fixed_heads:
         return f"{model_type} with other head counts is not known to open in {where}"
@@ -77,8 +77,8 @@ def legal_counts(
 ) -> Sequence[int]:
     """The numbers of units that ``group`` may keep, ascending; its full size is always the last.
 
-    The multiples of ``round_to`` and the rules of the runtime hold, what the group itself demands (``least``, ``runs``,
-    ``fixed``), and, for the width of stacked experts, what the kernels can read.
+    They respect the multiples in ``round_to``, the rules of the runtime, the limits of the group itself (``least``,
+    ``runs``, ``fixed``) and, for the width of stacked experts, the limits of the kernels.
     """
     size, multiple = group.size, round_to.get(group.kind, 1)
     multiple = math.lcm(multiple, group.runs)
@@ -105,8 +105,8 @@ def legal_counts(
 def _stacked(group: NodeGroup, graph: DependencyGraph) -> bool:
     """Whether the units are rows or columns of the matrices of stacked experts ``[experts, rows, columns]``.
 
-    transformers runs these by ``torch.nn.functional.grouped_mm``, which takes rows of a multiple of 16 bytes (8 numbers
-    in half precision) only. With other widths a model still runs, expert after expert, but slowly.
+    transformers runs these by ``torch.nn.functional.grouped_mm``, which supports only rows of a multiple of 16 bytes (8
+    numbers in half precision). With other widths a model still runs, one expert after the other, but slowly.
     """
     return any(len(graph.shapes.get(member.parameter, ())) == 3 and member.axis > 0 for member in group.members)
 
@@ -114,8 +114,8 @@ def _stacked(group: NodeGroup, graph: DependencyGraph) -> bool:
 def ffn_step(size: int, multiple: int) -> int:
     """The multiple to round an FFN of ``size`` channels to.
 
-    ``multiple`` itself where the model has at least four times as much; below that, where no quantised kernel is at
-    stake, the largest power of two that leaves at least four steps (10 channels for 40 are not a power of two: 8).
+    It is ``multiple`` itself when the FFN has at least four times as many channels. A smaller FFN, which no quantised
+    kernel reads, uses the largest power of two that leaves at least four steps (8 for 40 channels).
     """
     while multiple > 1 and multiple * 4 > size:
         multiple //= 2

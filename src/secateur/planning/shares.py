@@ -1,4 +1,4 @@
-"""Groups that have a ratio of their own (``budget.shares``); the rest of the budget is spread over the others."""
+"""Groups with their own ratio (``budget.shares``); the rest of the budget is spread over the other groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secateur.planning.shapes import needs_equal_widths
 from secateur.types import NodeGroup
 
 Strategy = Callable[[Problem, float | None], dict[str, int]]
-"""From a problem, and a ratio on the way or None for the final one, to counts."""
+"""Returns counts for a problem and an intermediate ratio, or None for the final ratio."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,23 @@ class Share:
 
     pattern: str
     own: float
-    """Fraction of their own parameters that must go."""
+    """Fraction of their own parameters to remove."""
     fraction: float
-    """Fraction of all parameters that these are; groups that stay whole count."""
+    """Their fraction of all parameters; protected groups count."""
     names: tuple[str, ...]
-    """Those of them that can be cut."""
+    """The prunable groups among them."""
 
     @property
     def ratio(self) -> float:
-        """Fraction of all parameters of the model that must go from these groups."""
+        """Fraction of all parameters of the model to remove from these groups."""
         return self.own * self.fraction
 
 
 def shared_counts(problem: Problem, ratio: float | None, strategy: Strategy) -> dict[str, int]:
     """Units that each group keeps: every share reaches its own ratio, and the whole reaches the budget's.
 
-    ``strategy`` spreads each share over its groups, and what is left of the budget over all others. On the way to the
-    final ratio all shares are the same fraction of it as the whole.
+    ``strategy`` spreads each share over its groups, and the rest of the budget over all others. Before the final ratio,
+    all shares are scaled like the whole.
 
     Raises:
         PlanError: a pattern names no group that can be cut, or the ratios cannot be reached together.
@@ -77,12 +77,12 @@ def _shares(problem: Problem) -> list[Share]:
         if not groups:
             raise PlanError(
                 f"budget.shares: {pattern!r} names no group of its own. Give a kind, such as ffn, or names of groups, "
-                "such as layers.0.*; a group that several name belongs to the first."
+                "such as layers.0.*. A group with several matches belongs to the first."
             )
         names = tuple(group.name for group in groups if group.name in problem.stacks)
         if not names and shares[pattern] > 0:
             reasons = sorted({group.protected or "" for group in groups})
-            raise PlanError(f"budget.shares: nothing that {pattern!r} names can be cut: {'; '.join(reasons)}.")
+            raise PlanError(f"budget.shares: no group of {pattern!r} can be cut: {'; '.join(reasons)}.")
         inside = {group.name for group in groups}
         whole = {group.name: () for group in groups if group.within not in inside}
         fraction = 1 - graph.parameter_count(whole) / problem.count.total
@@ -106,18 +106,18 @@ def _check_widths(problem: Problem, shares: Sequence[Share]) -> None:
 
 
 def _check_sum(problem: Problem, shares: Sequence[Share]) -> None:
-    """Raise PlanError when the shares alone take more than the budget, or less while nothing else can be cut."""
+    """Raise PlanError when the shares alone remove more than the budget, or less when nothing else can be cut."""
     total = sum(share.ratio for share in shares)
     unit = max(stack.parameters for stack in problem.stacks.values()) / problem.count.total
     if total > problem.ratio + unit:
         raise PlanError(
-            f"budget.shares alone takes {total:.4g} of all parameters, more than the {problem.ratio:g} of "
+            f"budget.shares alone removes {total:.4g} of all parameters, more than the {problem.ratio:g} of "
             "budget.ratio. Raise budget.ratio to that at least, or lower the shares."
         )
     named = {name for share in shares for name in share.names}
     if total < problem.ratio - unit and named >= problem.stacks.keys():
         raise PlanError(
-            f"budget.shares names all that can be cut and takes {total:.4g} of all parameters, less than the "
+            f"budget.shares names all prunable groups and removes {total:.4g} of all parameters, less than the "
             f"{problem.ratio:g} of budget.ratio. Set budget.ratio to that, or raise the shares."
         )
 
@@ -129,8 +129,8 @@ def _check_share(part: Problem, share: Share) -> None:
     if share.ratio > reachable:
         most = math.floor(reachable / share.fraction * 1000) / 1000
         raise PlanError(
-            f"budget.shares: {share.own:g} of the parameters of {share.pattern} cannot be reached: what may be cut of "
-            f"them makes at most {most:g}. Ask for at most that."
+            f"budget.shares: {share.own:g} of the parameters of {share.pattern} cannot be reached: their prunable "
+            f"groups allow at most {most:g}. Ask for at most that."
         )
 
 
@@ -138,8 +138,8 @@ def _check_rest(rest: Problem, shares: Sequence[Share]) -> None:
     reachable = rest.ratio_of(rest.least)
     if rest.ratio > reachable:
         raise PlanError(
-            f"A ratio of {rest.ratio:g} of all parameters cannot be reached with budget.shares: these take "
-            f"{sum(share.ratio for share in shares):.4g}, and with what else may be cut "
-            f"({', '.join(sorted({stack.group.kind for stack in rest.stacks.values()}))} in {len(rest.stacks)} groups) "
-            f"that makes at most {math.floor(reachable * 1000) / 1000:g}. Ask for at most that, or raise the shares."
+            f"A ratio of {rest.ratio:g} of all parameters cannot be reached with budget.shares: these remove "
+            f"{sum(share.ratio for share in shares):.4g}, and with the other prunable groups ({len(rest.stacks)} of "
+            f"kind {', '.join(sorted({stack.group.kind for stack in rest.stacks.values()}))}) at most "
+            f"{math.floor(reachable * 1000) / 1000:g} is possible. Ask for at most that, or raise the shares."
         )

@@ -1,4 +1,4 @@
-"""What each group can still lose, in order: the units that are left, cheapest first, and where cutting may stop."""
+"""The remaining units of each group in the order of removal, and exact counts of parameters."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Normalise = Literal["auto", "mean", "parameters", "none"]
 
 @dataclass(frozen=True)
 class Stack:
-    """The units of one group that are still there, in the order in which they would go."""
+    """The remaining units of one group, in the order of removal."""
 
     group: NodeGroup
     order: torch.Tensor
     """``[left]``, unit indices by ascending score, ties by index; with several runs the lowest of each run first, then
-    the second lowest of each; units that must stay come last."""
+    the second lowest of each. Units that must be kept are last."""
     scores: torch.Tensor
     """``[left]``, float64, in that order, comparable between groups."""
     parameters: int
-    """Parameters that go with one unit while everything else is whole."""
+    """Parameters removed with one unit while everything else is whole."""
 
     @cached_property
     def left(self) -> int:
         return len(self.order)
 
     def chunk_scores(self, stops: torch.Tensor) -> torch.Tensor:
-        """``[len(stops) − 1]``: the mean score of the units that go between one stop and the next, ascending.
+        """``[len(stops) − 1]``: the mean score of the units removed between one stop and the next, ascending.
 
         ``stops`` are numbers of kept units, descending from ``left``.
         """
@@ -42,15 +42,15 @@ class Stack:
         return means.cummax(0).values if len(means) else means
 
     def loss(self, kept: int) -> float:
-        """Sum of the scores of the units that go when ``kept`` stay."""
+        """Sum of the scores of the removed units when ``kept`` units are kept."""
         return float(self.scores[: self.left - kept].sum())
 
     def lowest(self, kept: int) -> list[int]:
-        """The units that go when ``kept`` stay."""
+        """The units to remove when ``kept`` units are kept."""
         return self.order[: self.left - kept].tolist()
 
     def highest(self, kept: int) -> list[int]:
-        """The units that stay when there are ``kept``."""
+        """The units to keep when ``kept`` units are kept."""
         return self.order[self.left - kept :].tolist()
 
 
@@ -58,8 +58,8 @@ def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> t
     """Scores of the units of one group on a scale that is shared between groups, float64.
 
     Args:
-        scores: ``[units]``, of the units that are still there.
-        parameters: how many parameters go with one unit.
+        scores: ``[units]``, of the remaining units.
+        parameters: number of parameters removed with one unit.
         normalise: see ``Budget.normalise``; not ``auto`` (``scale_of``).
     """
     scores = scores.double()
@@ -70,7 +70,7 @@ def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> t
 
 
 def scale_of(scores: Scores, normalise: Normalise) -> Normalise:
-    """``normalise``, with what ``auto`` means for these scores in its place."""
+    """``normalise``, with ``auto`` replaced by its meaning for these scores."""
     if normalise != "auto":
         return normalise
     return "none" if scores.on_one_scale else "parameters" if scores.of_loss else "mean"
@@ -99,13 +99,13 @@ def build_stack(
 class Count:
     """Exact numbers of parameters of the model for given numbers of kept units (groups may share a parameter).
 
-    Where one axis of a parameter is cut, each unit takes the same number from it, whatever others keep: these are
-    counted once and for all. The rest is counted by shapes (``DependencyGraph.numel``).
+    Where one axis of a parameter is cut, each unit removes the same number from it, whatever other groups keep. These
+    are counted once. The rest is counted by shapes (``DependencyGraph.numel``).
     """
 
     def __init__(self, graph: DependencyGraph, gone: Mapping[str, Collection[int]], stacks: Sequence[Stack]) -> None:
-        """``gone`` holds the units that groups have already lost, ``stacks`` the groups that may lose more; which units
-        these are matters where units are modules of different sizes."""
+        """``gone``: the units that groups have already lost; ``stacks``: the groups that may lose more. The units
+        themselves matter where units are modules of different sizes."""
         self.graph = graph
         self._modules = {stack.group.name: stack for stack in stacks if stack.group.modules}
         modules = {name: units for name, units in gone.items() if graph[name].modules}
@@ -116,7 +116,7 @@ class Count:
         self._each = dict.fromkeys(self._cut, 0)
         """Group → parameters that go with each unit of it, those of ``_joint`` apart."""
         self._joint: dict[str, int] = {}
-        """One of the parameters of which a unit takes more or less, depending on other groups → how many are alike."""
+        """A parameter of which a unit removes more or less, depending on other groups → the number of equal ones."""
         for name, many in graph.alike.items():
             if self._is_joint(name):
                 self._joint[name] = many
@@ -126,13 +126,13 @@ class Count:
         self._others = self.total - self._joint_count(self._joint, {})
 
     def __call__(self, kept: Mapping[str, int]) -> int:
-        """Parameters when ``kept`` units of each named group stay, which has a stack, and the others are as now."""
+        """Parameters when each named group, which has a stack, keeps ``kept`` units, and the others do not change."""
         counts = {**self._fixed, **kept}
         gone = sum(self._each[name] * (self.graph[name].size - count) for name, count in counts.items())
         return self._others - gone + self._joint_count(self._joint, counts)
 
     def step(self, kept: Mapping[str, int], group: NodeGroup, to: int) -> int:
-        """Parameters that go when ``group`` goes down to ``to`` units and the others keep ``kept``."""
+        """Parameters removed when ``group`` is reduced to ``to`` units and the others keep ``kept``."""
         before = {**self._fixed, **kept}
         names = self.graph.parameters_of(group) if self._joint else ()
         joint = dict.fromkeys((name for name in names if self._is_joint(name)), 1)
@@ -140,7 +140,7 @@ class Count:
         return self._each[group.name] * (before.get(group.name, group.size) - to) + fewer
 
     def _is_joint(self, parameter: str) -> bool:
-        """Whether several axes of ``parameter`` are cut, or it goes as a whole with a unit."""
+        """Whether several axes of ``parameter`` are cut, or it is removed as a whole with a unit."""
         axes = {member.axis for group, member in self.graph.of_parameter(parameter) if group.name in self._cut}
         return len(axes) > 1 or self.graph.unit_of.get(parameter, ("", 0))[0] in self._cut
 

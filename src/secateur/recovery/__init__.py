@@ -1,4 +1,4 @@
-"""Growing the lost knowledge back after the cut."""
+"""Recovery of the lost knowledge after the cut."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Dynamic knowledge recovery (LoRAShear, arXiv 2310.18356, Algorithm 5): read more of what was lost most.
+"""Dynamic knowledge recovery (LoRAShear, arXiv 2310.18356, Algorithm 5): sources with a larger loss are read more.
 
-Before the first step and after every round, the loss on held-out text of each source is compared with what the dense
-model had there, and the sources' weights change with how far each has fallen behind. The paper gives no formula; this
-is Sheared LLaMA's (arXiv 2310.06694, Algorithm 1), with a floor. The first stage reads pretraining-like sources, the
-second instructions. Both are one run of the Trainer: only the order of reading changes, while optimiser and
-learning-rate schedule go on.
+Before the first step and after every round, the loss on held-out text of each source is compared with the dense model's
+loss. The weight of a source grows with the difference. The paper gives no formula; this is Sheared LLaMA's (arXiv
+2310.06694, Algorithm 1), with a floor. The first stage reads pretraining-like sources, the second one instructions.
+Both are one run of the Trainer: only the order of reading changes, and optimiser and learning-rate schedule continue.
 """
 
 from __future__ import annotations
@@ -31,19 +30,20 @@ def reweigh(weights: Losses, losses: Losses, reference: Losses) -> dict[str, flo
     """``w_s · exp(max(0, loss_s − ref_s))``, normalised; a source without losses counts as not behind.
 
     Args:
-        weights: of the sources so far; these are the sources that get weights.
-        losses: now, by source; nats.
-        reference: of the dense model, on the same text.
+        weights: previous weights; the result has the same sources.
+        losses: present losses by source, nats.
+        reference: the dense model's losses on the same text.
 
     Raises:
-        ModelError: a loss is not finite, from which no share follows.
+        ModelError: a loss is not finite.
     """
     for whose, found in (("The model that is trained", losses), ("The dense model", reference)):
         broken = sorted(name for name, loss in found.items() if not math.isfinite(loss))
         if broken:
             raise ModelError(
-                f"{whose} has no finite loss on {', '.join(broken)}, so that the shares of recovery cannot follow it. "
-                f"Set training.precision=fp32 or a lower training.learning_rate; recovery.round_steps=0 does not look."
+                f"{whose} has no finite loss on {', '.join(broken)}, and the shares of recovery cannot be computed. "
+                "Set training.precision=fp32 or a lower training.learning_rate; recovery.round_steps=0 switches the "
+                "measurement off."
             )
     behind = {
         name: max(0.0, losses[name] - reference[name]) if name in losses and name in reference else 0.0
@@ -56,7 +56,7 @@ def reweigh(weights: Losses, losses: Losses, reference: Losses) -> dict[str, flo
 
 
 def floored(weights: Losses, floor: float) -> dict[str, float]:
-    """The shares, none below ``floor`` (at most 1 / their number); those above it stay in proportion; sum one."""
+    """Shares with sum one, none below ``floor`` (at most 1 / their number); those above it keep their proportions."""
     if floor * len(weights) >= 1 - 1e-9:
         return dict.fromkeys(weights, 1 / len(weights))
     low: set[str] = set()
@@ -70,7 +70,7 @@ def floored(weights: Losses, floor: float) -> dict[str, float]:
 
 
 def _agreed(losses: Losses, device: torch.device) -> dict[str, float]:
-    """The same losses in every process that takes part: their mean."""
+    """The mean of the losses over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return dict(losses)
     values = torch.tensor(list(losses.values()), device=device)
@@ -80,39 +80,39 @@ def _agreed(losses: Losses, device: torch.device) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RecoveryStage:
-    """A stretch of training that is about some of the sources."""
+    """A part of the training with its own sources."""
 
     name: str
     sources: tuple[str, ...]
-    """What is learned; the sources of earlier stages keep the floor, so that they are not forgotten."""
+    """Sources to learn. Sources of earlier stages keep the floor, or they would be forgotten."""
     until: int
-    """Step at which it ends at the latest."""
+    """Last step of the stage; it may end earlier."""
 
 
 @dataclass(eq=False)
 class Curriculum(StatefulCallback):
     """Sets the weights of a ``ReadingOrder`` at the beginning of each stage and between rounds.
 
-    A stage ends at its last step, or when ``patience`` rounds in a row did not bring the mean loss of its sources
-    below the best of the stage so far by ``min_gain`` (relative); the training ends with the last stage.
+    A stage ends at its last step, or when ``patience`` rounds in a row did not lower the mean loss of its sources below
+    the best of the stage by ``min_gain`` (relative). The training ends with the last stage.
     """
 
     order: ReadingOrder
     stages: Sequence[RecoveryStage]
     initial: Losses
-    """Weights that the sources of a stage have in its beginning."""
+    """Weights of the sources at the beginning of a stage."""
     round_steps: int = 0
-    """Steps between two measurements; 0 measures nothing and leaves the weights of a stage as they are."""
+    """Steps between two measurements; 0 measures nothing, and the weights of a stage are constant."""
     floor: float = 0.02
     min_gain: float = 0.005
     patience: int = 2
-    """0: go on to the last step whatever the gain."""
+    """0: continue to the last step with any gain."""
     measure: Measure | None = None
-    """Loss by source of the model that it is given, on text that is neither trained on nor evaluated."""
+    """Returns the loss of a model by source, on text that is neither trained on nor evaluated."""
     reference: Losses = field(default_factory=dict)
     """The dense model's losses on the same text."""
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    """What was measured and decided: step, stage, ``losses`` and ``weights`` by source; the story of the run."""
+    """Record of every round: step, stage, ``losses`` and ``weights`` by source."""
 
     def __post_init__(self) -> None:
         self._stage, self._began, self._idle = 0, 0, 0
@@ -123,7 +123,7 @@ class Curriculum(StatefulCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Called by the Trainer; a run that is resumed has its rounds already."""
+        """Called by the Trainer. A resumed run already has its rounds."""
         self._batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if state.global_step == 0:
             self._round(0, model)
@@ -141,7 +141,7 @@ class Curriculum(StatefulCallback):
             self.rounds[-1]["stopped"] = f"no gain of {self.min_gain:.1%} in {self.patience} rounds"
             progress.say(f"  Recovery stops after step {step}: {self.rounds[-1]['stopped']}")
             control.should_training_stop = True
-            control.should_save = False  # from a checkpoint of this step a resumed run would go on
+            control.should_save = False  # a run resumed from a checkpoint of this step would continue
         self._look_ahead(step)
 
     def _beginning(self, stage: int) -> dict[str, float]:
@@ -172,9 +172,9 @@ class Curriculum(StatefulCallback):
             losses = _agreed(self.measure(model), next(model.parameters()).device)
             self._weights = reweigh(self._weights, losses, self.reference)
         shares = self._shares(self._stage, self._weights)
-        # the floor is part of the weights, so that a source that was ahead can come back soon
+        # the floor is part of the weights: a source that was ahead can regain weight soon
         self._weights = {name: shares[name] for name in stage.sources}
-        # the batch of the next step may have been asked for already, in part and not by all processes alike
+        # the batch of the next step may have been requested already, in part, and not by all processes
         self.order.set_weights(shares, (step + 1) * self._batch if step > 0 else 0)
         self.rounds.append({"step": step, "stage": stage.name, "weights": shares, "losses": losses})
         return self._no_longer_helps([losses[name] for name in stage.sources if name in losses])
@@ -207,7 +207,7 @@ class Curriculum(StatefulCallback):
         return {"note": text, **{f"order.{name}": tensor for name, tensor in self.order.state().items()}}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on where ``state_tensors`` was taken."""
+        """Restore the state from ``state_tensors``."""
         note = json.loads(bytes(tensors["note"].tolist()).decode())
         self._stage, self._began, self._idle = note["stage"], note["began"], note["idle"]
         self._best, self._weights, self.rounds = note["best"], note["weights"], note["rounds"]

@@ -12,7 +12,7 @@ _POSITIONS_PER_CHUNK = 512
 class Distillation:
     """The loss ``(1 − a) · cross-entropy + a · KL(teacher || student)`` over the predicted tokens, temperature 1.
 
-    The teacher stays in memory beside the model (as much again), and reads every window once more: with a teacher
+    The teacher is kept in memory beside the model (about the same size), and reads every window as well. With a teacher
     25 % larger, a training step takes about 1.4 times as long. No gradient flows through it.
     """
 
@@ -26,7 +26,7 @@ class Distillation:
 
         Args:
             logits: the student's, ``[n, window, vocabulary]``.
-            ids: what both read, ``[n, window]``.
+            ids: the input of both, ``[n, window]``.
         """
         with torch.no_grad():
             wanted = self.teacher(input_ids=ids, use_cache=False).logits

@@ -26,54 +26,55 @@ from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge
 
 
 class RecoverySettings(TextSettings):
-    """What the model reads while it is trained: during progressive pruning and in the recovery after it.
+    """The training text of progressive pruning and of recovery, and the schedule of recovery.
 
-    Blocks are drawn at random from ``tokens`` tokens, training.batch_size in a step, and again when they run out.
+    Blocks are drawn at random from ``tokens`` tokens, training.batch_size in each step, and repeat when they run out.
     """
 
     tokens: int = Field(default=524_288, ge=2)
-    """Tokens to draw from, in whole windows; or what the text has, where that is less but at least 8 windows."""
+    """Tokens to draw from, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
 
     steps: int = Field(default=70, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
     repair: bool = False
-    """Refit the consumers of the kept units in closed form, before any training and also without. It changes nothing
-    after lorashear, where the removed units are zero already."""
+    """Refit the weights that consume the kept units in closed form, before any training, and also without training. It
+    changes nothing after lorashear, because the removed units are already zero there."""
     repair_tokens: int = Field(default=65_536, ge=10)
-    """Calibration tokens that repair reads. 20 for each input of a consumer are enough; fewer fit the noise."""
+    """Calibration tokens for repair. 20 for each input of a consumer are enough; fewer fit the noise."""
     repair_target: Target = "dense"
-    """What a refitted consumer should give. ``dense``: its output in the dense model. ``stream``: what brings the
-    residual stream back to the dense model's. ``own``: what the dense weights give on the pruned model's inputs."""
+    """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
+    which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""
     round_steps: int = Field(default=0, ge=0)
-    """Steps between two measurements of how far each source has fallen behind the dense model, which set the sources'
-    weights (LoRAShear's dynamic recovery); 0: the shares stay as they are."""
+    """Steps between two measurements of each source's loss against the dense model's. They set the sources' weights
+    (LoRAShear's dynamic recovery). With 0, the shares are constant."""
     floor: float = Field(default=0.02, ge=0, lt=1)
-    """Least share of a source whatever the measurements say, also of the first stage's sources in the second; less
-    than one over the number of sources."""
+    """Smallest share of a source with any measurement, also of the first stage's sources in the second stage; less than
+    one over the number of sources."""
     validation_tokens: int = Field(default=4_096, ge=2)
-    """Tokens of all sources together that are measured between rounds; from the calibration split, so that they are
-    neither trained on nor part of the evaluation, and from text that calibration left, as far as there is enough."""
+    """Tokens that are measured between rounds, of all sources together. They are from the calibration split: neither
+    trained on nor part of the evaluation. Text that calibration does not read is used first."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
-    """A round helps when its mean loss is lower than the best of the stage so far by more than this fraction."""
+    """A round is a gain when its mean loss is lower than the best of the stage by more than this fraction."""
     patience: int = Field(default=2, ge=0)
-    """Rounds in a row without help after which a stage ends; 0: it goes on to its last step."""
+    """Rounds in a row without a gain, after which a stage ends. With 0, it continues to its last step."""
     instructions: list[str] = Field(default=[])
-    """Sources of a second stage, such as `[self]`, what an instruction-tuned model writes itself; none: one stage."""
+    """Sources of a second stage, such as `[self]`, text that an instruction-tuned model writes itself. Without any,
+    there is one stage."""
     instruction_share: float = Field(default=0.25, gt=0, lt=1)
-    """Fraction of the steps that the second stage has; both stages have at least one step."""
+    """Fraction of the steps for the second stage. Both stages have at least one step."""
     instruction_tokens: int = Field(default=32_768, ge=2)
-    """Tokens of instructions to draw from. What the model writes itself takes time: some hundred tokens a second for
-    135 M parameters on two CPU cores, and it writes 1.7 times as much, for all splits."""
+    """Tokens of instructions to draw from. Text of the model itself takes time: some hundred tokens a second for 135 M
+    parameters on two CPU cores, and it writes 1.7 times as many tokens, for all splits."""
     teacher: float = Field(default=0.0, ge=0, le=1)
-    """Weight of KL(dense model || small model) in the loss, the rest is cross-entropy; above 0 the dense model stays in
-    memory as the teacher, and a step takes about 1.4 times as long."""
+    """Weight of KL(dense model || small model) in the loss; the rest is cross-entropy. Above 0, the dense model is kept
+    in memory as the teacher, and a step takes about 1.4 times as long."""
 
     @model_validator(mode="after")
     def _stages_differ(self) -> Self:
         both = sorted(set(self.text) & set(self.instructions))
         if both:
-            raise ValueError(f"{', '.join(both)} stands in text and in instructions; name each source once")
+            raise ValueError(f"{', '.join(both)} is named in text and in instructions; name each source once")
         if len(set(self.instructions)) != len(self.instructions):
             raise ValueError("instructions must name each source only once")
         if self.validation_tokens < self.window:
@@ -92,12 +93,12 @@ class RecoverySettings(TextSettings):
         if self.round_steps > 0 and self.validation_tokens < sources * self.window:
             raise ValueError(
                 f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window}) for each of "
-                f"the {sources} sources, or no round can measure all of them"
+                f"the {sources} sources, because a round measures all of them"
             )
         if (self.round_steps > 0 or self.instructions) and sources > 1 and self.floor * sources >= 1:
             raise ValueError(
-                f"floor ({self.floor:g}) must be below 1 / {sources}, as each of the {sources} sources gets it; from "
-                "there on all shares are equal"
+                f"floor ({self.floor:g}) must be below 1 / {sources}, because each of the {sources} sources gets it; "
+                f"at 1 / {sources} all shares are equal"
             )
         return self
 
@@ -110,7 +111,7 @@ class RecoverySettings(TextSettings):
 
     @property
     def validation_text(self) -> TextSettings | None:
-        """The text that is measured between rounds; None when nothing is."""
+        """The text to measure between rounds; None when nothing is measured."""
         if self.round_steps == 0:
             return None
         text = [*self.text, *self.instructions]
@@ -119,25 +120,25 @@ class RecoverySettings(TextSettings):
 
 @dataclass(frozen=True)
 class RecoveryTask:
-    """What recovery works with beside the model."""
+    """The inputs of recovery beside the model."""
 
     text: TokenBlocks
-    """Of the first stage."""
+    """Text of the first stage."""
     instructions: TokenBlocks | None = None
-    """Of the second stage, if there is one."""
+    """Text of the second stage, if there is one."""
     validation: TokenBlocks | None = None
-    """What is measured between rounds."""
+    """Text to measure between rounds."""
     reference: Losses = field(default_factory=dict)
     """The dense model's loss on ``validation``, by source."""
     teacher: nn.Module | None = None
-    """The dense model, when it is needed."""
+    """The dense model, for recovery with a teacher."""
     checkpoints: Path | None = None
-    """Folder that an interrupted recovery goes on from; None keeps nothing."""
+    """Folder for checkpoints, from which an interrupted recovery resumes; None keeps nothing."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What happened."""
+    """The record of a recovery."""
 
     log: list[dict[str, float]]
     """The training log, as ``train`` returns it."""
@@ -197,7 +198,7 @@ def _together(task: RecoveryTask) -> TokenBlocks:
 def _curriculum(
     task: RecoveryTask, blocks: TokenBlocks, settings: RecoverySettings, training: TrainingSettings, seed: int
 ) -> Curriculum | None:
-    """What changes on the way; None when nothing does, and blocks are simply shuffled."""
+    """The curriculum of stages and rounds; None when shares are constant and there is one stage."""
     if settings.round_steps == 0 and task.instructions is None:
         return None
     validation = task.validation
@@ -233,7 +234,7 @@ def _stages(first: tuple[str, ...], second: tuple[str, ...], settings: RecoveryS
 
 
 def _mention_unwatched(stages: Sequence[RecoveryStage], task: RecoveryTask, settings: RecoverySettings) -> None:
-    """Say which sources no round can measure, because the text that is held out has none of theirs."""
+    """Tell the user which sources no round can measure, because the held-out text has none of them."""
     if settings.round_steps == 0:
         return
     watched = set() if task.validation is None else set(task.validation.names)
@@ -241,8 +242,8 @@ def _mention_unwatched(stages: Sequence[RecoveryStage], task: RecoveryTask, sett
         missing = [name for name in stage.sources if name not in watched]
         if missing:
             say(
-                f"  {', '.join(missing)}: no text to measure between rounds, so that recovery takes it as not behind. "
-                f"More documents, or recovery.validation_tokens above {settings.validation_tokens:,}, would help."
+                f"  {', '.join(missing)}: no text to measure between rounds. Recovery treats it as not behind. Give "
+                f"more documents, or recovery.validation_tokens above {settings.validation_tokens:,}."
             )
         if len(missing) == len(stage.sources) and settings.patience > 0:
-            say(f"  The {stage.name} stage of recovery can therefore not end before step {stage.until}.")
+            say(f"  The {stage.name} stage of recovery cannot end before step {stage.until}.")

@@ -74,7 +74,7 @@ def keep_teacher(result: Result) -> None:
 
 
 def measure_baseline(result: Result, texts: Texts) -> None:
-    """What one shot without any training would have cost at the same ratio: masked and updated, then as before."""
+    """Measure a one-shot method without training at the same ratio. The model is masked, and then restored."""
     name = result.recipe.baseline
     assert name is not None
     assert texts.evaluation is not None
@@ -87,7 +87,7 @@ def measure_baseline(result: Result, texts: Texts) -> None:
 
 
 class _Kept(Settings):
-    """What the files say that are kept of a decision: which tensors there are beside the plan."""
+    """Which tensors are kept of a decision beside its plan."""
 
     scores: bool
     updates: bool
@@ -95,7 +95,7 @@ class _Kept(Settings):
 
 
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
-    """Let the method choose the units to remove. The plan, and what the method changed or wants to, are kept."""
+    """Let the method choose the units to remove. Keeps the plan, changed weights, and new values of parameters."""
     recipe = result.recipe
     method = method_class(recipe.method.name)(recipe.method.settings)
     decision = _run(method, _task(result, texts, work))
@@ -115,7 +115,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
 
 
 def take_decision(result: Result, work: Workspace) -> bool:
-    """Take over what ``decide`` kept, all of it; False when a part is missing or damaged."""
+    """Take over everything that ``decide`` kept; False when a part is missing or damaged."""
     plan, kept = work.read_json("plan.json", PruningPlan), work.read_json("decided.json", _Kept)
     if plan is None or kept is None:
         return False
@@ -131,7 +131,7 @@ def take_decision(result: Result, work: Workspace) -> bool:
 
 
 def _run(method: Method, task: PruningTask) -> Decision:
-    """What the method decides.
+    """Run the method.
 
     Raises ModelError when its answer is no whole ``Decision``, or has updates that it did not declare or that do not
     fit, and PlanError for units that the model does not have.
@@ -139,13 +139,16 @@ def _run(method: Method, task: PruningTask) -> Decision:
     decision = method.run(task)
     _check_form(method, decision)
     if decision.updates and not method.compensates:
-        raise ModelError(f"{method.name} has new values for parameters; its class must say so (compensates = True).")
+        raise ModelError(
+            f"{method.name} returns new values for parameters. Declare them in its class (compensates = True)."
+        )
     check_updates(task.model, task.graph, Cut.removing(task.graph, decision.removed), decision.updates)
     return decision
 
 
 def _check_form(method: Method, decision: Any) -> None:
-    """Raise ModelError for what cannot be kept as a ``Decision``: a class of one's own may answer with anything."""
+    """Raise ModelError for an answer that cannot be kept as a ``Decision``: a class of one's own may return
+    anything."""
     wrong = None
     if not isinstance(decision, Decision):
         wrong = f"{brief(decision)}, and not with a Decision"
@@ -154,13 +157,13 @@ def _check_form(method: Method, decision: Any) -> None:
     elif not isinstance(decision.scores, Scores | None):
         wrong = f"scores = {brief(decision.scores)}, which are neither Scores nor None"
     elif not is_json(decision.metrics):
-        wrong = f"metrics = {brief(decision.metrics)}, which JSON cannot hold (text as keys; no tensors or sets)"
+        wrong = f"metrics = {brief(decision.metrics)}, which JSON does not support (text as keys; no tensors or sets)"
     if wrong is not None:
-        raise ModelError(f"The method {method.name} answers with {wrong}. Mend its run.")
+        raise ModelError(f"The method {method.name} answers with {wrong}. Correct its run.")
 
 
-def mend(result: Result, texts: Texts) -> None:
-    """Refit what consumes the units that stay, before the others are cut out."""
+def repair_weights(result: Result, texts: Texts) -> None:
+    """Refit the weights that consume the kept units, before the other units are removed."""
     recipe = result.recipe
     found = compensate(
         result.model,
@@ -176,9 +179,10 @@ def mend(result: Result, texts: Texts) -> None:
 
 
 def cut(result: Result) -> None:
-    """Apply the plan: from here on the shapes, and the model's own config, are the small ones.
+    """Apply the plan: from here on the model and its config have the small shapes.
 
-    The plan's counts become those of the model: a plan may have been edited, and a method may bring new biases.
+    The plan's parameter counts are corrected to those of the model: a plan may have been edited, and a method may add
+    biases.
     Raises ModelError when the result is to be saved and no config describes it.
     """
     before = parameter_count(result.model)
@@ -191,14 +195,14 @@ def cut(result: Result) -> None:
     result.plan = result.plan.model_copy(update=counts)
     try:
         adopt_config(result.model, result.graph, result.plan.kept)
-    except ModelError as error:  # it computes all the same; only a folder needs a config
+    except ModelError as error:  # the model still works; only a folder needs a config
         result.unsavable = str(error)
         if result.output is not None:
             raise
 
 
-def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
-    """Recover by LoRA fine-tuning, merged at the end. The teacher, if there is one, is let go."""
+def recover_weights(result: Result, texts: Texts, work: Workspace) -> None:
+    """Recover by LoRA fine-tuning, merged at the end. A teacher is released afterwards."""
     recipe = result.recipe
     assert texts.recovery is not None
     task = RecoveryTask(
@@ -216,7 +220,8 @@ def grow_back(result: Result, texts: Texts, work: Workspace) -> None:
 
 
 def take_recovered(result: Result, work: Workspace) -> bool:
-    """Take over the weights that ``grow_back`` kept; False when they are missing or damaged. The teacher is let go."""
+    """Take over the weights that ``recover_weights`` kept; False when they are missing or damaged. Releases the
+    teacher."""
     found = work.read_weights("recovered.safetensors", result.model)
     if found:
         result.teacher = None
@@ -226,7 +231,7 @@ def take_recovered(result: Result, work: Workspace) -> bool:
 def time_both(result: Result) -> None:
     """Prefill and decode speed of a dense twin (same config, random weights) and of the result, in turns.
 
-    Both are timed in the type that is written, as copies, so that the model in memory stays as it is.
+    Both are timed as copies, in the type that is written. The model in memory is not changed.
     """
     dtype, device = written_dtype(result.model, result.recipe.export), result.model.device
     dense = result.dense or Architecture(type(result.model), result.model.config)
@@ -243,16 +248,16 @@ def time_both(result: Result) -> None:
 
 @alone("folder")
 def save(result: Result, folder: str | Path) -> None:
-    """Write the model and everything that explains it to ``folder``, proved in a fresh process.
+    """Write the model with its card, report and artefacts to ``folder``, and verify it in a fresh process.
 
-    The folder appears whole or not at all. Raises VerificationError when it does not compute what the model in memory
-    does, and InputError when it exists and is not empty, or when the model was changed since ``result`` was made.
+    The write is atomic. Raises VerificationError when the folder computes something else than the model in memory.
+    Raises InputError when the folder is not empty, or when the model was changed since ``result`` was made.
     """
     if not isinstance(result, Result):
         raise InputError(f"A {type(result).__name__} is no result. Give what secateur.prune returns.")
     if parameter_count(result.model) != result.plan.parameters_after:
         raise InputError(
-            f"The model has {parameter_count(result.model):,} parameters and this result is about one with "
+            f"The model has {parameter_count(result.model):,} parameters, and this result describes one with "
             f"{result.plan.parameters_after:,}: it was pruned again, or merged with something. Save the latest result."
         )
     save_folder(
@@ -267,7 +272,7 @@ def save(result: Result, folder: str | Path) -> None:
 
 
 def _complete_folder(result: Result, folder: Path, verification: Verification) -> None:
-    """Everything beside the model."""
+    """Write every file beside the model."""
     result.measured.machine = machine()
     story = Story(
         plan=result.plan,

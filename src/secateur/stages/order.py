@@ -21,28 +21,28 @@ def _always(result: Result, texts: Texts) -> bool:
 
 
 def _numbers_alone(result: Result, work: Workspace) -> bool:
-    """What a stage leaves that only measures: ``Result.measured`` has it already."""
+    """For a stage that only measures: ``Result.measured`` already contains its numbers."""
     return True
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a run. Its name in ``Result.done`` says that it is finished; nothing else does."""
+    """One step of a run. A stage is finished if, and only if, ``Result.done`` contains its name."""
 
     name: str
     title: str
-    """What the user reads when it begins; ``{method}`` stands for the method's name."""
+    """The message when it begins; ``{method}`` is replaced by the method's name."""
     make: Callable[[Result, Texts, Workspace], None]
     wanted: Callable[[Result, Texts], bool] = _always
     restore: Callable[[Result, Workspace], bool] | None = _numbers_alone
-    """Takes over what the finished stage kept; False when it is damaged. None: the stage is made in every run, as it
-    only changes what is in memory."""
+    """Restores the kept outcome of the finished stage; False when it is damaged. None: the stage is run every time,
+    because it only changes the model in memory."""
     numbers: tuple[str, ...] = ()
     """The fields of ``Metrics`` that it fills."""
     files: tuple[str, ...] = ()
-    """What it keeps in the workspace, checkpoints of an unfinished one among it."""
+    """Its files in the workspace, checkpoints of an unfinished stage included."""
     scratch: str = ""
-    """Which of ``files`` is no longer needed when the stage is finished."""
+    """The one of ``files`` that is not needed when the stage is finished."""
 
 
 STAGES: tuple[Stage, ...] = (
@@ -77,13 +77,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "repair",
-        "Refitting what consumes the kept units",
-        lambda result, texts, work: making.mend(result, texts),
+        "Refitting the weights that consume the kept units",
+        lambda result, texts, work: making.repair_weights(result, texts),
         wanted=lambda result, texts: result.recipe.recovery.repair,
         restore=None,
         numbers=("repair",),
     ),
-    Stage("cut", "Cutting the others out", lambda result, texts, work: making.cut(result), restore=None),
+    Stage("cut", "Removing the chosen units", lambda result, texts, work: making.cut(result), restore=None),
     Stage(
         "pruned",
         "Measuring the pruned model",
@@ -92,8 +92,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "recovery",
-        "Growing the lost knowledge back",
-        making.grow_back,
+        "Recovering the lost knowledge",
+        making.recover_weights,
         wanted=lambda result, texts: result.recipe.recovery.steps > 0,
         restore=making.take_recovered,
         numbers=("recovery",),
@@ -116,24 +116,24 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "save",
-        "Saving, and opening the folder in a fresh process",
+        "Saving, and verifying the folder in a fresh process",
         lambda result, texts, work: making.save(result, result.output or ""),
         wanted=lambda result, texts: result.output is not None,
         restore=None,
     ),
 )
-"""Every stage of a run, in order. ``pipeline.prune`` makes them, and ``compare`` the same ones for every row."""
+"""Every stage of a run, in order. ``pipeline.prune`` runs them, and ``compare`` runs the same ones for every row."""
 
 
 class _Finished(BaseModel):
-    """What ``metrics.json`` of a workspace holds."""
+    """The content of ``metrics.json`` in a workspace."""
 
     done: list[str]
     measured: Metrics
 
 
 def take_up(result: Result, work: Workspace) -> None:
-    """Go on from what an interrupted run kept: its finished stages, their numbers, and its events."""
+    """Resume an interrupted run: take over its finished stages, their numbers, and its events."""
     found = work.read_json("metrics.json", _Finished)
     if found is not None:
         result.done, result.measured = found.done, found.measured
@@ -146,11 +146,11 @@ def make(
     work: Workspace,
     around: Callable[[Stage], AbstractContextManager[Any]],
 ) -> None:
-    """Make every stage that is wanted and not finished, in order.
+    """Run every stage that is wanted and not finished, in order.
 
     Args:
-        result: with the finished stages in ``done`` (``take_up``); it is filled on the way.
-        around: a context for each stage that is made.
+        result: contains the finished stages in ``done`` (``take_up``); the stages fill it.
+        around: returns a context in which each stage runs.
     """
     wanted = [stage for stage in STAGES if stage.wanted(result, texts)]
     for index, stage in enumerate(wanted):
@@ -173,7 +173,7 @@ def make(
 
 
 def _forget(result: Result, work: Workspace, stages: list[Stage]) -> None:
-    """The first of ``stages`` is made now: nothing that followed from it before is true any longer."""
+    """Discard the kept outcome of ``stages``, because the first of them runs again."""
     for stage in stages:
         if stage.name in result.done:
             result.done.remove(stage.name)

@@ -1,4 +1,4 @@
-"""A run in small, before the first minute of work: every fault of budget, method, recovery and output in a moment."""
+"""A short rehearsal before the first minute of work. It finds every fault of budget, method, recovery and output."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from secateur.types import DependencyGraph, PruningPlan
 
 
 def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
-    """A plan by random scores: about the sizes that a run ends with, and every fault of the budget, in a moment.
+    """Make a plan from random scores: about the sizes that the run ends with. Finds every fault of the budget.
 
-    Also what method and baseline cannot do, and adapters that find no place, on a weightless twin of the model.
+    Method, baseline and adapters are checked as well, on a twin of the model without weights.
     """
     task = PruningTask(model, None, graph, recipe.budget, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
     scores = Random().score(model, task.restricted, None, recipe.seed)
@@ -41,8 +41,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
     if method.compensates and recipe.recovery.repair:
         raise InputError(
-            f"Both {method.name} and recovery.repair make up for what goes, and together they would do it twice. Set "
-            "recovery.repair=false, or switch it off in the method (flap: method.compensate=false)."
+            f"Both {method.name} and recovery.repair compensate for removed units, and must not be combined. Set "
+            "recovery.repair=false, or switch compensation off in the method (flap: method.compensate=false)."
         )
     method.check(task)
     if recipe.baseline:
@@ -56,8 +56,10 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
 
 
 def rehearse_output(result: Result, output: Path) -> None:
-    """Write everything but the weights once, by the plan that ``result`` has, and read it back; see whether the disk
-    holds the result and the stages that are kept until it is finished. Raises what saving would raise at the end.
+    """Write everything but the weights once, by the plan of ``result``, and read it back.
+
+    Also checks that the disk has space for the result and for the stages that are kept until it is finished. Raises
+    the errors that saving would raise at the end.
     """
     recipe, plan = result.recipe, result.plan
     in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
@@ -76,9 +78,9 @@ def rehearse_output(result: Result, output: Path) -> None:
 
 
 def contents(model: PreTrainedModel, source: str, texts: Texts | None = None) -> dict[str, str]:
-    """Digests of what a run computes from, by the names that a message uses: weights, and texts once they are read.
+    """Digests of the inputs of a run, by the names that messages use: weights, and texts once they are read.
 
-    The same recipe may name other contents tomorrow, and an unfinished run must not go on with those. ``source`` is
+    The same recipe may name other contents later, and an unfinished run must not resume with those. ``source`` is
     that of classes of one's own (``plugins.source_digest``), empty where there are none.
     """
     read = {} if texts is None else vars(texts)

@@ -1,4 +1,4 @@
-"""What a run ends with, and its numbers."""
+"""The result of a run, and its numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Baseline(BaseModel):
 
 
 class Metrics(BaseModel):
-    """All numbers of a run; ``metrics.json`` holds those that are not None."""
+    """All numbers of a run; ``metrics.json`` contains those that are not None."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -53,7 +53,7 @@ class Metrics(BaseModel):
     reference: dict[str, float] | None = None
     """The dense model's loss on the text that recovery watches, by source."""
     method: dict[str, Any] | None = None
-    """What the method keeps for the record: ``training``, the log of its steps, say."""
+    """The method's own record, such as ``training``, the log of its steps."""
     repair: dict[str, Any] | None = None
     """``refits`` by consumer, the ``step`` of all together, ``loss_before`` and ``loss_after`` on the check windows."""
     recovery: dict[str, Any] | None = None
@@ -64,7 +64,7 @@ class Metrics(BaseModel):
     windows: dict[str, Any] | None = None
     """See ``evaluation.Windows``."""
     tokens: dict[str, int] | None = None
-    """Scored, by source."""
+    """Tokens that were scored, by source."""
     seconds: dict[str, float] = {}
     """By stage."""
     machine: dict[str, Any] | None = None
@@ -82,7 +82,7 @@ class Metrics(BaseModel):
 
 @dataclass
 class Result:
-    """What a run ends with; ``secateur.save`` writes it to a folder."""
+    """The result of a run; ``secateur.save`` writes it to a folder."""
 
     model: PreTrainedModel
     """The smaller model: the one that was given, changed in place."""
@@ -92,16 +92,16 @@ class Result:
     """Of the model before the cut."""
     recipe: Recipe
     output: Path | None = None
-    """Where the result is saved at the end; None for nowhere."""
+    """Folder to save the result to at the end; None when it is not saved."""
     dense: Architecture | None = None
-    """Class and config from before the cut; the model itself has those of the small one now."""
+    """Class and config from before the cut; the model itself now has those of the small model."""
     scores: Scores | None = None
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
-    """New values that the method has for parameters (``Decision.updates``); written, and let go, by ``cut``."""
+    """New values of parameters from the method (``Decision.updates``); ``cut`` writes and releases them."""
     teacher: PreTrainedModel | None = None
     """The dense model while recovery still needs it (``recovery.teacher``)."""
     unsavable: str | None = None
-    """Why no config describes the small model; it computes all the same."""
+    """Why no config describes the small model. The model in memory still works."""
     measured: Metrics = field(default_factory=Metrics)
     done: list[str] = field(default_factory=list)
     """Stages whose outcome is kept (``stages.STAGES``)."""
@@ -110,7 +110,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """``measured`` as JSON has it, without what was not measured: a copy."""
+        """``measured`` as a JSON object, without values that were not measured: a copy."""
         return self.measured.model_dump(exclude_none=True)
 
 

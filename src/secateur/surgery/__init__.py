@@ -1,4 +1,4 @@
-"""The only room that changes shapes; masking, which computes the same without changing any."""
+"""The only room that changes shapes; also masking, which computes the same without changing them."""
 
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, unproduced, zero_units

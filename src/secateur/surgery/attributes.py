@@ -1,8 +1,8 @@
-"""Which module attributes follow an axis when it is cut: the only knowledge about model families in the house.
+"""Module attributes that follow an axis when it is cut: the only knowledge about model families in the code.
 
-Most forwards read sizes from their tensors (``view(..., -1, head_dim)``) and need nothing. The rest carries numbers
-of heads, widths or experts as plain attributes; the table says what each name means. New values come from axis sizes
-(dense value x units kept / all units), never from trial.
+Most forwards read sizes from their tensors (``view(..., -1, head_dim)``) and need no change. Others have numbers of
+heads, widths or experts as plain attributes; the table gives the meaning of each name. New values follow from axis
+sizes (dense value x units kept / all units), never from trial.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ PATTERNS: tuple[Pattern, ...] = (
 
 @dataclass(frozen=True)
 class Change:
-    """An attribute of a module that has to get a new value."""
+    """An attribute of a module that needs a new value."""
 
     module: nn.Module
     name: str
@@ -101,9 +101,9 @@ class Change:
 
 
 def attribute_changes(model: nn.Module, graph: DependencyGraph, kept: Kept) -> list[Change]:
-    """The attributes that ``kept`` makes stale, with their new values; to be computed while the model is whole.
+    """The attributes that are wrong after a cut to ``kept``, with their new values; call it before the cut.
 
-    Raises ModelError when a value does not fit the axis that it should follow.
+    Raises ModelError when a value does not fit its axis.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     changes = []
@@ -137,7 +137,7 @@ def _patterns(kind: Kind) -> list[Pattern]:
 
 
 def _home(modules: Mapping[str, nn.Module], group: NodeGroup) -> list[tuple[nn.Module, bool]]:
-    """The modules that hold the group: owners of its members, and what encloses them up to their common ancestor.
+    """The modules of the group: owners of its members, and enclosing modules up to their common ancestor.
 
     With True the one around that. The vocabulary and the hidden width are the whole model's, also where tied embeddings
     leave only one owner.
@@ -167,7 +167,7 @@ def _scaled(pattern: Pattern, holder: Any, module: nn.Module, group: NodeGroup, 
     if dense * units % group.size:
         raise ModelError(
             f"{type(module).__name__}.{pattern.name} is {dense}, which does not follow the {group.size} units of "
-            f"{group.name}: this model's attention is built in a way that is not known here. Protect {group.name}."
+            f"{group.name}: this model's attention is built in an unknown way. Protect {group.name} (budget.protect)."
         )
     return dense * units // group.size
 
@@ -187,8 +187,8 @@ def _unit_has_its_kv_head(queries_per_kv: int, module: nn.Module, group: NodeGro
     if width == head_dim or consumed * group.size == queries_per_kv * head_dim:
         return False
     raise ModelError(
-        f"{group.name} consumes {consumed} columns a unit, which is neither one query head of {head_dim} nor "
-        f"the {queries_per_kv} of a KV head. Protect {group.name}."
+        f"{group.name} consumes {consumed} columns a unit, which is neither one query head of {head_dim} nor the "
+        f"{queries_per_kv} of a KV head. Protect {group.name} (budget.protect)."
     )
 
 
@@ -213,11 +213,13 @@ def _kv_heads(module: nn.Module, queries_per_kv: int) -> int | None:
 
 
 def require_known(module: nn.Module) -> None:
-    """Raise ModelError for a layer of torch whose sizes ``refresh_sizes`` would leave stale."""
+    """Raise ModelError for a layer of torch whose sizes ``refresh_sizes`` does not update."""
     depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
     known = depthwise or isinstance(module, (*_SIZED, *_CONTAINERS))
     if type(module).__module__.startswith("torch.nn.modules") and not known:
-        raise ModelError(f"A {type(module).__name__} layer would be cut, and it is not known how. Protect its group.")
+        raise ModelError(
+            f"Cutting a {type(module).__name__} layer is not supported. Protect its group (budget.protect)."
+        )
 
 
 def refresh_sizes(module: nn.Module) -> None:
@@ -243,10 +245,10 @@ def refresh_wrapper(wrapper: LoraLayer) -> None:
 
 
 def use_kernels_for_any_width(module: nn.Module, name: str) -> None:
-    """Take stacked experts off the grouped kernels when these cannot read their new width.
+    """Switch stacked experts from the grouped kernels to the eager ones when their new width requires it.
 
     ``torch.nn.functional.grouped_mm``, the default of transformers, needs rows of a multiple of 16 bytes (8 numbers in
-    half precision) and fails otherwise, also for a model that was built with such a width.
+    half precision). It fails for other widths, also in a model that was built with such a width.
     """
     tensor, config = getattr(module, name), getattr(module, "config", None)
     aligned = all(size % GROUPED_MULTIPLE == 0 for size in tensor.shape[1:])

@@ -19,9 +19,9 @@ def bias_shape(module: nn.Module | None) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def give_biases(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """Give the linears at these paths a bias of zeros, and those of the same name in all other layers.
+    """Add a bias of zeros to the linears at these paths, and to those of the same name in all other layers.
 
-    Layers then have the same parameters. Returns the linears that had none before.
+    All layers then have the same parameters. Returns the linears that had no bias before.
     """
     alike = {_any_layer(path) for path in paths}
     given = []

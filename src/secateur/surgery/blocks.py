@@ -1,6 +1,6 @@
-"""Decoder layers that go as a whole: skipping them, and taking them out of the model.
+"""Whole decoder layers: skipping them, and removing them from the model.
 
-A block that is removed is the identity on the residual stream: what it took passes on.
+A removed block is the identity on the residual stream: its input is passed on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decod
 
 @contextmanager
 def skipped(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, the layers that do not stay hand on what they are given."""
+    """A context in which the removed layers pass on their inputs."""
     hooks = []
     try:
         for group, units in Cut.keeping(graph, kept).groups:
@@ -43,11 +43,14 @@ def _identity(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return given
     if type(output) is tuple and isinstance(output[0], torch.Tensor):
         return (given, *output[1:])
-    raise ModelError(f"A {type(module).__name__} returns a {type(output).__name__}, so it cannot be skipped.")
+    raise ModelError(
+        f"A {type(module).__name__} returns a {type(output).__name__}, and cannot be skipped. Leave layer out of "
+        "budget.kinds."
+    )
 
 
 def remove_layers(model: nn.Module, group: NodeGroup, kept: Sequence[int]) -> None:
-    """Take the layers that do not stay out of their list, and renumber the others."""
+    """Remove the layers that are not in ``kept`` from their list, and renumber the others."""
     path = group.modules[0].rpartition(".")[0]
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
@@ -68,7 +71,7 @@ def remove_layers(model: nn.Module, group: NodeGroup, kept: Sequence[int]) -> No
 
 
 def without_layers(graph: DependencyGraph, kept: Kept) -> tuple[DependencyGraph, dict[str, list[int]]]:
-    """The graph of the model after the layers that do not stay were taken out, and ``kept`` in its names."""
+    """The graph of the model after removing layers by ``kept``, and ``kept`` in its names."""
     cut = next(((group, kept[group.name]) for group, _ in Cut.keeping(graph, kept).groups if group.modules), None)
     if cut is None:
         return graph, {name: list(units) for name, units in kept.items()}

@@ -1,8 +1,8 @@
-"""What a model's config has to say when layers, the hidden width or the vocabulary are cut.
+"""Changes of a model's config when layers, the hidden width or the vocabulary are cut.
 
-Sizes that lie inside of one layer are described by ``export`` once the cut is made. These three are read by the
-model's code while it runs (which mask a layer takes, how wide the embeddings are), so the config changes with them,
-and it is checked that it still builds the layers that stay as they are.
+Sizes inside of one layer are described by ``export`` after the cut. The model's code reads these three while it runs
+(the mask of a layer, the width of embeddings). Therefore the config changes with them, and it is checked that it still
+builds the kept layers with the same settings.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Configs = Mapping[nn.Module, PreTrainedConfig]
 
 
 def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Configs:
-    """Module → the config that it gets when ``kept`` is cut out of ``model``; empty when no config changes.
+    """Module → its config after a cut of ``model`` to ``kept``; empty when no config changes.
 
-    Raises ModelError when the new config would build layers that stay with other settings than they have: families
-    that compute from a layer's index what the layer is.
+    Raises ModelError when the new config would build kept layers with other settings: in families that compute the kind
+    of a layer from its index.
     """
     cuts = [group for group, _ in Cut.keeping(graph, kept).groups if group.kind in _CHANGES]
     own = {m: config for m in model.modules() if isinstance(config := vars(m).get("config"), PreTrainedConfig)}
@@ -46,14 +46,14 @@ def changed_configs(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Con
         return {}
     base = next(module for module in own if isinstance(module, PreTrainedModel))
     for group in cuts:
-        if group.modules:  # alone, so that what the others change is not held against it
+        if group.modules:  # alone: changes of the others must not count against it
             built = _built(base, _changed(model, own, [group], kept)[base])
             _check_layers(model, group, kept[group.name], built, base)
     return _changed(model, own, cuts, kept)
 
 
 def _changed(model: nn.Module, own: Configs, cuts: Sequence[NodeGroup], kept: Kept) -> Configs:
-    """Copies of the configs, shared as they were, that describe the model without what goes of ``cuts``."""
+    """Copies of the configs, shared as before, that describe the model after ``cuts``."""
     memo: dict[int, Any] = {}
     configs = {module: copy.deepcopy(config, memo) for module, config in own.items()}
     paths = {module: path for path, module in model.named_modules()}
@@ -82,7 +82,7 @@ def _built(base: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return type(base)(copy.deepcopy(config))
     except Exception as error:  # whatever a family's validators and constructors raise
-        raise ModelError(f"No {type(base).__name__} can be built without what goes: {error}") from error
+        raise ModelError(f"No {type(base).__name__} can be built after this cut: {error}") from error
 
 
 def _shorten(config: PreTrainedConfig, kept: list[int], size: int) -> None:
@@ -168,15 +168,15 @@ def _check_layers(
             known = here.get(name, None if name.endswith(":") else value)
             if known != value:
                 raise ModelError(
-                    f"Without the layers that go, the config of this {base.config.model_type} model would build layer "
-                    f"{old} in another way ({name.strip('.:') or 'it'} is {value!r} instead of {known!r}), since it "
+                    f"Without the removed layers, the config of this {base.config.model_type} model would build layer "
+                    f"{old} in another way ({name.strip('.:') or 'it'} is {value!r} instead of {known!r}), because it "
                     "computes from a layer's index what the layer is. Remove layers in whole periods of that pattern, "
                     "or none."
                 )
 
 
 def settings_of(layer: nn.Module) -> dict[str, Any]:
-    """Class and plain attributes of a module and of every module in it, save for what tells a layer's index."""
+    """Class and plain attributes of a module and of every module in it, without a layer's index."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         if isinstance(module, BaseTunerLayer):

@@ -1,8 +1,8 @@
-"""Masks on what the consumers of a group take in: removing units while the model trains, whatever holds its weights.
+"""Masks on the inputs of a group's consumers: they remove units while the model trains, with any kind of weights.
 
-Unlike ``masked`` nothing is written into the weights, so that they may be quantised, or be changed by an optimiser
-meanwhile: a forward pre-hook multiplies the input of each consuming linear (``o_proj``, ``down_proj``; the whole of it
-where it carries an adapter) by zeros and ones.
+Unlike ``masked``, they write nothing into the weights. These may be quantised, or changed by an optimiser meanwhile. A
+forward pre-hook multiplies the input of each consuming linear (``o_proj``, ``down_proj``; with its adapter, if any) by
+zeros and ones.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from secateur.types import Cut, DependencyGraph, Member
 
 
 class InputMasks:
-    """Removes units of a model by multiplying; a context manager that leaves the model as it was.
+    """Removes units of a model by multiplication; a context manager that restores the model.
 
     Args:
         model: plain or with adapters, its linears quantised or not.
         graph: of that model before it was quantised.
 
-    ``remove`` sets which units are gone; where a norm runs over the units, it sees the survivors only. Raises
-    ModelError for a group that is not consumed by linears alone, and PlanError for units that the graph does not have.
+    ``remove`` sets the removed units. A norm that runs over the units uses the kept ones only. Raises ModelError for a
+    group with other consumers than linears, and PlanError for units that the graph does not have.
     """
 
     def __init__(self, model: nn.Module, graph: DependencyGraph) -> None:
@@ -45,7 +45,7 @@ class InputMasks:
         self.remove({})
 
     def remove(self, removed: Mapping[str, Iterable[int]]) -> None:
-        """From now on exactly these units are gone: group name → unit indices."""
+        """Set the removed units, in place of earlier ones: group name → unit indices."""
         kept = Cut.removing(self.graph, removed)
         self.graph.check_kept(kept)
         masks: dict[nn.Module, torch.Tensor] = {}
@@ -85,14 +85,14 @@ class InputMasks:
         return (states * mask, *inputs[1:])
 
     def _consumer(self, member: Member) -> tuple[nn.Module, int]:
-        """The module that multiplies with this member, and the width of what it takes in."""
+        """The module that multiplies with this member, and the width of its input."""
         path, _, leaf = member.parameter.rpartition(".")
         module = self._modules.get(path.removesuffix(".base_layer"))
         shape = self.graph.shapes[member.parameter]
         if module is None or leaf != "weight" or len(shape) != 2:
             raise ModelError(
-                f"{member.parameter} is not the weight of a linear, so that its input cannot be masked in training. "
-                "Leave its group whole (budget.protect), or choose a method that does not mask."
+                f"{member.parameter} is not the weight of a linear, and its input cannot be masked in training. "
+                "Protect its group (budget.protect), or choose a method that does not mask."
             )
         return module, shape[member.axis]
 

@@ -1,10 +1,10 @@
-"""Computing what a smaller model would compute, without changing a shape.
+"""Masking: a model computes the same as the smaller model, without a change of shapes.
 
-A unit is removed by zeroing what consumes it (the ``in`` members: columns of the output projection, and of its LoRA
-A), which is exact for every axis that is consumed by contraction. Where a norm runs over the axis (OLMo2 normalises
-queries over all heads; every norm does over the hidden width) its statistics are taken over the survivors, and over
-units that are zero already (``norms``). What is chosen from instead of summed over gets -inf: experts (``unrouted``)
-and tokens (``tokens``); layers are skipped (``blocks``).
+A unit is removed by zeroing the weights that consume it (the ``in`` members: columns of the output projection, and of
+its LoRA A). This is exact for every axis that is consumed by contraction. Where a norm runs over the axis (OLMo2
+normalises queries over all heads, every norm over the hidden width), its statistics are taken over the kept units, and
+over units that are already zero (``norms``). Units that are chosen and not summed get -inf: experts (``unrouted``) and
+tokens (``tokens``). Layers are skipped (``blocks``).
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from secateur.types import Cut, DependencyGraph, Kept, NodeGroup
 from secateur.units import Rows, zeroed
 
 _ZEROED = (*MASKABLE, "hidden", "state")
-"""Kinds of groups whose units are removed exactly by zeroing what consumes them, with norms over the survivors."""
+"""Kinds of groups whose units are removed exactly by zeroing their consumers, with norms over the kept units."""
 
 
 @contextmanager
 def masked(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, ``model`` computes what it would after ``slice_model(model, graph, kept)``; shapes stay.
+    """A context in which ``model`` computes the same as after ``slice_model(model, graph, kept)``, with its old shapes.
 
     Args:
-        kept: group name → units that stay, as in ``PruningPlan.kept``; a group that is not listed stays whole.
+        kept: group name → units that are kept, as in ``PruningPlan.kept``; a group that is not listed is kept whole.
 
-    Weights are changed in place and restored bit for bit, also after an exception; changes that are made meanwhile
-    to rows of removed units (by an optimiser) are lost. Raises PlanError for an illegal ``kept``, and ModelError for
-    groups that nothing consumes.
+    Weights are changed in place and restored bit for bit, also after an exception. Changes to rows of removed units
+    (by an optimiser) are lost. Raises PlanError for an illegal ``kept``, and ModelError for groups without consumers.
 
-    Where the vocabulary is cut, logits keep their places, with -inf for tokens that are gone.
+    When the vocabulary is cut, logits keep their positions, with -inf for removed tokens.
     """
     graph.check_kept(kept)
     kept = Cut.keeping(graph, kept)
@@ -55,7 +54,7 @@ def masked(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[Non
 
 @contextmanager
 def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, norms that run over the units take their statistics over those that stay."""
+    """A context in which norms over the units take their statistics over the kept ones."""
     norms = norms_over(model, graph, kept)
     try:
         for module, norm in norms.items():
@@ -68,17 +67,17 @@ def _over_survivors(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Ite
 
 @contextmanager
 def unproduced(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, what produces the units that do not stay is zero: not the same as removing them."""
+    """A context in which the weights that produce removed units are zero; this is not the same as removing them."""
     with zeroed(removed_rows(model, graph, kept, role="out")):
         yield
 
 
 def zero_units(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
-    """Set what consumes the units that do not stay to zero, for good: a step of a progressive method.
+    """Set the weights that consume the removed units to zero, permanently: a step of a progressive method.
 
-    Removing these units afterwards changes nothing, except where a norm runs over the axis and what produces them is
-    not zero as well: its statistics will then be those of the survivors. Raises ModelError for groups where zeroing
-    is not removing.
+    Removing these units afterwards changes nothing. There is one exception: a norm over the axis whose producers are
+    not zero as well; its statistics are then those of the kept units. Raises ModelError for groups where zeroing is not
+    the same as removing.
     """
     require_maskable(group for group, _ in Cut.keeping(graph, kept).groups)
     for rows in _consumers(model, graph, kept):
@@ -99,7 +98,7 @@ def require_maskable(groups: Iterable[NodeGroup]) -> None:
         if group.kind not in MASKABLE:
             raise ModelError(
                 f"{group.name} is a group of kind {group.kind}: setting its weights to zero is not the same as "
-                f"removing them. Only groups of kind {', '.join(MASKABLE)} can be zeroed while a model trains; cut "
+                f"removing them. Only groups of kind {', '.join(MASKABLE)} can be zeroed while a model trains. Cut "
                 "this one with a one-shot method (magnitude, random, taylor)."
             )
         _require_consumers(group)
@@ -107,4 +106,6 @@ def require_maskable(groups: Iterable[NodeGroup]) -> None:
 
 def _require_consumers(group: NodeGroup) -> None:
     if not any(member.role == "in" for member in group.members):
-        raise ModelError(f"Nothing in the model consumes {group.name}, so it cannot be masked. Leave it whole.")
+        raise ModelError(
+            f"Nothing in the model consumes {group.name}, and it cannot be masked. Protect it (budget.protect)."
+        )

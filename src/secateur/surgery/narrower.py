@@ -1,4 +1,4 @@
-"""A config of smaller widths, in which nothing else is another: so that checking costs seconds and megabytes."""
+"""Makes a config with smaller widths and no other change: checks then cost only seconds and megabytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _TOGETHER = (*_HIDDEN, *_HEADS, *_KV_HEADS)
-"""Sizes that are divided by the same number, so that the width of a head and the queries of a KV head stay."""
+"""Sizes that are divided by the same number, which keeps the width of a head and the queries of a KV head."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _AT_MOST = {
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "intermediate_size_mlp"), 416),
@@ -100,7 +100,7 @@ def _stands_for(name: str, sizes: Mapping[str, int]) -> str:
 
 
 def in_step(size: int, before: int, after: int) -> int:
-    """``size`` as much smaller as ``after`` is than ``before``: what was less stays less, and several stay several.
+    """``size`` scaled by ``after / before``: a smaller size remains smaller, and more than one remains more than one.
 
     >>> in_step(5000, 6144, 416), in_step(6144, 6144, 416), in_step(1, 8, 2), in_step(7, 8, 2)
     (338, 416, 1, 2)

@@ -1,11 +1,11 @@
 """Norms that run over the units of a group (OLMo2 normalises queries and keys over all heads together).
 
-Removing units there is more than leaving rows out: the norm's statistics are those of the survivors afterwards. Units
-that are zero *already* are another matter. They count in the divisor, so that an RMS norm over N rows of which n are
-not zero gives sqrt(N / n) of what it gives over these n alone; removing such units changes nothing when the weights of
-the survivors are multiplied by that factor. Both follow here from which rows count. (ε, which is added to the mean of
-the squares, would grow by N / n as well, and no config could say so. A method that zeroes units lowers it meanwhile,
-``set_epsilon``, so that it is what it was when they are cut out.)
+Removing units there also changes the norm: its statistics are those of the kept units afterwards. Units that are
+*already* zero are different. They count in the divisor: an RMS norm over N rows, of which n are not zero, gives sqrt(N
+/ n) times the result over these n alone. Removing such units changes nothing if the weights of the kept rows are
+multiplied by that factor. Both cases follow here from the rows that count. (ε, which is added to the mean of the
+squares, would grow by N / n as well, and no config could express that. A method that zeroes units lowers ε meanwhile
+with ``set_epsilon``, and it has its old value when they are removed.)
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _DENSE_EPSILON = "dense_epsilon"
 
 @dataclass(frozen=True)
 class CutNorm:
-    """A norm over an axis of which rows go."""
+    """A norm over an axis that loses rows."""
 
     kept: Mapping[str, torch.Tensor]
-    """Name of each parameter → its rows that stay."""
+    """Name of each parameter → its kept rows."""
     counting: Mapping[str, torch.Tensor]
-    """The same and the rows that are zero already: what the statistics are taken over while nothing is cut yet."""
+    """The same with the rows that are already zero: the rows of the statistics before the cut."""
 
     @property
     def factor(self) -> float:
-        """By what the weights of the kept rows are multiplied when the others are cut out; 1 where none are zero."""
+        """Factor for the weights of the kept rows when the others are removed; 1 when none are zero."""
         kept, counting = (len(next(iter(rows.values()))) for rows in (self.kept, self.counting))
         return math.sqrt(counting / kept)
 
@@ -52,7 +52,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def norms_over(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[nn.Module, CutNorm]:
-    """The norms that lose rows when only ``kept`` units stay."""
+    """The norms that lose rows in a cut to ``kept``."""
     modules, tensors = dict(model.named_modules()), tensors_of(model)
     stays: dict[nn.Module, dict[str, torch.Tensor]] = {}
     counts: dict[nn.Module, dict[str, torch.Tensor]] = {}
@@ -83,7 +83,7 @@ def _split(modules: Mapping[str, nn.Module], parameter: str) -> tuple[nn.Module,
 
 
 def silent_units(tensors: Mapping[str, torch.Tensor], group: NodeGroup, units: Sequence[int]) -> list[int]:
-    """Those of ``units`` that nothing produces any more: every row that makes them is zero, also the norm's."""
+    """Those of ``units`` whose producing rows are all zero, the norm's included."""
     left = list(units)
     for member in sorted(group.members, key=lambda member: tensors[member.parameter].dim()):  # the smallest first
         tensor = tensors[member.parameter]
@@ -97,11 +97,11 @@ def silent_units(tensors: Mapping[str, torch.Tensor], group: NodeGroup, units: S
 
 
 def scales_with_zeros(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> bool:
-    """Whether rows that are zero can leave this norm by a factor on its weights, as from an RMS norm; found by trying.
+    """Whether zero rows can be removed from this norm with a factor on its weights, as in an RMS norm; found by a test.
 
     Args:
         module: a norm over its last axis.
-        kept: name of each of its parameters → the rows that stay, of which some do not.
+        kept: name of each of its parameters → its kept rows, not all of them.
     """
     weight = module._parameters.get("weight")
     if weight is None or "weight" not in kept:
@@ -122,7 +122,7 @@ def scales_with_zeros(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> bo
 
 
 def set_epsilon(module: nn.Module, share: float) -> None:
-    """Let ε of a norm be this share of what it is in the dense model, until ``restore_epsilon``."""
+    """Set ε of a norm to this share of its value in the dense model, until ``restore_epsilon``."""
     name = next((name for name in _EPSILONS if isinstance(vars(module).get(name), float)), None)
     if name is not None:
         dense = vars(module).setdefault(_DENSE_EPSILON, vars(module)[name])
@@ -137,10 +137,10 @@ def restore_epsilon(module: nn.Module) -> None:
 
 
 def over_survivors(module: nn.Module, kept: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A forward of a norm over the last axis that looks at the surviving entries only; the others become zero.
+    """A forward of a norm over the last axis that uses the kept entries only; the others become zero.
 
-    Further inputs as wide as the first (the gate of a gated norm) are narrowed alike. Gradients reach the module's own
-    parameters.
+    Further inputs of the width of the first (the gate of a gated norm) are narrowed in the same way. Gradients reach
+    the module's own parameters.
     """
     rows = next(iter(kept.values()))
 

@@ -1,7 +1,7 @@
-"""Opens models whose layers have different sizes with our own code, and writes that code into folders for others.
+"""Opens models whose layers have different sizes with secateur's code, and writes that code into their folders.
 
-A folder with such a model carries ``modeling_pruned.py`` for people without secateur. We never run that file: the class
-is made here, from the same source.
+The folder of such a model contains ``modeling_pruned.py`` for people without secateur. secateur never runs that file:
+the class is made here, from the same source.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from secateur.surgery.pruned_layers import PrunedLayers
 
 MODELING_FILE = "modeling_pruned.py"
 OWN_NAME = "pruned_"
-"""Prefix of names that we give, where the family has none for the sizes of a layer, or wants its own to be global."""
+"""Prefix of our names for sizes of a layer, where the family has no name, or requires its own to be global."""
 
 _TEMPLATE = jinja2.Environment(
     loader=jinja2.PackageLoader("secateur.surgery", "."), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -40,7 +40,7 @@ def is_listed(config: PreTrainedConfig) -> bool:
 
 
 def before_listing(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config``, changed in place when it lists tensors: that of the family's model of which these are a part."""
+    """``config``, changed in place when it lists tensors: the config of the family's larger model."""
     if is_listed(config):
         for name, value in config.pruned_layers["built_with"].items():
             part, _, size = name.rpartition(".")
@@ -68,7 +68,7 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises ModelError for a config that transformers knows no causal language model for.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # its config is a part of that of its type, so that the class must be named
+        # its config is a part of that of its type, therefore the class must be named
         name = config.auto_map["AutoModelForCausalLM"].split(".Pruned")[-1]
         family = getattr(transformers, name, None)
         if isinstance(family, type) and issubclass(family, PreTrainedModel) and family.config_class is type(config):
@@ -81,7 +81,7 @@ def pruned_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def auto_map_of(family: type[PreTrainedModel]) -> dict[str, str]:
-    """What a config says about where the class of this family's uneven models lies (``auto_map``)."""
+    """The entry ``auto_map`` of a config, for the class of this family's uneven models."""
     return {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.Pruned{family.__name__}"}
 
 

@@ -1,4 +1,4 @@
-"""Where the units of a plan lie in the tensors of a model."""
+"""The rows of a plan's units in the tensors of a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _merge(tensors: Mapping[str, torch.Tensor], parts: list[tuple[Member, torch.
     removed = torch.cat([rows for _, rows in parts]).unique()
     if removed[-1] >= tensor.shape[member.axis] or len(removed) == tensor.shape[member.axis]:
         raise PlanError(
-            f"The graph gives {member.parameter} rows up to {int(removed[-1])} of which {len(removed)} go, but axis "
-            f"{member.axis} has {tensor.shape[member.axis]}: trace the model again."
+            f"The graph gives {member.parameter} rows up to {int(removed[-1])}, of which {len(removed)} are removed, "
+            f"but axis {member.axis} has {tensor.shape[member.axis]}. Trace the model again."
         )
     return Rows(member.parameter, tensor, member.axis, removed)
 
@@ -44,7 +44,7 @@ def _merge(tensors: Mapping[str, torch.Tensor], parts: list[tuple[Member, torch.
 def _tensor(tensors: Mapping[str, torch.Tensor], graph: DependencyGraph, member: Member) -> torch.Tensor:
     tensor = tensors.get(member.parameter)
     if tensor is None:
-        raise PlanError(f"The model has no tensor {member.parameter}, which its graph names: trace the model again.")
+        raise PlanError(f"The model has no tensor {member.parameter}, which its graph names. Trace the model again.")
     expected = graph.shapes.get(member.parameter)
     if expected is not None and tuple(tensor.shape) != tuple(expected):
         raise PlanError(

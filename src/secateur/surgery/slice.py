@@ -1,4 +1,4 @@
-"""The one place where shapes change: a plan is obeyed, tensors and the attributes that follow them get smaller."""
+"""The one place where shapes change: tensors, and the attributes that follow them, are cut by a plan."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def slice_model(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
-    """Keep only the units in ``kept`` of each listed group, in place; a group that is not listed stays whole.
+    """Keep only the units in ``kept`` of each listed group, in place. A group that is not listed is kept whole.
 
     Parameters and buffers are replaced by smaller ones of the same dtype, device and ``requires_grad``, without
-    gradients; tied ones stay tied. Attributes that follow the axes are set. Values change in one case: where a norm
-    runs over the axis and the units that go are zero already, its weights make up for the smaller divisor (``norms``).
-    Works on meta tensors. Everything is checked before the first change. Where whole layers, hidden dimensions or
-    tokens go, the model gets a config that says so, since its code looks there; otherwise its config stays as it was.
-    Raises PlanError when ``kept`` or ``graph`` does not fit the model, and ModelError when such a config would build
-    what stays in another way.
+    gradients; tied ones remain tied. Attributes that follow the axes are set. Values change in one case: where a norm
+    runs over the axis and the removed units are already zero, its weights compensate for the smaller divisor
+    (``norms``). It works on meta tensors. Everything is checked before the first change. When whole layers, hidden
+    dimensions or tokens are removed, the model's config is changed as well, because its code reads it. Otherwise the
+    config does not change. Raises PlanError when ``kept`` or ``graph`` does not fit the model, and ModelError when the
+    new config would build the kept parts in another way.
     """
     graph.check_kept(kept)
     kept = Cut.keeping(graph, kept)
@@ -80,7 +80,7 @@ def slice_model(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
 
 
 def sharing_copy(model: M) -> M:
-    """A copy that shares every tensor with ``model``: cheap, and slicing one leaves the other whole."""
+    """A copy that shares every tensor with ``model``. It is cheap, and slicing one does not change the other."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -103,15 +103,15 @@ def _adapted(model: nn.Module, cuts: Mapping[int, list[Rows]]) -> list[LoraLayer
         if not isinstance(module, BaseTunerLayer) or id(adapted_weight(module)) not in cuts:
             continue
         if not isinstance(module, LoraLayer):
-            raise ModelError(f"{path} carries a {type(module).__name__} adapter; only LoRA is cut. Merge it first.")
+            raise ModelError(f"{path} has a {type(module).__name__} adapter, and only LoRA can be cut. Merge it first.")
         weight = cuts[id(adapted_weight(module))]
         # an axis of the weight is one of A or of B; experts are among the rows of A as well as the columns of B
         axes = len(weight) + sum(rows.tensor.dim() == 3 and rows.axis == 0 for rows in weight)
         for adapter, pair in adapters_of(module).items():
             if sum(len(cuts.get(id(tensor), ())) for tensor in pair) != axes:
                 raise ModelError(
-                    f"The adapter {adapter!r} of {path} is not active, so that it is not in the graph and would not be "
-                    "cut. Activate, merge or delete it, and trace the model again."
+                    f"The adapter {adapter!r} of {path} is not active: it is not in the graph and would not be cut. "
+                    "Activate, merge or delete it, and trace the model again."
                 )
         wrappers.append(module)
     return wrappers

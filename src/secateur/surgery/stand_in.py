@@ -1,4 +1,4 @@
-"""A small model of the same configuration that stands in for a large one, or for one without weights, in checks."""
+"""A small model of the same configuration, for checks of a large model or of one without weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from secateur.types import DependencyGraph, NodeGroup
 
 VOCABULARY = 512
 WIDE_UP_TO = 300_000_000
-"""A stand-in that cannot be made narrower may have so many parameters."""
+"""Largest number of parameters of a stand-in that cannot be made narrower."""
 NARROW_FROM = 20_000_000
-"""A stand-in with more parameters than this is made narrower, so that checking costs seconds and megabytes."""
+"""A stand-in with more parameters is made narrower: checks then cost only seconds and megabytes."""
 _WINDOW = 8
 """Tokens that local attention of a stand-in sees: more than a recorded run has, fewer than a long text of checks."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
@@ -32,12 +32,12 @@ _REFUSALS = (AttributeError, NotImplementedError, StrictDataclassError, TypeErro
 
 
 def stand_in(model: PreTrainedModel | PeftModel, graph: DependencyGraph) -> PreTrainedModel | PeftModel:
-    """The first layers of the configuration, with random fp32 weights, a small vocabulary, and the adapters.
+    """A model of the first layers of the configuration, with random fp32 weights, a small vocabulary, and the adapters.
 
-    So many layers that every kind of layer occurs, and at least two where the model has them. Layers that an earlier
-    round has pruned to different sizes are of one kind. Wide layers are made narrower, when that changes nothing but
-    sizes. Raises ModelError when the class of ``model`` cannot be built from its config, or when the layers are then
-    not those of ``model``.
+    It has enough layers for every kind of layer, and at least two if the model has them. Layers that an earlier round
+    has pruned to different sizes are of one kind. Wide layers are made narrower, if that changes nothing but sizes.
+    Raises ModelError when the class of ``model`` cannot be built from its config, or when the layers are not equal to
+    those of ``model``.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(getattr(base, "config", None), PretrainedConfig) or not hasattr(base, "_from_config"):

@@ -1,4 +1,4 @@
-"""Vocabulary entries that go: their logits become -inf, and the ids of those that stay are counted anew."""
+"""Removed tokens: their logits become -inf, and the ids of kept tokens are renumbered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.types import Cut, DependencyGraph, Kept
 
 
 def kept_tokens(graph: DependencyGraph, kept: Kept) -> torch.Tensor | None:
-    """The old id of every new one, shape ``[tokens left]``; None when the vocabulary stays whole."""
+    """The old id of every new one, shape ``[tokens left]``; None when the vocabulary is not cut."""
     for group, _ in Cut.keeping(graph, kept).groups:
         if group.kind == "vocab":
             return torch.as_tensor(list(kept[group.name]), dtype=torch.long)
@@ -28,14 +28,17 @@ def new_ids(tokens: torch.Tensor | None, old: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def silenced(model: Any, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, tokens that do not stay are never predicted: softmax runs over the others."""
+    """A context in which removed tokens are never predicted: softmax runs over the others."""
     tokens = kept_tokens(graph, kept)
     if tokens is None:
         yield
         return
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(model).__name__} has no output embeddings, so its vocabulary cannot be masked.")
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings, and its vocabulary cannot be masked. Leave vocab out of "
+            "budget.kinds."
+        )
 
     def hook(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
         gone = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)

@@ -1,7 +1,7 @@
-"""Hiding experts from their routers: to a router without an expert its logit is -inf, not 0.
+"""Hides experts from their routers: the logit of a removed expert is -inf, not 0.
 
-Softmax, sigmoid and top-k then see what they would see if the expert were not there, whatever the order in which a
-family applies them: its share is 0, and it is never among the best k as long as k others are left.
+Softmax, sigmoid and top-k then give the same as without the expert, in any order of a family: its share is 0, and it is
+never among the best k as long as k others are left.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _DERIVED = 8
 
 @contextmanager
 def unrouted(model: nn.Module, graph: DependencyGraph, kept: Kept) -> Iterator[None]:
-    """While it lasts, routers do not see the experts that do not stay; the weights of these are left alone.
+    """A context in which routers do not choose removed experts. The weights of these are not changed.
 
-    Biases that are added to an expert's score after the router (DeepSeek-V3's correction bias) become -inf meanwhile
-    as well. Raises ModelError for a group of experts without a router's weight.
+    Biases that are added to an expert's score after the router (DeepSeek-V3's correction bias) become -inf as well.
+    Raises ModelError for a group of experts without a router's weight.
     """
     names = {group.name: units for group, units in Cut.keeping(graph, kept).groups if group.kind == "expert"}
     if not names:
@@ -65,7 +65,10 @@ def _router(model: nn.Module, graph: DependencyGraph, kept: Kept) -> tuple[list[
             biases.append(rows)
     missing = set(kept) - groups
     if missing:
-        raise ModelError(f"No weight of a router chooses among {', '.join(sorted(missing))}, so it cannot be masked.")
+        raise ModelError(
+            f"No weight of a router chooses among {', '.join(sorted(missing))}, and it cannot be masked. Protect it "
+            "(budget.protect)."
+        )
     return weights, biases
 
 
@@ -84,7 +87,7 @@ class _WithoutExperts(TorchDispatchMode):
         super().__init__()
         self._removed = {_storage(rows.tensor): rows.index for rows in weights}
         self._derived: dict[int, deque[torch.Tensor]] = {}
-        """What was computed from each weight, kept alive so that its storage is not mistaken for another's."""
+        """Tensors computed from each weight. They are kept alive, or their storage could be reused by others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

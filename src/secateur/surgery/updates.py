@@ -1,4 +1,4 @@
-"""New values for parameters: what a method answers beside the units that go, to make up for them."""
+"""New values for parameters, with which a method compensates for removed units."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ Updates = Mapping[str, torch.Tensor]
 
 
 def check_updates(model: nn.Module, graph: DependencyGraph, kept: Kept, updates: Updates) -> None:
-    """Raise ModelError for updates that cannot be written, or whose new biases could not be cut as ``kept`` says."""
+    """Raise ModelError for updates that cannot be written, or whose new biases could not be cut by ``kept``."""
     new = _new_biases(model, updates)
     for group, _ in Cut.keeping(graph, kept).groups:
         for member in group.members:
             path = member.parameter.rpartition(".")[0]
             if member.role == "out" and path in new:
-                raise ModelError(f"{path} gets a new bias, and loses outputs with {group.name}: no graph has both.")
+                raise ModelError(
+                    f"{path} gets a new bias, and loses outputs with {group.name}; no graph has both. Protect "
+                    f"{group.name} (budget.protect)."
+                )
 
 
 def apply_updates(model: nn.Module, updates: Updates) -> None:
-    """Write new values into parameters, for good.
+    """Write new values into parameters, permanently.
 
     Args:
-        model: as it is before the cut.
+        model: the model before the cut.
         updates: path of a parameter → its new values, of its shape. A path that ends with ``.bias`` may be that of a
             linear without one: it gets a bias, and so do, with zeros, the linears of the same name in other layers.
 
@@ -42,7 +45,7 @@ def apply_updates(model: nn.Module, updates: Updates) -> None:
 
 @contextmanager
 def updated(model: nn.Module, updates: Updates) -> Iterator[None]:
-    """While it lasts, parameters have the values that ``apply_updates`` writes; afterwards they are what they were."""
+    """A context in which parameters have the values of ``apply_updates``; they are restored afterwards."""
     new = _new_biases(model, updates)
     parameters = _parameters(model)
     before = {path: parameters[path].detach().clone() for path in updates if path in parameters}

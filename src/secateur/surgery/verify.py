@@ -1,8 +1,8 @@
-"""Does cutting a group compute what removing it should? Two ways to find out, that share nothing.
+"""Verifies that cutting a group equals masking it, in two independent ways.
 
-The model's own forward on sliced parameters is compared with the masked model: this sees members that are missing,
-misaligned or too many, and attributes that went stale. The recorded operators, replayed on sliced parameters, are
-compared with a masked replay: this sees the same mistakes of the graph, whatever the model's code does.
+The model's own forward on sliced parameters is compared with the masked model. This finds members that are missing,
+misaligned or superfluous, and attributes with old values. The recorded operators, replayed on sliced parameters, are
+compared with a masked replay. This finds the same faults of the graph, independently of the model's code.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from secateur.types import DependencyGraph, Kind, NodeGroup
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32, relative to the largest logit (at least 1)."""
 _ROUNDING = 1e-2
-"""Differences up to here may be rounding errors that have grown, and are looked at again in double precision."""
+"""Differences up to this may be rounding errors that have grown. They are computed again in double precision."""
 WHOLE_UP_TO = 300_000_000
-"""Models with more parameters are represented by a stand-in with few layers and random weights."""
+"""Larger models are replaced by a stand-in with few layers and random weights, in parameters."""
 ALL, SOME = "all groups", "some groups"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What came out for one group, for ``all groups`` or for ``some groups``."""
+    """The result for one group, for ``all groups`` or for ``some groups``."""
 
     group: str
     ok: bool
     max_difference: float
     """Largest absolute difference of logits between the sliced and the masked model; inf when one did not run."""
     effect: float
-    """Largest absolute change of logits by the mask; a check with hardly any effect proves nothing and is not ok."""
+    """Largest absolute change of logits by the mask. A check without a visible effect proves nothing, and is not ok."""
     message: str
 
 
@@ -57,12 +57,12 @@ def verify_cuts(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: flo
     """Compare slicing with masking: each group that may be cut alone, all together, and a random subset.
 
     Args:
-        seed: draws the token ids, the units that go, and the weights of a stand-in.
-        ratio: fraction of each group's units that go (at least one goes and one stays).
+        seed: seed of the token ids, the removed units, and the weights of a stand-in.
+        ratio: fraction of each group's units to remove (at least one is removed and one is kept).
 
-    The given model is not touched: a copy in fp32 is cut. A model with more than ``WHOLE_UP_TO`` parameters, or
-    without weights, is represented by one of the same configuration with fewer layers (the messages say so).
-    Raises ModelError when the model cannot be traced, or no stand-in can be built.
+    The given model is not changed: a copy in fp32 is cut. A model with more than ``WHOLE_UP_TO`` parameters, or without
+    weights, is replaced by one of the same configuration with fewer layers (the messages say so). Raises ModelError
+    when the model cannot be traced, or no stand-in can be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,15 +75,16 @@ def verify_cuts(model: PreTrainedModel | PeftModel, *, seed: int = 0, ratio: flo
 
 
 def checked_trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()) -> DependencyGraph:
-    """``graph.trace``, with every group protected whose like cannot be cut exactly: what users and runs start from.
+    """``graph.trace``, in which groups that fail the check of an exact cut are protected. Users and runs start from it.
 
-    Groups of ``kinds`` that are protected for their kind alone (experts, layers, hidden, vocabulary, states) are tried
+    Groups of ``kinds`` that are protected only for their kind (experts, layers, hidden, vocabulary, states) are checked
     too, and may be cut when they pass.
 
-    Raises ModelError as ``graph.trace`` and ``protect_failing`` do, and InputError for what is no module or no kind.
+    Raises ModelError as ``graph.trace`` and ``protect_failing`` do, and InputError for an object that is no module or
+    no kind.
     """
     if not isinstance(model, torch.nn.Module):
-        raise InputError(f"A {type(model).__name__} is not a model: open it first, model, _ = secateur.load(name).")
+        raise InputError(f"A {type(model).__name__} is not a model. Open it first: model, _ = secateur.load(name).")
     wanted: list[Any] = list(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else [kinds]
     if any(kind not in get_args(Kind) for kind in wanted):
         raise InputError(f"{brief(kinds)} are no kinds of groups. Give a list of: {', '.join(get_args(Kind))}.")
@@ -93,10 +94,10 @@ def checked_trace(model: PreTrainedModel | PeftModel, kinds: Iterable[Kind] = ()
 def protect_failing(
     model: PreTrainedModel | PeftModel, graph: DependencyGraph, *, seed: int = 0, ratio: float = 0.5
 ) -> DependencyGraph:
-    """``graph``, with every group protected whose likes fail in a stand-in with few layers, and the reason.
+    """``graph``, in which every group is protected, with the reason, whose counterparts fail in a stand-in.
 
-    ``model`` is left alone, and needs no weights. When no stand-in can be built, a model of up to ``WHOLE_UP_TO``
-    parameters is checked whole; Raises ModelError for a larger one.
+    ``model`` is not changed, and needs no weights. When no stand-in can be built, a model of up to ``WHOLE_UP_TO``
+    parameters is checked whole. Raises ModelError for a larger one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,7 +128,7 @@ def _opened(run: Trace, graph: DependencyGraph) -> Trace:
 def _failing(model: Any, run: Trace, ratio: float) -> dict[str, str]:
     """Groups that must not be cut, with the reason: those that fail alone, or all of a kind that fails together.
 
-    What is left was checked together, so that nothing is offered that was not seen to work.
+    The remaining groups were checked together: every prunable group has passed a check.
     """
     found = {check.group: check.message for check in checks(model, ratio, run) if not check.ok}
     failed = {name: message for name, message in found.items() if name not in (ALL, SOME)}
@@ -199,13 +200,13 @@ def _dense(model: Any, ids: torch.Tensor) -> torch.Tensor:
     except Exception as error:
         reason = _first_line(error)
         raise ModelError(
-            f"This {type(model).__name__} does not run on {ids.shape[1]} tokens ({type(error).__name__}: {reason}), so "
-            "that no cut can be checked."
+            f"This {type(model).__name__} does not run on {ids.shape[1]} tokens ({type(error).__name__}: {reason}), "
+            "and no cut can be checked."
         ) from error
     if not all_finite(logits):
         raise ModelError(
             f"This {type(model).__name__} computes NaN or infinity before anything is cut, first in "
-            f"{first_not_finite(sharing_copy(model), ids)}. Mend or train the model first."
+            f"{first_not_finite(sharing_copy(model), ids)}. Correct or train the model first."
         )
     return logits
 
@@ -234,7 +235,7 @@ def _choices(model: Any, graph: DependencyGraph, ratio: float) -> dict[str, dict
 
 
 def _layers_in_a_pattern(model: Any, graph: DependencyGraph, group: NodeGroup, units: list[int]) -> list[int]:
-    """``units``, or where the config cannot describe what they leave, the first layers that it can describe.
+    """``units``, or the first layers that the config can describe if it cannot describe ``units``.
 
     Families that compute from a layer's index what the layer is can lose whole periods of the pattern only; that some
     choice breaks it says nothing against the others, which are refused one by one when they are cut.
@@ -302,7 +303,7 @@ def _check(
         reason = _first_line(error)
         return Check(name, False, float("inf"), 0.0, f"{type(error).__name__}{f' on {way}' if way else ''}: {reason}")
     worst = max(difference, replayed, *others.values())
-    # whatever is compared with NaN is false, so that all of these ask for what is good
+    # every comparison with NaN is false, therefore each condition states the good case
     if not difference <= allowed:
         return Check(name, False, worst, effect, f"slicing differs from masking by {difference:.1e}")
     if not replayed <= allowed:

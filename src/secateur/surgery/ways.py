@@ -1,4 +1,4 @@
-"""The ways in which a model may be asked, as code may look at the length of a text, at padding or at a cache."""
+"""Ways of calling a model, because its code may depend on the length of a text, on padding or on a cache."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a callback remembers is saved with each checkpoint of the Trainer, and found again by ``--resume``.
+"""The state of callbacks is saved with each checkpoint of the Trainer, and restored by ``--resume``.
 
 A checkpoint is the Trainer's own folder (adapters, optimiser, schedule, random states, position in the data) with one
-more file, ``callbacks.safetensors``, which is written last and holds the digests of the others: only a folder that has
-it, and in which they agree, is complete.
+more file, ``callbacks.safetensors``. It is written last, and contains the digests of the other files. A checkpoint is
+complete only if it has this file, and all digests agree.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class StatefulCallback(TrainerCallback):
     """A callback whose own state (scores, moving averages, masks, rows of frozen weights) is part of a checkpoint."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a run must have again to go on from here, by name."""
+        """The state that a run needs to resume from here, by name."""
         raise NotImplementedError
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what ``state_tensors`` gave; called before training goes on."""
+        """Restore the state from ``state_tensors``; called before training resumes."""
         raise NotImplementedError
 
 
@@ -44,7 +44,7 @@ class SaveStates(TrainerCallback):
         self.callbacks = [callback for callback in callbacks if isinstance(callback, StatefulCallback)]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the Trainer after it has written its part."""
+        """Called by the Trainer after it has written its files."""
         tensors = {
             f"{index}/{name}": tensor.detach().cpu().contiguous()
             for index, callback in enumerate(self.callbacks)
@@ -66,7 +66,7 @@ class SaveStates(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest complete checkpoint in ``folder``, or None. Those that a kill or a power cut left behind go."""
+    """The latest complete checkpoint in ``folder``, or None. Incomplete ones of a kill or a power cut are removed."""
     found = {
         int(match[1]): path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -75,7 +75,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for step in sorted(found, reverse=True):
         if _is_complete(found[step]):
             return found[step]
-        say(f"  {found[step]} is incomplete: training goes on from before it.")
+        say(f"  {found[step]} is incomplete. Training resumes from an earlier point.")
         remove(found[step])
     return None
 

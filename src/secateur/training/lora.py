@@ -1,4 +1,4 @@
-"""LoRA adapters: put on before training, merged into the weights after it (plumbing by peft)."""
+"""LoRA adapters: attached before training, merged into the weights afterwards (with peft)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from secateur.types import Settings
 
 
 class LoraSettings(Settings):
-    """The adapters that guide pruning and grow the lost knowledge back (LoRA, arXiv 2106.09685)."""
+    """The adapters that guide pruning and recover the lost knowledge (LoRA, arXiv 2106.09685)."""
 
     rank: int = Field(default=8, ge=1)
     """LoRA rank r."""
@@ -30,7 +30,7 @@ class LoraSettings(Settings):
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """Wrap the model's linears in fresh adapters (B = 0, so the function is unchanged); only A and B train.
 
-    The adapters of a model without weights have none either. Raises InputError when ``settings.targets`` matches
+    Adapters of a model without weights have no weights either. Raises InputError when ``settings.targets`` matches
     nothing.
     """
     targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
@@ -41,7 +41,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pe
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    # forked, so that the caller's own random stream is what it was
+    # forked: the caller's own random stream must not change
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -56,17 +56,19 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pe
 
 
 def _refuse_tied(adapted: PeftModel) -> None:
-    """An adapter on a head that shares the embedding's weight cannot be merged: the embedding would change as well."""
+    """Raise InputError for an adapter on a tied head: merging it would change the embedding as well."""
     base: Any = adapted.get_base_model()
     shared = base.get_input_embeddings().weight
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and getattr(module.get_base_layer(), "weight", None) is shared:
             adapted.unload()
-            raise InputError(f"lora.targets names {name}, whose weight is tied to the embedding. Leave it out.")
+            raise InputError(
+                f"lora.targets names {name}, whose weight is tied to the embedding. Remove it from lora.targets."
+            )
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """Add (alpha / r) B A to the base weights and take the adapters off; the function is unchanged."""
+    """Add (alpha / r) B A to the base weights and remove the adapters. The function is unchanged."""
     merged: PreTrainedModel = model.merge_and_unload()
     for parameter in merged.parameters():
         parameter.requires_grad_(True)

@@ -17,7 +17,7 @@ BaseWeights = Literal["as-is", "int8", "nf4"]
 
 
 def backend(weights: BaseWeights) -> Any:
-    """The module that computes with such weights: None for ``as-is``; InputError when it is not installed."""
+    """The module that computes with such weights; None for ``as-is``. Raises InputError when it is not installed."""
     if weights == "as-is":
         return None
     try:
@@ -28,7 +28,7 @@ def backend(weights: BaseWeights) -> Any:
 
 
 def check_quantisable(model: PeftModel, weights: BaseWeights) -> list[LoraLayer]:
-    """The wrapped linears that can be held so; InputError when there is none, or nothing to compute with."""
+    """The wrapped linears that can be quantised. Raises InputError when there is none, or no backend."""
     if weights == "as-is":
         return []
     backend(weights)
@@ -36,17 +36,17 @@ def check_quantisable(model: PeftModel, weights: BaseWeights) -> list[LoraLayer]
         m for m in model.modules() if isinstance(m, LoraLayer) and type(m.get_base_layer()) is nn.Linear
     ]
     if not layers:
-        raise InputError(f"There is no plain linear with an adapter to hold in {weights}. Leave the base as it is.")
+        raise InputError(f"There is no plain linear with an adapter to quantise to {weights}. Set method.base=as-is.")
     return layers
 
 
 @contextmanager
 def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
-    """While it lasts, every linear below an adapter computes with its weights in 8 (``int8``) or 4 bits (``nf4``).
+    """A context in which every linear below an adapter computes with weights in 8 (``int8``) or 4 bits (``nf4``).
 
-    The weights in full precision wait in the CPU's memory and come back untouched, so that what is merged and cut
-    afterwards is never a rounded copy. ``as-is`` changes nothing. Needs bitsandbytes (extra ``quantised``), which
-    computes on CUDA and on the CPU. Raises InputError when it is missing, or when there is no linear to quantise.
+    The weights in full precision are kept in the CPU's memory and restored exactly: the merged and cut weights are
+    never rounded copies. ``as-is`` changes nothing. It needs bitsandbytes (extra ``quantised``), which computes on CUDA
+    and on the CPU. Raises InputError when it is missing, or when there is no linear to quantise.
     """
     if weights == "as-is":
         yield
@@ -84,4 +84,4 @@ def _quantise(linear: nn.Linear, weights: BaseWeights) -> nn.Module:
     if linear.bias is not None:
         small.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     with torch.no_grad():
-        return small.to(device)  # quantised on the way
+        return small.to(device)  # quantises during the move

@@ -1,4 +1,4 @@
-"""Every loop that trains is ``transformers.Trainer``: accumulation, mixed precision and multi-GPU come with it."""
+"""Every training loop is ``transformers.Trainer``, with its accumulation, mixed precision and multi-GPU support."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ from secateur.types import Settings
 
 Schedule = Literal["cosine", "linear", "constant"]
 Penalty = Callable[[Any, int], torch.Tensor | None]
-"""Model with adapters and number of the step, from 0 on → a scalar with a gradient, or None for nothing."""
+"""Model with adapters and number of the step, from 0 → a scalar with a gradient, or None for no penalty."""
 
 
 class TrainingSettings(Settings):
-    """How LoRA is trained, while pruning and while recovering."""
+    """How LoRA is trained, during pruning and during recovery."""
 
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate of A and B."""
     batch_size: int = Field(default=2, ge=1)
     """Windows per optimiser step."""
     micro_batch_size: int = Field(default=2, ge=1)
-    """Windows per forward pass, a divisor of the batch size or more than it; the rest of a batch is accumulated."""
+    """Windows per forward pass: a divisor of the batch size, or more than it. The rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser of A and B. ``sgd`` needs a learning rate of its own, hundreds of times that of ``adamw``, which hardly
-    moves anything."""
+    """Optimiser of A and B. ``sgd`` needs another learning rate, hundreds of times that of ``adamw``; with the same
+    rate it hardly changes anything."""
     schedule: Schedule = "cosine"
     """Learning-rate schedule after the warm-up."""
     warmup: float = Field(default=0.05, ge=0, le=1)
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps at the start in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of A and B."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Precision = "auto"
-    """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
+    """``bf16``: autocast over fp32 master weights; ``auto``: bf16 where the processor supports it; or ``fp32``."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(default=50, ge=1)
-    """Optimiser steps between checkpoints that ``--resume`` goes on from, in methods that train for long."""
+    """Optimiser steps between checkpoints for ``--resume``, in methods that train for long."""
 
     @model_validator(mode="after")
     def _batches_add_up(self) -> Self:
         if self.batch_size > self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size}), "
-                "so that every step sees as many windows as asked"
+                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size}), or a step "
+                "would read another number of windows"
             )
         return self
 
@@ -82,7 +82,7 @@ class _Blocks(Dataset[dict[str, torch.Tensor]]):
     """Token blocks as the Trainer wants them: the labels are the ids themselves."""
 
     def __init__(self, ids: torch.Tensor, order: Callable[[int], int] | None, positions: int) -> None:
-        """With an ``order``, item i is what it says is read at position i, for so many positions."""
+        """With an ``order``, item i is block ``order(i)``, for ``positions`` items."""
         self.ids, self.order = ids, order
         self.length = len(ids) if order is None else positions
 
@@ -97,8 +97,8 @@ class _Blocks(Dataset[dict[str, torch.Tensor]]):
 class _Clip(TrainerCallback):
     """Clips gradients after the other callbacks have seen them.
 
-    The Trainer would clip before it calls ``on_pre_optimizer_step``; asked for no clipping, it has unscaled and
-    all-reduced what is there by then, and logs its norm.
+    The Trainer would clip before it calls ``on_pre_optimizer_step``. Without clipping, the gradients are unscaled and
+    all-reduced at that point, and the Trainer logs their norm.
     """
 
     def __init__(self, max_norm: float) -> None:
@@ -113,8 +113,8 @@ class _Clip(TrainerCallback):
 class _Penalty(TrainerCallback):
     """Adds the gradient of a penalty to that of the model's own loss, and its mean since the last entry to the log.
 
-    Once in a step, when the gradients of the whole batch are there: however many micro-batches it has, the penalty
-    counts once beside their mean loss.
+    It does so once in a step, when the gradients of the whole batch are accumulated: the penalty counts once beside the
+    mean loss of all micro-batches.
     """
 
     def __init__(self, penalty: Penalty) -> None:
@@ -143,7 +143,7 @@ class _Penalty(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """Shows the Trainer's steps on our own progress bar."""
+    """Shows the Trainer's steps on secateur's progress bar."""
 
     def __init__(self, bar: progress.Bar) -> None:
         self.bar = bar
@@ -173,23 +173,23 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
 
-    Without an ``order``, blocks are shuffled by ``seed``, and used again, shuffled anew, when they run out; each step
-    reads ``settings.batch_size`` of them, however few there are. Returns the Trainer's log: step, loss, learning rate
-    and gradient norm (before clipping), about twenty entries a run. The model is left in eval mode.
+    Without an ``order``, blocks are shuffled by ``seed``, and shuffled again and repeated when they run out. Each step
+    reads ``settings.batch_size`` of them. Returns the Trainer's log: step, loss, learning rate and gradient norm
+    (before clipping), about twenty entries a run. The model is left in eval mode.
 
     Args:
         callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
-            unscaled and unclipped; those that are ``StatefulCallback`` are part of each checkpoint.
-        order: which block is read at position 0, 1, 2 …; it is asked in this order, up to a micro-batch ahead of what
-            is trained on.
+            unscaled and unclipped. The state of each ``StatefulCallback`` is part of each checkpoint.
+        order: position 0, 1, 2 … → block to read. It is called in this order, up to a micro-batch ahead of the
+            training.
         loss: mean loss of a micro-batch from its logits ``[n, window, vocabulary]`` and ids ``[n, window]``, instead
             of the model's own.
-        penalty: added to the loss of each step, also to the model's own with all its parts (a mixture of experts has
-            one for its routers). The log has its mean as ``penalty``; ``loss`` and the gradients that callbacks see are
-            without it.
-        checkpoints: folder to keep a checkpoint in every ``settings.checkpoint_steps`` steps and after the last one.
-            Training goes on from the last complete one that is there, or is not repeated; the caller removes the folder
-            when what follows from the training is kept elsewhere. None keeps nothing.
+        penalty: added to the loss of each step, beside all parts of the model's own loss (such as the routers' loss of
+            a mixture of experts). The log contains its mean as ``penalty``. ``loss`` and the gradients that callbacks
+            see are without it.
+        checkpoints: folder for a checkpoint every ``settings.checkpoint_steps`` steps and after the last one. Training
+            resumes from the last complete one, and finished training is not repeated. The caller removes the folder
+            when the result is kept elsewhere. None keeps nothing.
     """
     if steps <= 0:
         return []
@@ -199,7 +199,7 @@ def train(
         last = last_checkpoint(folder)
         done = int(last.name.rpartition("-")[2]) if last is not None else 0
         positions = steps * settings.batch_size * arguments.world_size
-        # an epoch of the Trainer would end with a batch that is not full, and a finished run would read on in a longer
+        # an epoch of the Trainer would end with an incomplete batch, and a finished run would continue in a longer
         if order is None and (len(ids) < positions or done == steps):
             order = ReadingOrder(("all",) * len(ids), {"all": 1.0}, seed)
         if order is not None:
@@ -216,7 +216,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         if last is not None:
-            progress.say(f"  {description}: going on after step {done} of {steps}")
+            progress.say(f"  {description}: resuming after step {done} of {steps}")
             states.restore(last)
             bar.advance(done)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -259,7 +259,7 @@ def _arguments(
 
 
 def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulated: int) -> Callable[..., Any]:
-    """As the Trainer calls it; what it does not scale by itself is the mean over the micro-batches of a step.
+    """A loss function for the Trainer. It divides by the number of micro-batches of a step, as the Trainer does not.
 
     All steps have as many micro-batches, and all micro-batches as many windows (see ``train``).
     """
@@ -272,7 +272,7 @@ def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulate
 
 @contextmanager
 def _folder(checkpoints: Path | None) -> Iterator[Path]:
-    """Where the Trainer writes: ``checkpoints``, or a folder that nobody will see."""
+    """The Trainer's output folder: ``checkpoints``, or a temporary folder."""
     if checkpoints is None:
         with tempfile.TemporaryDirectory(prefix="secateur-trainer-") as scratch:
             yield Path(scratch)
@@ -283,7 +283,7 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _config_kept(model: PeftModel) -> Iterator[None]:
-    """The Trainer sets keys of the model's config (it switches caches off) and leaves them; what was there returns."""
+    """Restore the keys of the model's config that the Trainer changes (it switches caches off)."""
     config = vars(model.config)
     before = dict(config)
     try:

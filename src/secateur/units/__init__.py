@@ -1,4 +1,4 @@
-"""The rows of units in the weights of a model: read, written, summed and differentiated through ``W + s B A``."""
+"""Reads, writes and sums the rows of units in the weights of a model, and differentiates them through ``W + s B A``."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from secateur.types import Role
 class Adapter:
     """``s B A``, which is added to one weight: a matrix, or stacked experts.
 
-    Methods that take a ``role`` mean slices of the weight: with ``out`` the rows of ``B A``, whose index runs over the
+    Methods with a ``role`` use slices of the weight: with ``out`` the rows of ``B A``, whose index runs over the
     outputs; with ``in`` its columns, whose index runs over the inputs.
     """
 
@@ -65,7 +65,7 @@ class Adapter:
 
 
 def adapter_of(layer: LoraLayer) -> Adapter:
-    """The adapter of a wrapped weight with one active, unmerged, plain adapter; ModelError otherwise."""
+    """The adapter of a wrapped weight. Raises ModelError unless it has one active, unmerged, plain adapter."""
     kind = type(layer.get_base_layer()).__name__
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.merged or layer.disable_adapters or len(active) != 1:

@@ -40,7 +40,7 @@ class Rows:
 
     @torch.no_grad()
     def write(self, values: torch.Tensor) -> None:
-        """The opposite of ``read``, from any type."""
+        """Write ``values``, of the shape of ``read`` and of any type, into these slices."""
         self.tensor.movedim(self.axis, 0)[self._index] = values.to(self.tensor.dtype)
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class Rows:
 
 @contextmanager
 def zeroed(rows: Iterable[Rows]) -> Iterator[None]:
-    """While it lasts, these rows are zero; afterwards they are what they were, bit for bit."""
+    """A context in which these rows are zero; they are restored bit for bit afterwards."""
     with torch.no_grad():
         saved = [(one, one.tensor.index_select(one.axis, one._index)) for one in rows]
     try:
@@ -86,7 +86,7 @@ class UnitRows(Rows):
         return rows.reshape(len(self.index) // self.per_unit, -1)
 
     def by_row(self, values: torch.Tensor) -> torch.Tensor:
-        """A number for each unit as one for each row: ``[n] -> [m]``."""
+        """Repeat a number for each unit over its rows: ``[n] -> [m]``."""
         return values.repeat_interleave(self.per_unit)
 
     def by_unit(self, values: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class UnitRows(Rows):
         self.clear_adapter()
 
     def clear_adapter(self) -> None:
-        """Make ``s B A`` of these rows zero: it has been absorbed, or the unit is gone."""
+        """Make ``s B A`` of these rows zero, because it was absorbed or the unit is removed."""
         if self.adapter is not None:
             self.adapter.clear(self.index, self.role)
 
@@ -130,7 +130,7 @@ def rows_of(model: nn.Module, group: NodeGroup, units: Sequence[int], role: Role
     Args:
         model: plain, or with adapters, which count through the weight that they are added to.
         group: of the graph of that model, adapters included.
-        units: in the order in which they are wanted.
+        units: in the order of the result.
 
     Raises:
         ModelError: a weight has several active adapters, or one that is not plain LoRA.

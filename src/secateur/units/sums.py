@@ -1,4 +1,4 @@
-"""From a number per element or row of a parameter to a number per unit."""
+"""Sums numbers per element or row of a parameter to numbers per unit."""
 
 from __future__ import annotations
 

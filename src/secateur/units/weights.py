@@ -1,4 +1,4 @@
-"""The weight that a parameter acts with: as stored, dequantised, or ``W + s B A`` with LoRA."""
+"""The effective weight of a parameter: as stored, dequantised, or ``W + s B A`` with LoRA."""
 
 from __future__ import annotations
 
@@ -49,9 +49,8 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def dequantised(module: nn.Module) -> torch.Tensor:
     """The weight of a linear as numbers, detached: as it is stored, or dequantised (8 and 4 bit of bitsandbytes).
 
-    Any other storage is read by what the module makes of unit vectors, whatever its format. A weight that had to be
-    dequantised is a new tensor that lives as long as the caller keeps it. Shape ``[out, in]`` (GPT-2's ``Conv1D``: as
-    stored).
+    Any other format is read by running the module on unit vectors. A dequantised weight is a new tensor, which only the
+    caller references. Shape ``[out, in]`` (GPT-2's ``Conv1D``: as stored).
     """
     weight: Any = module.weight
     kind = type(weight).__name__
@@ -81,16 +80,16 @@ def _by_unit_vectors(module: nn.Module) -> torch.Tensor:
 
 
 def adapter_delta(model: nn.Module, parameter: str) -> torch.Tensor | None:
-    """``s B A``, what active adapters add to ``parameter``, detached and of its shape; None where there is nothing.
+    """``s B A`` of the active adapters of ``parameter``, detached and of its shape; None when there are none.
 
-    A new tensor that lives as long as the caller keeps it.
+    It is a new tensor, which only the caller references.
     """
     deltas = [layer.get_delta_weight(name).detach() for layer, name in active_adapters(model, parameter)]
     return torch.as_tensor(sum(deltas)) if deltas else None
 
 
 def active_adapters(model: nn.Module, parameter: str) -> list[tuple[Any, str]]:
-    """The LoRA layer and the name of each adapter that adds something to ``parameter`` now (not merged, not off)."""
+    """The LoRA layer and the name of each active adapter of ``parameter`` (not merged, not off)."""
     layer = lora_layer(model, parameter)
     if layer is None or layer.merged or layer.disable_adapters:
         return []
@@ -98,9 +97,9 @@ def active_adapters(model: nn.Module, parameter: str) -> list[tuple[Any, str]]:
 
 
 def effective_weight(model: nn.Module, parameter: str) -> torch.Tensor:
-    """The values that ``parameter`` acts with, detached: ``W``, or ``W + s B A`` for a LoRA-wrapped weight.
+    """The effective values of ``parameter``, detached: ``W``, or ``W + s B A`` for a LoRA-wrapped weight.
 
-    Same shape as the parameter. The sum is a new tensor that lives as long as the caller keeps it.
+    They have the shape of the parameter. The sum is a new tensor, which only the caller references.
     """
     weight, delta = stored_weight(model, parameter), adapter_delta(model, parameter)
     return weight if delta is None else weight + delta.to(weight.dtype)

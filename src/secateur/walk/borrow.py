@@ -1,4 +1,4 @@
-"""A model is borrowed to look at it: eval mode, gradients for a few parameters, and given back as it was."""
+"""Borrows a model for measurements: eval mode, gradients for a few parameters, and an exact restore afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextmanager
 def borrowed(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
-    """Put the model in eval mode with gradients for ``trainable`` only; afterwards it is exactly as it was.
+    """Put the model in eval mode with gradients for ``trainable`` only, and restore it exactly afterwards.
 
     Restores, also after an exception: every module's mode, every ``requires_grad``, every ``.grad``.
 
@@ -47,10 +47,10 @@ def borrowed(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[s
 
 @contextmanager
 def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """While it lasts, backward passes compute the activations of each decoder layer anew instead of keeping them.
+    """A context in which backward passes recompute the activations of each decoder layer instead of keeping them.
 
-    Also in eval mode, where the model's own switch does nothing. Memory: the hidden states between layers, and one
-    layer's activations. Time: one more forward pass. The gradients are the same.
+    It works also in eval mode, in which the model's own switch has no effect. Memory: the hidden states between layers,
+    and one layer's activations. Time: one more forward pass. The gradients are the same.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if on else []
     before = [layer.__dict__.get("forward") for layer in layers]
@@ -66,5 +66,5 @@ def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go in."""
+    """The device of the input embedding."""
     return next(model.parameters()).device

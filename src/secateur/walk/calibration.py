@@ -18,27 +18,27 @@ from secateur.walk.borrow import input_device
 
 
 class CalibrationSettings(TextSettings):
-    """The text that importance is measured on, and how it is run through the model."""
+    """The text for measuring importance, and how it is run through the model."""
 
     batch_size: int = Field(default=4, ge=1)
-    """Windows per pass. It changes memory, not the result; a criterion of single windows takes one."""
+    """Windows per pass. It changes memory, not the result. A criterion of single windows always runs one."""
     precision: Precision = "auto"
-    """``bf16``: autocast over fp32 weights; ``auto``: bf16 where the processor computes in it; or ``fp32``."""
+    """``bf16``: autocast over fp32 weights; ``auto``: bf16 where the processor supports it; or ``fp32``."""
 
     def of(self, blocks: TokenBlocks | None) -> Calibration | None:
-        """``blocks``, to be run as these settings say; None for None."""
+        """``blocks`` with these settings; None for None."""
         return None if blocks is None else Calibration(blocks, self.batch_size, self.precision)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of text with how they are run. Every loop over calibration text is a method of this class."""
+    """Windows of text, and how they are run. Every loop over calibration text is a method of this class."""
 
     blocks: TokenBlocks
     batch_size: int = 4
     """Windows per pass."""
     precision: Precision = "fp32"
-    """Of the matrix products in a pass; statistics and gradients have the types of the weights."""
+    """Precision of the matrix products in a pass. Statistics and gradients have the types of the weights."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -58,7 +58,8 @@ class Calibration:
         return self.blocks.batches(self.batch_size)
 
     def autocast(self, model: nn.Module) -> torch.autocast:
-        """The context of one pass. Entered anew for every pass: autocast may keep copies of weights, which change."""
+        """The context of one pass. Every pass needs a new one: autocast may keep copies of weights, and weights
+        change."""
         return autocast(self.precision, input_device(model))
 
     def logits(self, model: nn.Module) -> Iterator[torch.Tensor]:
@@ -69,7 +70,7 @@ class Calibration:
             yield logits
 
     def run(self, model: nn.Module, description: str) -> None:
-        """Run all windows through the model, for whoever watches it (``watched``, hooks)."""
+        """Run all windows through the model, for collectors of statistics (``watched``, hooks)."""
         for _ in track(self.logits(model), description, self.passes):
             pass
 
@@ -79,9 +80,9 @@ class Calibration:
             return mean_loss_backward(model, self.blocks, self.batch_size)
 
     def window_gradients(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Stop once for every window, with the gradient of its own mean loss in ``.grad`` of the parameters.
+        """Yield once for every window, with the gradient of its own mean loss in ``.grad`` of the parameters.
 
-        They have none afterwards. Take all of it, or leave the generator: the next window replaces the gradients.
+        Use the gradients before the next step: the next window replaces them. Afterwards the parameters have none.
         """
         parameters = list(parameters)
         device = input_device(model)
@@ -95,11 +96,11 @@ class Calibration:
 
 
 def calibration_for(calibration: Calibration | None, reader: str) -> Calibration:
-    """``calibration``, or a DataError when there is no text; ``reader`` is what looks at it, such as ``taylor``."""
+    """``calibration``. Raises DataError when there is no text; ``reader`` names the criterion, such as ``taylor``."""
     if calibration is None or len(calibration) == 0:
         raise DataError(
-            f"'{reader}' looks at text and got none. Give calibration text (calibration.text) and a tokenizer, or "
-            "choose a method that needs nothing, such as magnitude."
+            f"'{reader}' reads text and got none. Give calibration text (calibration.text) and a tokenizer, or choose "
+            "a method that needs no text, such as magnitude."
         )
     return calibration
 
@@ -107,8 +108,8 @@ def calibration_for(calibration: Calibration | None, reader: str) -> Calibration
 def mean_loss_backward(model: nn.Module, blocks: TokenBlocks, batch_size: int) -> float:
     """Accumulate in ``.grad`` the gradient of the mean next-token loss over all of ``blocks``; return that loss.
 
-    Every window weighs the same, whatever the batch size. One batch of activations is held at a time, and the logits of
-    a few of its positions.
+    Every window has the same weight, for any batch size. Only the activations of one batch, and the logits of a few of
+    its positions, are in memory at a time.
     """
     device = input_device(model)
     loss = TokenLoss(model, blocks.ids.to(device))

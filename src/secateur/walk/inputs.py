@@ -1,4 +1,4 @@
-"""What weights are multiplied with, as statistics that are collected while text runs."""
+"""Statistics of the inputs of weights, collected while text runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from secateur.units import stored_weight
 
 
 class Statistic(Protocol):
-    """What is kept of the inputs of one weight."""
+    """A statistic of the inputs of one weight."""
 
     def add(self, x: torch.Tensor, matrix: int = 0) -> None:
-        """Look at inputs ``[..., inputs]`` of one matrix; a linear has one, stacked experts have one each."""
+        """Add inputs ``[..., inputs]`` of one matrix. A linear has one matrix, stacked experts have one each."""
         ...
 
 
@@ -34,14 +34,14 @@ class Moments:
 
     @classmethod
     def of(cls, model: nn.Module, member: Member) -> Self:
-        """Of the inputs of the weight that ``member`` names, along its axis."""
+        """Empty moments for the inputs of the weight that ``member`` names, along its axis."""
         weight = stored_weight(model, member.parameter)
         return cls(1 if weight.dim() == 2 else weight.shape[0], weight.shape[member.axis])
 
     def add(self, x: torch.Tensor, matrix: int = 0) -> None:
         """See ``Statistic``."""
         x = x.detach().flatten(0, -2)
-        x = (x.cpu() if x.device.type == "mps" else x).double()  # which has no float64
+        x = (x.cpu() if x.device.type == "mps" else x).double()  # mps has no float64
         if self._total.device != x.device:
             self._total, self._squares = self._total.to(x.device), self._squares.to(x.device)
         self.tokens[matrix] += len(x)
@@ -76,7 +76,7 @@ class Inputs:
 
     def __init__(self) -> None:
         self.turn = -1
-        """Smaller than that of a weight that was first used later; -1 before the first use."""
+        """Order of first use: smaller than that of a weight that was first used later; -1 before the first use."""
         self._calls: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, matrix: int = 0) -> None:
@@ -86,19 +86,19 @@ class Inputs:
 
     @property
     def values(self) -> torch.Tensor:
-        """``[tokens, inputs]``, in the order in which they came."""
+        """``[tokens, inputs]``, in the order in which they were added."""
         return torch.cat(self._calls)
 
 
 @contextmanager
 def watched(model: nn.Module, statistics: Mapping[str, Statistic]) -> Iterator[None]:
-    """While it lasts, every statistic sees what the weight that it is named by is multiplied with.
+    """A context in which every statistic receives the inputs of the weight that is its key.
 
-    Linears (``nn.Linear``, GPT-2's ``Conv1D``, both inside LoRA) and stacked experts ``[experts, ..., ...]``. Nothing
-    stays on the model afterwards, also after an exception.
+    It supports linears (``nn.Linear``, GPT-2's ``Conv1D``, both inside LoRA) and stacked experts
+    ``[experts, ..., ...]``. The model is restored afterwards, also after an exception.
 
     Args:
-        statistics: path of a weight → what looks at its inputs.
+        statistics: path of a weight → the statistic of its inputs.
     """
     stacked: list[tuple[torch.Tensor, Statistic]] = []
     with ExitStack() as stack:

@@ -19,12 +19,12 @@ class Walker:
         self.layer = 0
         """The layer that runs next."""
         self.states: list[torch.Tensor] = []
-        """What goes into it: one tensor ``[n, window, hidden]`` a batch; none before layer 0."""
+        """Its inputs: one tensor ``[n, window, hidden]`` for each batch; none before layer 0."""
 
     def through(self, stop: int | None = None) -> list[torch.Tensor]:
         """Hidden states at the input of layer ``stop`` (the next one by default), with the layers as they are now.
 
-        One tensor a batch. The walker stays where it is.
+        One tensor for each batch. The walker does not move.
         """
         return [self.batch(number, stop) for number in range(self.calibration.passes)]
 
@@ -38,6 +38,6 @@ class Walker:
             )
 
     def go_to(self, layer: int) -> None:
-        """Move on to the input of ``layer``; nothing happens when the walker is there already."""
+        """Move to the input of ``layer``. If the walker is already there, nothing happens."""
         if layer > self.layer:
             self.states, self.layer = self.through(layer), layer

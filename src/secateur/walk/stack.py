@@ -1,8 +1,8 @@
-"""A decoder whose layers run one after the other: its forward pass can be taken up and left between two layers.
+"""A decoder whose layers run one after the other: its forward pass can be started and stopped between two layers.
 
-What is cut in layer l changes nothing before l. Whoever tries out many cuts therefore keeps the hidden states at the
-input of the layer, and runs only the rest. The model's own forward is used for that, with layers short-circuited, so
-that masks, position embeddings, the head and whatever else a family does are its own.
+A cut in layer l does not change anything before l. Trying many cuts therefore needs only the hidden states at the input
+of the layer, and runs only the layers after it. This uses the model's own forward with layers short-circuited:
+attention masks, position embeddings, the head and other parts of a family are its own.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from secateur.walk.borrow import borrowed, input_device
 
 _PROBE_TOKENS = 16
 _TOLERANCE = 1e-4
-"""Largest relative difference of logits between a whole pass and one that is taken up at a layer."""
+"""Largest relative difference of logits between a whole pass and one that is started at a layer."""
 
 
 class _ReachedError(Exception):
     """Carries the hidden states out of a forward pass that stops early."""
 
     def __init__(self, states: torch.Tensor) -> None:
-        super().__init__("left on purpose between two layers")
+        super().__init__("stopped on purpose between two layers")
         self.states = states
 
 
 class LayerStack:
-    """The decoder layers of a model, known to run in order and to hand on nothing but their hidden states."""
+    """The decoder layers of a model, verified to run in order and to exchange only their hidden states."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, path: str) -> None:
         self.model, self.layers, self.path = model, layers, path
@@ -44,13 +44,13 @@ class LayerStack:
 
     @classmethod
     def find(cls, model: nn.Module, graph: DependencyGraph) -> LayerStack:
-        """The stack that the groups of ``graph`` live in, tried out with a few tokens.
+        """The stack with the groups of ``graph``, tested with a few tokens.
 
-        Costs about half a forward pass of ``_PROBE_TOKENS`` tokens for every layer.
+        It costs about half a forward pass of ``_PROBE_TOKENS`` tokens for every layer.
 
         Raises:
-            ModelError: the layers are not one list, do not run in its order, or need more than the hidden states of
-                the one before (keys and values of another layer, say), so that a pass cannot be taken up at each.
+            ModelError: the layers are not one list, do not run in its order, or need more than the hidden states of the
+                layer before (such as keys and values of another layer). A pass cannot be started at such a layer.
         """
         paths = {path for group in graph if (path := _list_of(group)) is not None}
         if len(paths) != 1:
@@ -65,7 +65,7 @@ class LayerStack:
         return stack
 
     def inside(self, group: NodeGroup) -> bool:
-        """Whether all members of ``group`` lie in its own layer, so that nothing before it changes with the group."""
+        """Whether all members of ``group`` are in its own layer. Then no earlier layer changes with the group."""
         return group.layer is not None and all(
             member.parameter.startswith(f"{self.path}.{group.layer}.") for member in group.members
         )
@@ -75,8 +75,8 @@ class LayerStack:
 
         Args:
             start: the first layer that runs; the others are skipped.
-            states: ``[n, window, hidden]``, what goes into layer ``start``; not needed for layer 0. ``start`` may be
-                the number of layers: then only the head runs.
+            states: ``[n, window, hidden]``, the input of layer ``start``; not needed for layer 0. ``start`` may be the
+                number of layers: then only the head runs.
         """
         with self._rerouted(start, states, None):
             logits: torch.Tensor = self._run(ids).logits
@@ -119,7 +119,7 @@ class LayerStack:
                     self.layers[index].forward = before[index]
 
     def _give(self, states: torch.Tensor | None) -> Callable[..., Any]:
-        """The forward of a layer that is skipped: it returns ``states``, or without any what it was given."""
+        """The forward of a skipped layer: it returns ``states``, or its input when these are None."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             there = _states_in(args, kwargs)
@@ -139,16 +139,16 @@ class LayerStack:
                     difference = float((resumed - whole).abs().max())
                     if not difference <= _TOLERANCE * max(1.0, float(whole.abs().max())):  # also refuses NaN
                         raise ModelError(
-                            f"A pass taken up at layer {start} of {self.path} ends elsewhere (by {difference:.1e}): "
-                            "its layers exchange more than hidden states."
+                            f"A pass that starts at layer {start} of {self.path} gives other logits (by "
+                            f"{difference:.1e}): its layers exchange more than hidden states."
                         )
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
                 raise ModelError(
-                    f"A forward pass cannot be taken up between the layers of {self.path}: {error}"
+                    f"A forward pass cannot be started between the layers of {self.path}: {error}"
                 ) from error
 
     def _watched(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits of a whole pass and what went into each layer; ModelError when they do not run in order."""
+        """Logits of a whole pass, and the inputs of each layer. Raises ModelError when layers do not run in order."""
         order: list[int] = []
         inputs: list[torch.Tensor] = []
 

@@ -98,7 +98,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_users_turn() -> None:
         ("{% for m in messages %}{{ m.role", "unexpected end|expected token"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0]['content'] + 7 }}", "str"),
-        ({"rag": PLAIN, "tool_use": PLAIN}, "chat templates rag, tool_use and none named default"),
+        ({"rag": PLAIN, "tool_use": PLAIN}, "chat templates rag, tool_use, but none named default"),
     ],
 )
 def test_a_template_that_refuses_is_one_message(

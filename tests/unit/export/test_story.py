@@ -195,7 +195,7 @@ def test_the_report_is_one_closed_page(story: Story) -> None:
     assert page.seen.count("polyline") == 2
     assert page.seen.count("rect") == 2 * 2 * 3
     assert NASTY.splitlines()[0] in page.text, "shown, as text"
-    for said in ("25.00", "107.6 M (-20.0%)", "layer 1: 1 of 3 left", "llama.cpp", "12.5"):
+    for said in ("25.00", "107.6 M (-20.0%)", "layer 1: 1 of 3 kept", "llama.cpp", "12.5"):
         assert said in page.text
 
 

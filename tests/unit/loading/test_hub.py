@@ -142,17 +142,17 @@ def test_a_cache_that_something_else_filled_opens_offline_and_says_what_it_lacks
     said: list[str] = []
     monkeypatch.setattr(hub, "say", said.append)
     assert load("org/name", device="cpu")[1] is not None
-    assert said == ["The hub's cache lacks LICENSE of org/name, and so will a result."]
+    assert said == ["The hub's cache lacks LICENSE of org/name. A result will lack it as well."]
 
 
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
         ("gated", r"org/name is gated: accept its licence"),
-        ("401", r"no model org/name|does not hand out the files of org/name"),
+        ("401", r"no model org/name|does not serve the files of org/name"),
         ("403", r"\(403\)\. Accept its licence"),
         ("429", r"too many requests"),
-        ("503", r"fails to hand out org/name \(503\)"),
+        ("503", r"fails to serve org/name \(503\)"),
         ("cut", r"The download of org/name .* broke off"),
     ],
 )

@@ -16,7 +16,7 @@ from secateur.errors import ModelError
 from secateur.graph import trace
 from secateur.methods import periods
 from secateur.methods.base import PruningTask
-from secateur.methods.lhspg import Shrinking, still_heard
+from secateur.methods.lhspg import Shrinking, still_consumed
 from secateur.methods.lorashear import LoRAShear, LoRAShearSettings
 from secateur.methods.saliency import combine
 from secateur.planning import Budget, make_plan, restrict
@@ -101,7 +101,7 @@ def test_a_period_ends_with_units_that_are_not_heard_any_more(
 ) -> None:
     """Training sees the model without them: zeroing what consumes them afterwards changes nothing.
 
-    Heads that share their values are heard with queries of zero, so that they must shrink at the consuming end.
+    Heads that share their values are consumed with queries of zero, so that they must shrink at the consuming end.
     """
     budget = Budget(ratio=0.06, kinds=(kind,), floor=0.0)
     task = _task(name, budget=budget, graph=restrict(trace(TINY[name]()), budget))
@@ -126,12 +126,12 @@ def test_a_period_ends_with_units_that_are_not_heard_any_more(
 def test_trying_what_is_heard_leaves_the_model_as_it_was() -> None:
     model = TINY["llama-mqa"]()
     before = copy.deepcopy(model.state_dict())
-    heard = still_heard(model, trace(model))
-    assert heard == {f"layers.{layer}.attention" for layer in range(2)}
+    consumed = still_consumed(model, trace(model))
+    assert consumed == {f"layers.{layer}.attention" for layer in range(2)}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     model(noise(1, 1).ids)  # no hook is left that would hear
-    assert still_heard(TINY["llama-gqa"](), trace(TINY["llama-gqa"]())) == set()
+    assert still_consumed(TINY["llama-gqa"](), trace(TINY["llama-gqa"]())) == set()
 
 
 def test_heads_in_a_norm_over_all_of_them_cannot_shrink_where_they_are_consumed() -> None:

@@ -95,15 +95,15 @@ def test_shares_grow_along_with_the_whole(ranking: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"ratio": 0.1, "shares": {"ffn": 0.5}}, r"alone takes 0\.\d+ of all parameters, more than the 0.1"),
-        ({"ratio": 0.5, "shares": {"ffn": 0.2, "attention": 0.1}}, r"names all that can be cut and takes 0\.\d+"),
+        ({"ratio": 0.1, "shares": {"ffn": 0.5}}, r"alone removes 0\.\d+ of all parameters, more than the 0.1"),
+        ({"ratio": 0.5, "shares": {"ffn": 0.2, "attention": 0.1}}, r"names all prunable groups and removes 0\.\d+"),
         ({"ratio": 0.5, "shares": {"ffn": 0.1}}, r"A ratio of 0.5 .* at most 0\.\d+"),
         ({"ratio": 0.6, "shares": {"attention": 0.9}}, r"0.9 of the parameters of attention .* at most 0.75"),
         ({"shares": {"layer.0.*": 0.1}}, "'layer.0.*' names no group of its own"),
         ({"shares": {"ffn": 0.1, "layers.0.mlp": 0.2}}, "'layers.0.mlp' names no group of its own"),
         (
             {"shares": {"layers.0.*": 0.1}, "protect": ("layers.0.*",)},
-            "nothing that 'layers.0.*' names can be cut: named",
+            "no group of 'layers.0.*' can be cut: named",
         ),
         ({"shares": {"layers.0.*": 0.1}, "runs_on": "vllm"}, "vllm needs equal widths"),
     ],

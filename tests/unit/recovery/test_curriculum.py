@@ -316,7 +316,7 @@ def test_sources_that_no_round_can_measure_are_named(capsys: pytest.CaptureFixtu
         said = " ".join(capsys.readouterr().err.split())
         assert "b: no text to measure" in said
         assert "talk: no text to measure" in said
-        assert "instructions stage of recovery can therefore not end before step 4" in said
+        assert "instructions stage of recovery cannot end before step 4" in said
         assert "text stage of recovery can" not in said
         _recover(part, steps=4)
         assert "no text to measure" not in capsys.readouterr().err
@@ -392,7 +392,7 @@ def test_with_the_teacher_alone_a_broken_model_comes_nearer_and_accumulation_cha
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="stands in text and in instructions"):
+    with pytest.raises(ValueError, match="is named in text and in instructions"):
         RecoverySettings(text=["news", "self"], instructions=["self"])
     with pytest.raises(ValueError, match="at least one window"):
         RecoverySettings(validation_tokens=100, window=512)
