@@ -34,9 +34,9 @@ class Trial(BaseModel):
     kind: Kind
     layer: int | None = Field(ge=0)
     ratio: float = Field(gt=0, lt=1)
-    """Asked."""
-    units: int = Field(ge=2)
     """Fraction of the group's units, as asked."""
+    units: int = Field(ge=2)
+    """Units of the group."""
     removed: int = Field(ge=1)
     """Number of removed units: the nearest to ``ratio`` that the group can lose; at least one is removed and one is
     kept. Several ratios may give the same number, which is measured once."""
