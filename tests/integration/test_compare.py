@@ -506,9 +506,9 @@ def test_layers_are_tried_before_they_are_cut(model: Path, monkeypatch: pytest.M
         tried.append(tuple(kinds))
         return original(network, kinds)
 
-    original = run.trace
+    original = run.checked_trace
     for module in (run, pipeline):
-        monkeypatch.setattr(module, "trace", watched)
+        monkeypatch.setattr(module, "checked_trace", watched)
     recipe = recipe_of(model, "recovery.steps=0")
     run._rehearse(recipe, schedule_of(recipe, ["random", "shortgpt"], [0.2], {}))
     assert sorted(tried) == [("ffn", "attention"), ("layer",)]

@@ -38,7 +38,7 @@ from secateur.testing.tiny import build
         ),
         ("mixtral", "lorashear", {"method.saliency": "{lora: 1}", "method.warmup_steps": "1"}, "'lora' cannot score"),
         ("mixtral", "loraprune", {}, "none of its weights is a linear layer with a LoRA adapter"),
-        ("llama-gqa", "flap", {"recovery.repair": "true"}, r"twice.*method\.compensate=false"),
+        ("llama-gqa", "flap", {"recovery.repair": "true"}, r"combined.*method\.compensate=false"),
         ("llama-gqa", "loraprune", {"evaluation.baseline": "shortgpt"}, r"baseline shortgpt.*evaluation\.baseline"),
     ],
 )

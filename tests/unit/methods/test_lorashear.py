@@ -281,7 +281,7 @@ def test_epsilon_without_a_half_space_is_refused() -> None:
 def test_saliency_weights_are_finite(weights: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="finite"):
         LoRAShearSettings(saliency=weights)
-    with pytest.raises(ValidationError, match="positive number"):
+    with pytest.raises(ValidationError, match="positive, finite number"):
         LoRAShearSettings(saliency={"fisher": 0.0})
 
 
