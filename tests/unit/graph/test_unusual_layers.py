@@ -69,7 +69,7 @@ class Toy(nn.Module):
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape))
+    return nn.Parameter(torch.rand(*shape) - 0.5)  # not empty: what lies in memory may be NaN
 
 
 def over_positions(layer: Layer, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "some in place": (lambda: Layer(some_in_place), None),
     "two weights in one": (lambda: Layer(two_halves, both=parameter(2 * WIDTH, WIDTH)), None),
     "a list of parameters": (
-        lambda: Layer(listed, list=nn.ParameterList(torch.empty(WIDTH, WIDTH) for _ in range(3))),
+        lambda: Layer(listed, list=nn.ParameterList(parameter(WIDTH, WIDTH) for _ in range(3))),
         None,
     ),
     "chosen by a buffer": (lambda: Layer(lambda s, x: x.relu()[..., s.order], order=torch.arange(WIDTH).flip(0)), 0),
