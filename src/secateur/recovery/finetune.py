@@ -42,7 +42,7 @@ class RecoverySettings(TextSettings):
     changes nothing after lorashear, because the removed units are already zero there."""
     repair_tokens: int = Field(default=65_536, ge=10)
     """Calibration tokens for repair. 20 for each input of a consumer are enough; fewer fit the noise."""
-    repair_target: Target = "dense"
+    repair_target: Target = "own"
     """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
     which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""
     round_steps: int = Field(default=0, ge=0)
