@@ -8,8 +8,8 @@ the fit. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -65,6 +65,16 @@ class Compensated:
     """Mean loss of the pruned model on the check windows, nats."""
     loss_after: float = float("nan")
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON has it."""
+        return {
+            "refits": {name: asdict(refit) for name, refit in self.refits.items()},
+            "step": self.step,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+        }
+
 
 def compensate(
     model: nn.Module,
@@ -77,7 +87,8 @@ def compensate(
 
     The columns of removed units keep their values. Stacked experts are not refitted. The result never makes the loss on
     the check windows larger: all changes are made, half of each, or none. Costs six forward passes over the text for
-    layers with two consumers. Memory: hidden states of both models, and the Gram matrices of one consumer.
+    layers with two consumers, and three with the target ``own``, which does not run the dense model. Memory: hidden
+    states of both models, and the Gram matrices of one consumer.
 
     Args:
         model: the dense model.
@@ -221,7 +232,8 @@ class _Walk:
                 new[name] = _written(rows, solution.weight)
             before.append((rows, _matrix(rows).clone()))
             done |= {group: kept[group] for group in kept if _consumes(self.graph, group, name)}
-        self.dense.go_to(layer + 1)
+        if self.target != "own":
+            self.dense.go_to(layer + 1)
         with updated(self.model, new), masked(self.model, self.graph, {**others, **done}):
             self.pruned.go_to(layer + 1)
         self.updates |= new
@@ -232,7 +244,7 @@ class _Walk:
             return list(consumers)
         called = {name: Inputs() for name in consumers}
         with watched(self.model, called):
-            self.dense.batch(0)
+            self.pruned.batch(0)
         return sorted(consumers, key=lambda name: called[name].turn)
 
     def _grams(
@@ -245,11 +257,13 @@ class _Walk:
         first = 0
         for number, ids in enumerate(self.dense.calibration.batches()):
             seen, now = ({one.name: Inputs() for one in watch} for _ in range(2))
-            with watched(self.model, seen):
-                self.dense.batch(number)
+            if self.target != "own":
+                with watched(self.model, seen):
+                    self.dense.batch(number)
             with updated(self.model, dict(new)), masked(self.model, self.graph, done), watched(self.model, now):
                 self.pruned.batch(number)
-                wanted = seen[rows.name].values.float() @ weight.float().T
+                source = now if self.target == "own" else seen
+                wanted = source[rows.name].values.float() @ weight.float().T
                 if self.target == "stream":
                     wanted = wanted + self._drift(number, before, seen, now)
             windows, width = ids.shape
@@ -286,12 +300,9 @@ class _Walk:
     def _solution(self, rows: Rows, fit: Gram, check: Gram) -> tuple[Solution, Target]:
         """Towards the target that was asked for; towards the consumer's own where that leads nowhere."""
         weight, kept = _matrix(rows), rows.others.to(rows.tensor.device)
-        own = fit.towards(weight), check.towards(weight)
-        if self.target == "own":
-            return solve_refit(*own, weight, kept), "own"
         solution = solve_refit(fit, check, weight, kept)
-        if solution.step < _FALL_BACK:
-            other = solve_refit(*own, weight, kept)
+        if self.target != "own" and solution.step < _FALL_BACK:
+            other = solve_refit(fit.towards(weight), check.towards(weight), weight, kept)
             after = check.error(other.weight, kept)
             if other.step > 0 and after < solution.after:
                 return Solution(other.weight, other.ridge, other.step, solution.before, after), "own"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, adapted_graph
 from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_consumed
 from secateur.methods.periods import Period, Periods, PeriodSettings
-from secateur.methods.saliency import Saliency, checked_weights
+from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.methods.transfer import Transfer
 from secateur.surgery.mask import require_maskable
 from secateur.training import attach_lora
@@ -27,14 +27,9 @@ class LoRAShearSettings(PeriodSettings):
     """How redundant units reach zero: ``decay`` (released optimiser) or ``half-space`` (paper)."""
     epsilon: float = Field(default=0.0, ge=0.0, lt=1.0)
     """ε of the half-space projection: a larger ε zeroes units earlier. It must be 0 with ``decay``."""
-    saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
+    saliency: SaliencyWeights = Field(default={"fisher": 1.0})
     """Criteria that rank the units in every period, with their weights. A mapping in place of a weight gives a
     criterion's own options: ``{lora: {weight: 0.5, sides: both}}``."""
-
-    @field_validator("saliency")
-    @classmethod
-    def _known(cls, value: dict[str, float | dict[str, Any]]) -> dict[str, float | dict[str, Any]]:
-        return checked_weights(value)
 
     @model_validator(mode="after")
     def _epsilon_is_used(self) -> Self:

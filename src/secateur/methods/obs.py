@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from secateur.compensation import Target, check_removable, remove_and_compensate
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
-from secateur.methods.saliency import Saliency, checked_weights
+from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.types import Settings
 
 
 class OBSSettings(Settings):
     """The criteria that divide the budget among the groups, and the target of the refit."""
 
-    saliency: dict[str, float | dict[str, Any]] = Field(default={"fisher": 1.0}, min_length=1)
+    saliency: SaliencyWeights = Field(default={"fisher": 1.0})
     """Criteria with their weights, as in lorashear. They determine how many units each group loses, not which ones."""
     target: Target = "dense"
     """See ``recovery.repair_target``."""
-
-    @field_validator("saliency")
-    @classmethod
-    def _known(cls, value: dict[str, float | dict[str, Any]]) -> dict[str, float | dict[str, Any]]:
-        return checked_weights(value)
 
 
 class OBS(Method):
@@ -57,9 +51,7 @@ class OBS(Method):
         removed, found = remove_and_compensate(
             task.model, task.restricted, counts, task.calibration, self.settings.target
         )
-        facts = asdict(found)
-        del facts["updates"]
-        return Decision(removed, scores, found.updates, facts)
+        return Decision(removed, scores, found.updates, found.facts)
 
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: one linear consumes every group, layers run in order, no criterion needs adapters."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftModel
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
@@ -75,7 +75,7 @@ class Saliency:
         return combine(every, self.weights)
 
 
-def checked_weights(weights: Weights) -> dict[str, Any]:
+def _checked(weights: Weights) -> dict[str, Any]:
     """``weights`` as they are; a ValueError that names the fault when ``Saliency`` does not take them."""
     try:
         Saliency(weights)
@@ -86,6 +86,10 @@ def checked_weights(weights: Weights) -> dict[str, Any]:
     except InputError as error:
         raise ValueError(str(error)) from error
     return dict(weights)
+
+
+SaliencyWeights = Annotated[dict[str, float | dict[str, Any]], Field(min_length=1), AfterValidator(_checked)]
+"""``Weights`` as a field of a method's settings."""
 
 
 def combine(found: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:

@@ -173,9 +173,7 @@ def repair_weights(result: Result, texts: Texts) -> None:
         recipe.recovery.repair_target,
     )
     apply_updates(result.model, found.updates)
-    facts = asdict(found)
-    del facts["updates"]
-    result.measured.repair = facts
+    result.measured.repair = found.facts
 
 
 def cut(result: Result) -> None:
