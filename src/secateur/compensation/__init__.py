@@ -1,13 +1,13 @@
-"""Compensation for removed units in closed form: the weights that consume the kept units are refitted."""
+"""Compensation for removed units: consumers of the kept ones refitted in closed form, and blocks trained one by one."""
 
 from __future__ import annotations
 
 from secateur.compensation.gram import Gram, Solution, solve_refit
+from secateur.compensation.guard import EVERY, Guarded, Target
+from secateur.compensation.reconstruct import Block, Reconstructed, Reconstruction, check_reconstructable, reconstruct
 from secateur.compensation.refit import (
-    EVERY,
     Compensated,
     Refit,
-    Target,
     check_refittable,
     check_removable,
     compensate,
@@ -16,14 +16,20 @@ from secateur.compensation.refit import (
 
 __all__ = [
     "EVERY",
+    "Block",
     "Compensated",
     "Gram",
+    "Guarded",
+    "Reconstructed",
+    "Reconstruction",
     "Refit",
     "Solution",
     "Target",
+    "check_reconstructable",
     "check_refittable",
     "check_removable",
     "compensate",
+    "reconstruct",
     "remove_and_compensate",
     "solve_refit",
 ]

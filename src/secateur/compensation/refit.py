@@ -9,35 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.compensation.gram import Gram, Solution, solve_refit
+from secateur.compensation.guard import EVERY, SKIPPED, Guarded, Target, check_inside, guarded, text_for
 from secateur.compensation.obs import removal_order
 from secateur.errors import ModelError
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
-from secateur.surgery.mask import MASKABLE
 from secateur.surgery.rows import removed_rows
 from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
-from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, input_device, watched
+from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
 
-Target = Literal["dense", "stream", "own"]
-"""The target output of a consumer. ``dense``: its output in the dense model; ``stream``: the output with which the
-residual stream after it equals the dense model's; ``own``: the dense matrix times the pruned model's inputs."""
-
-EVERY = 5
-"""One window in this many is a check window."""
-SKIPPED = 4
-"""Positions at the beginning of a window that are left out."""
+_KEY = "recovery.repair"
 _FALL_BACK = 0.3
 """A consumer with a shorter step towards the dense target is fitted to its own target, if that is better."""
-_STEPS = (1.0, 0.5)
-"""Fractions of all changes together, tried in turn on the held-out loss."""
-
 
 @dataclass(frozen=True)
 class Refit:
@@ -53,27 +43,15 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class Compensated:
-    """New values, not yet written, with their effect on the loss."""
+class Compensated(Guarded):
+    """New values for consumers, not yet written, with their effect on the loss."""
 
-    updates: dict[str, torch.Tensor]
-    """Path of a parameter → its new values, of the shape before the cut."""
     refits: dict[str, Refit] = field(default_factory=dict)
-    step: float = 0.0
-    """Fraction of all changes that is in ``updates``; 0 when no fraction lowered the loss."""
-    loss_before: float = float("nan")
-    """Mean loss of the pruned model on the check windows, nats."""
-    loss_after: float = float("nan")
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON has it."""
-        return {
-            "refits": {name: asdict(refit) for name, refit in self.refits.items()},
-            "step": self.step,
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
-        }
+        """See ``Guarded.facts``."""
+        return {"refits": {name: asdict(refit) for name, refit in self.refits.items()}, **super().facts}
 
 
 def compensate(
@@ -98,20 +76,15 @@ def compensate(
         ModelError: as ``check_refittable``.
         DataError: there is no text.
     """
-    text = calibration_for(calibration, "repair")
+    text = text_for(calibration, _KEY)
     cut = Cut.keeping(graph, kept)
     stack = check_refittable(model, graph, cut)
-    if len(text) < EVERY:
-        raise ModelError(
-            f"Repair needs at least {EVERY} windows, of which one is for checking, and the text has {len(text)}. Give "
-            "more calibration tokens, or set recovery.repair=false."
-        )
     walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
     with borrowed(model), torch.no_grad(), Bar("repairing", len(stack)) as bar:
         for layer in range(len(stack)):
             walk.refit_layer(layer, {name: units for name, units in cut.items() if graph[name].layer == layer})
             bar.advance()
-        return _guarded(model, graph, cut, text, walk)
+        return walk.guarded(cut)
 
 
 def remove_and_compensate(
@@ -138,7 +111,7 @@ def remove_and_compensate(
             here = {name: count for name, count in counts.items() if count and graph[name].layer == layer}
             removed |= walk.remove_in_layer(layer, here)
             bar.advance()
-        return removed, _guarded(model, graph, Cut.removing(graph, removed), text, walk)
+        return removed, walk.guarded(Cut.removing(graph, removed))
 
 
 def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str]) -> LayerStack:
@@ -156,22 +129,7 @@ def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[st
 
 def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
     """The layers. Raises ModelError unless consumers of these groups can be refitted."""
-    for name in kept:
-        if graph[name].kind not in MASKABLE:
-            raise ModelError(
-                f"Repair refits consumers of units of kind {', '.join(MASKABLE)}; {name} is of kind "
-                f"{graph[name].kind}. Protect it (budget.protect), or set recovery.repair=false."
-            )
-    try:
-        stack = LayerStack.find(model, graph)
-    except ModelError as error:
-        raise ModelError(
-            f"{error} Repair needs layers that run one after the other. Set recovery.repair=false."
-        ) from error
-    for name in kept:
-        if not stack.inside(graph[name]):
-            raise ModelError(f"{name} is not inside one layer, and repair cannot refit it. Set recovery.repair=false.")
-    return stack
+    return check_inside(model, graph, kept, _KEY)
 
 
 @dataclass
@@ -207,6 +165,11 @@ class _Walk:
 
         self._through(layer, consumers, choose, {})
         return removed
+
+    def guarded(self, cut: Cut) -> Compensated:
+        """The changes that lower the loss on the check windows."""
+        found = guarded(self.model, self.graph, cut, self.pruned.calibration, self.updates, {})
+        return Compensated(**vars(found), refits=self.refits)
 
     def _through(
         self,
@@ -307,33 +270,6 @@ class _Walk:
             if other.step > 0 and after < solution.after:
                 return Solution(other.weight, other.ridge, other.step, solution.before, after), "own"
         return solution, self.target
-
-
-def _guarded(model: nn.Module, graph: DependencyGraph, cut: Cut, text: Calibration, walk: _Walk) -> Compensated:
-    """The largest fraction of all changes that lowers the loss on the check windows; none when neither does."""
-    check = text.ids[EVERY - 1 :: EVERY]
-    with masked(model, graph, cut):
-        before = _loss(model, check, text)
-    for step in _STEPS:
-        updates = {name: model.get_parameter(name).detach().lerp(new, step) for name, new in walk.updates.items()}
-        with updated(model, updates), masked(model, graph, cut):
-            loss = _loss(model, check, text)
-        if loss < before:
-            return Compensated(updates, walk.refits, step, before, loss)
-    return Compensated({}, walk.refits, 0.0, before, before)
-
-
-def _loss(model: nn.Module, ids: torch.Tensor, text: Calibration) -> float:
-    """Mean next-token loss of these windows."""
-    device = input_device(model)
-    total = 0.0
-    for some in ids.split(text.batch_size):
-        with text.autocast(model):
-            logits = model(input_ids=some.to(device), use_cache=False).logits[:, :-1]
-        targets = some[:, 1:].to(device)
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        total += float(losses)
-    return total / (ids.numel() - len(ids))
 
 
 def _consumers(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[str, Rows]:

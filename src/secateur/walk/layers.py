@@ -32,7 +32,7 @@ class Walker:
         """As ``through``, for one batch."""
         rows = slice(number * self.calibration.batch_size, (number + 1) * self.calibration.batch_size)
         states = self.states[number] if self.layer > 0 else None
-        with self.calibration.autocast(self.stack.model):
+        with torch.no_grad(), self.calibration.autocast(self.stack.model):
             return self.stack.states(
                 self.calibration.ids[rows], self.layer, states, self.layer + 1 if stop is None else stop
             )

@@ -78,14 +78,15 @@ class LayerStack:
             states: ``[n, window, hidden]``, the input of layer ``start``; not needed for layer 0. ``start`` may be the
                 number of layers: then only the head runs.
         """
-        with self._rerouted(start, states, None):
+        with torch.no_grad(), self._rerouted(start, states, None):
             logits: torch.Tensor = self._run(ids).logits
         return logits
 
     def states(self, ids: torch.Tensor, start: int, states: torch.Tensor | None, stop: int) -> torch.Tensor:
         """Hidden states ``[n, window, hidden]`` at the input of layer ``stop`` (after layer ``stop - 1``).
 
-        ``start`` and ``states`` as in ``logits``; ``stop`` is at least 1 and more than ``start``.
+        ``start`` and ``states`` as in ``logits``; ``stop`` is at least 1 and more than ``start``. Gradients are recorded
+        where the caller has not switched them off.
         """
         with self._rerouted(start, states, stop):
             try:
@@ -95,8 +96,7 @@ class LayerStack:
         raise ModelError(f"Layer {stop - 1} of {self.path} was never run.")
 
     def _run(self, ids: torch.Tensor) -> Any:
-        with torch.no_grad():
-            return self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
+        return self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
 
     @contextmanager
     def _rerouted(self, start: int, states: torch.Tensor | None, stop: int | None) -> Iterator[None]:
