@@ -126,9 +126,15 @@ class Recipe(Settings):
         baseline = method_class(self.baseline) if self.baseline else method
         if (method.needs, baseline.needs) != ("nothing", "nothing"):
             used["calibration"] = self.calibration
-        if self.recovery.repair:
-            tokens = max(self.recovery.repair_tokens, EVERY * self.calibration.window)
-            used["repair"] = self.calibration.model_copy(update={"tokens": tokens})
+        recovery = self.recovery
+        compensations: dict[Purpose, tuple[bool, int]] = {
+            "repair": (recovery.repair, recovery.repair_tokens),
+            "reconstruct": (recovery.reconstruct, recovery.reconstruct_tokens),
+        }
+        for purpose, (on, tokens) in compensations.items():
+            if on:
+                enough = max(tokens, EVERY * self.calibration.window)
+                used[purpose] = self.calibration.model_copy(update={"tokens": enough})
         if method.needs == "training" or self.recovery.steps > 0:
             used["recovery"] = self.recovery
         if self.recovery.steps > 0:

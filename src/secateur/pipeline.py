@@ -246,7 +246,7 @@ def _complete(
     recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
     if tokenizer is None:
         needs = method_class(recipe.method.name).needs
-        if needs != "nothing" or recipe.recovery.steps > 0 or recipe.recovery.repair:
+        if needs != "nothing" or recipe.recovery.steps > 0 or recipe.recovery.repair or recipe.recovery.reconstruct:
             what = f"the method {recipe.method.name} reads text" if needs != "nothing" else "recovery reads text"
             raise InputError(
                 f"There is no tokenizer, and {what}. Give the tokenizer, or choose a method that needs no text "

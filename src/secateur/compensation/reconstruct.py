@@ -139,8 +139,8 @@ class _Part:
 
     name: str
     """Path of the module that ends it."""
-    later: tuple[str, ...]
-    """Paths of the modules that end the blocks after it."""
+    later: Mapping[str, bool]
+    """Paths of the modules that end the blocks after it, or contain them → whether these need not run to give zeros."""
     parameters: tuple[str, ...]
     """Those that its output depends on, without those of the blocks before it."""
 
@@ -283,10 +283,11 @@ class _Walk:
         """The blocks of a layer in the order in which they run."""
         prefix = f"{self.dense.stack.path}.{layer}."
         ends = self._ends(layer, prefix)
+        silenced = [self._silenced(layer, end, ends) for end in ends]
         names = [name for name, _ in self.model.named_parameters() if name.startswith(prefix)]
         parts: list[_Part] = []
         for place, name in enumerate(ends):
-            later = tuple(ends[place + 1 :])
+            later = dict(silenced[place + 1 :])
             with borrowed(self.model, names) as parameters, torch.enable_grad(), _silent(self.model, later):
                 out = self._probe(layer).float().square().sum()
                 gradients = torch.autograd.grad(out, list(parameters.values()), allow_unused=True)
@@ -309,6 +310,31 @@ class _Walk:
                 self._probe(layer)
         return list(called)
 
+    def _silenced(self, layer: int, end: str, ends: Sequence[str]) -> tuple[str, bool]:
+        """The module around ``end``, and True, if it gives zeros without running when ``end`` gives zeros.
+
+        Otherwise ``end`` itself, and False. An MLP around its down projection, for example, need not run.
+        """
+        others = [one for one in ends if one != end]
+        path = end
+        while (above := path.rpartition(".")[0]) != f"{self.dense.stack.path}.{layer}":
+            if any(one.startswith(f"{above}.") for one in others):
+                break
+            path = above
+        seen: list[bool] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            alike = bool(args) and isinstance(out, torch.Tensor) and out.shape == args[0].shape
+            seen.append(alike and not bool(out.any()))
+
+        with _silent(self.model, {end: False}), torch.no_grad():
+            handle = self.model.get_submodule(path).register_forward_hook(look)
+            try:
+                self._probe(layer)
+            finally:
+                handle.remove()
+        return (path, True) if all(seen) else (end, False)
+
     def _probe(self, layer: int) -> torch.Tensor:
         """Output of the layer for the first window."""
         walker = self.taught
@@ -322,16 +348,28 @@ def _note(called: dict[str, None], path: str, *_: Any) -> None:
 
 
 @contextmanager
-def _silent(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """A context in which these modules give zeros."""
+def _silent(model: nn.Module, paths: Mapping[str, bool]) -> Iterator[None]:
+    """A context in which these modules give zeros; those with True without running, in the shape of their input."""
     with ExitStack() as stack:
-        for path in paths:
-            stack.callback(model.get_submodule(path).register_forward_hook(_zeros).remove)
+        for path, skipped in paths.items():
+            module = model.get_submodule(path)
+            if skipped:
+                stack.enter_context(_skipped(module))
+            else:
+                stack.callback(module.register_forward_hook(lambda _, args, out: torch.zeros_like(out)).remove)
         yield
 
 
-def _zeros(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(out)
+@contextmanager
+def _skipped(module: nn.Module) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # libraries hang hooks there
+    module.forward = lambda states, *args, **kwargs: torch.zeros_like(states)
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _share(step: int, steps: int) -> float:

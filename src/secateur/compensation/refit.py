@@ -29,6 +29,7 @@ _KEY = "recovery.repair"
 _FALL_BACK = 0.3
 """A consumer with a shorter step towards the dense target is fitted to its own target, if that is better."""
 
+
 @dataclass(frozen=True)
 class Refit:
     """How one consumer was refitted."""

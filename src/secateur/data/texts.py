@@ -20,11 +20,12 @@ _MARGIN = 1.2
 """Factor for the text that the model writes, because documents are split unevenly."""
 
 
-Purpose = Literal["calibration", "repair", "recovery", "instructions", "validation", "evaluation"]
+Purpose = Literal["calibration", "repair", "reconstruct", "recovery", "instructions", "validation", "evaluation"]
 
 _SPLITS: Mapping[Purpose, Split] = {
     "calibration": "calibration",
     "repair": "calibration",
+    "reconstruct": "calibration",
     "recovery": "recovery",
     "instructions": "recovery",
     "validation": "calibration",
@@ -33,7 +34,12 @@ _SPLITS: Mapping[Purpose, Split] = {
 """Purpose → split. Recovery is measured on text that is neither trained on nor evaluated.
 
 It is also other text than calibration reads from the same split, unless there is too little."""
-_SECTIONS: Mapping[Purpose, str] = {"repair": "calibration", "instructions": "recovery", "validation": "recovery"}
+_SECTIONS: Mapping[Purpose, str] = {
+    "repair": "calibration",
+    "reconstruct": "calibration",
+    "instructions": "recovery",
+    "validation": "recovery",
+}
 """Purpose → section of the recipe, where their names differ."""
 
 
@@ -44,6 +50,8 @@ class Texts:
     calibration: TokenBlocks | None = None
     repair: TokenBlocks | None = None
     """Text for refitting consumers."""
+    reconstruct: TokenBlocks | None = None
+    """Text for training single blocks."""
     recovery: TokenBlocks | None = None
     """Also the training text of progressive methods."""
     instructions: TokenBlocks | None = None

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.compensation import Target
+from secateur.compensation import Reconstruction, Target
 from secateur.data import TextSettings, TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.errors import InputError
@@ -45,6 +45,23 @@ class RecoverySettings(TextSettings):
     repair_target: Target = "own"
     """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
     which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""
+    reconstruct: bool = False
+    """Train each attention block and each MLP block of the pruned model alone, one after the other, towards the dense
+    block's output: after repair, before any other training, and also without any. It changes nothing after lorashear,
+    because the removed units are already zero there."""
+    reconstruct_tokens: int = Field(default=65_536, ge=10)
+    """Calibration tokens for reconstruction. A fifth of them is for checking."""
+    reconstruct_target: Target = "stream"
+    """The target output of a block. ``dense``: the dense block's output, both for the dense model's inputs. ``stream``:
+    the dense model's residual stream, for the pruned model's inputs. ``own``: the dense block's output, both for the
+    pruned model's inputs."""
+    reconstruct_learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of reconstruction, which trains all weights of a block. It rises in the first 10 % of the
+    steps, and then falls linearly."""
+    reconstruct_batch_size: int = Field(default=2, ge=1)
+    """Windows per step of reconstruction."""
+    reconstruct_epochs: int = Field(default=1, ge=1)
+    """How often reconstruction reads each window for each block."""
     round_steps: int = Field(default=0, ge=0)
     """Steps between two measurements of each source's loss against the dense model's. They set the sources' weights
     (LoRAShear's dynamic recovery). With 0, the shares are constant."""
@@ -101,6 +118,16 @@ class RecoverySettings(TextSettings):
                 f"at 1 / {sources} all shares are equal"
             )
         return self
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """How the blocks are trained."""
+        return Reconstruction(
+            target=self.reconstruct_target,
+            learning_rate=self.reconstruct_learning_rate,
+            epochs=self.reconstruct_epochs,
+            batch_size=self.reconstruct_batch_size,
+        )
 
     @property
     def instruction_text(self) -> TextSettings | None:

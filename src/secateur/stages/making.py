@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.compensation import compensate
+from secateur.compensation import compensate, reconstruct
 from secateur.config import Recipe, dump
 from secateur.data import Texts, TokenBlocks
 from secateur.errors import InputError, ModelError
@@ -163,7 +163,7 @@ def _check_form(method: Method, decision: Any) -> None:
 
 
 def repair_weights(result: Result, texts: Texts) -> None:
-    """Refit the weights that consume the kept units, before the other units are removed."""
+    """Refit the weights that consume the kept units. ``cut`` writes their new values."""
     recipe = result.recipe
     found = compensate(
         result.model,
@@ -172,8 +172,38 @@ def repair_weights(result: Result, texts: Texts) -> None:
         recipe.calibration.of(texts.repair),
         recipe.recovery.repair_target,
     )
-    apply_updates(result.model, found.updates)
+    result.updates |= found.updates
     result.measured.repair = found.facts
+
+
+def reconstruct_weights(result: Result, texts: Texts, work: Workspace) -> None:
+    """Train each block towards the dense model's. ``cut`` writes the new values of its weights.
+
+    Keeps each finished layer, and the new values.
+    """
+    recipe = result.recipe
+    found = reconstruct(
+        result.model,
+        result.graph,
+        result.plan.kept,
+        recipe.calibration.of(texts.reconstruct),
+        recipe.recovery.reconstruction,
+        start=result.updates,
+        seed=recipe.seed,
+        checkpoints=work.path("reconstruct"),
+    )
+    work.write_tensors("reconstructed.safetensors", _on_cpu(found.updates))
+    result.updates |= found.updates
+    result.measured.reconstruct = found.facts
+
+
+def take_reconstructed(result: Result, work: Workspace) -> bool:
+    """Take over the values that ``reconstruct_weights`` kept; False when they are missing or damaged."""
+    updates = work.read_tensors("reconstructed.safetensors")
+    if updates is None:
+        return False
+    result.updates |= updates
+    return True
 
 
 def cut(result: Result) -> None:

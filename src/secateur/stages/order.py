@@ -83,6 +83,16 @@ STAGES: tuple[Stage, ...] = (
         restore=None,
         numbers=("repair",),
     ),
+    Stage(
+        "reconstruct",
+        "Training each block towards the output of the dense one",
+        making.reconstruct_weights,
+        wanted=lambda result, texts: result.recipe.recovery.reconstruct,
+        restore=making.take_reconstructed,
+        numbers=("reconstruct",),
+        files=("reconstructed.safetensors", "reconstruct"),
+        scratch="reconstruct",
+    ),
     Stage("cut", "Removing the chosen units", lambda result, texts, work: making.cut(result), restore=None),
     Stage(
         "pruned",

@@ -8,7 +8,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from secateur.analysis import check_weights
-from secateur.compensation import check_refittable
+from secateur.compensation import check_reconstructable, check_refittable
 from secateur.config import Recipe
 from secateur.data import Texts
 from secateur.digest import digest
@@ -34,6 +34,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     plan = plan_for(graph, recipe, task.allocate(scores))
     if recipe.recovery.repair:
         check_refittable(model, graph, plan.kept)
+    if recipe.recovery.reconstruct:
+        check_reconstructable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
     method = method_class(recipe.method.name)(recipe.method.settings)
@@ -64,6 +66,7 @@ def rehearse_output(result: Result, output: Path) -> None:
     recipe, plan = result.recipe, result.plan
     in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
     stages = float(method_class(recipe.method.name).changes_weights)
+    stages += 2.0 * recipe.recovery.reconstruct  # of each layer, and of all together
     if recipe.recovery.steps > 0:
         stages += plan.parameters_after / plan.parameters_before
     rehearse_saving(

@@ -56,6 +56,8 @@ class Metrics(BaseModel):
     """The method's own record, such as ``training``, the log of its steps."""
     repair: dict[str, Any] | None = None
     """``refits`` by consumer, the ``step`` of all together, ``loss_before`` and ``loss_after`` on the check windows."""
+    reconstruct: dict[str, Any] | None = None
+    """``blocks`` by consumer; the rest as in ``repair``."""
     recovery: dict[str, Any] | None = None
     """``log`` of the steps, and ``rounds``."""
     speed: dict[str, Any] | None = None
@@ -97,7 +99,8 @@ class Result:
     """Class and config from before the cut; the model itself now has those of the small model."""
     scores: Scores | None = None
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
-    """New values of parameters from the method (``Decision.updates``); ``cut`` writes and releases them."""
+    """New values of parameters from the method (``Decision.updates``), repair and reconstruction; ``cut`` writes and
+    releases them. Until then the model is the dense one."""
     teacher: PreTrainedModel | None = None
     """The dense model while recovery still needs it (``recovery.teacher``)."""
     unsavable: str | None = None

@@ -85,8 +85,8 @@ class LayerStack:
     def states(self, ids: torch.Tensor, start: int, states: torch.Tensor | None, stop: int) -> torch.Tensor:
         """Hidden states ``[n, window, hidden]`` at the input of layer ``stop`` (after layer ``stop - 1``).
 
-        ``start`` and ``states`` as in ``logits``; ``stop`` is at least 1 and more than ``start``. Gradients are recorded
-        where the caller has not switched them off.
+        ``start`` and ``states`` as in ``logits``; ``stop`` is at least 1 and more than ``start``. Gradients are
+        recorded where the caller has not switched them off.
         """
         with self._rerouted(start, states, stop):
             try:
