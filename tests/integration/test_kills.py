@@ -43,7 +43,10 @@ _PRUNE: dict[str, tuple[str, ...]] = {
     ),
     "loraprune": ("method.steps=3", "method.every=1", "recovery.steps=2", "recovery.teacher=0.5"),
     "flap": ("recovery.steps=0",),
-    "wanda": ("recovery.steps=1", "recovery.repair=true"),
+    "wanda": (
+        *("recovery.steps=1", "recovery.repair=true"),
+        *("recovery.reconstruct=true", "recovery.reconstruct_tokens=160"),
+    ),
     "shortgpt": ("recovery.steps=0",),
 }
 

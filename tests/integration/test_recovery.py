@@ -123,3 +123,22 @@ def test_repair_alone_mends_a_one_shot_cut(recipe: Recipe) -> None:
     assert all(refit["after"] <= refit["before"] for refit in repair["refits"].values())
     with pytest.raises(InputError, match="reads text"):
         pipeline.prune(TINY["llama-gqa"](), None, recipe=revise(recipe, {**settings, "recovery.repair": True}))
+
+
+def test_reconstruction_goes_on_from_repair_without_the_dense_model_changing_before_the_cut(recipe: Recipe) -> None:
+    settings = {"method": "magnitude", "recovery.steps": 0}
+    on = {"recovery.reconstruct": True, "recovery.reconstruct_tokens": 1024, "recovery.reconstruct_learning_rate": 1e-3}
+    from secateur.config import revise
+
+    plain = _prune(revise(recipe, {**settings, **on}))
+    both = _prune(revise(recipe, {**settings, **on, "recovery.repair": True, "recovery.repair_tokens": 1024}))
+    assert both.plan.kept == plain.plan.kept
+    repair, reconstruct = both.metrics["repair"], both.metrics["reconstruct"]
+    assert any(block["kept"] for block in reconstruct["blocks"].values())
+    assert all(block["after"] <= block["before"] for block in reconstruct["blocks"].values())
+    assert reconstruct["loss_after"] <= reconstruct["loss_before"]
+    for name, block in reconstruct["blocks"].items():  # it begins with what repair left, unless repair changed nothing
+        start = plain.metrics["reconstruct"]["blocks"][name]["before"]
+        assert (block["before"] != start) == (repair["step"] > 0)
+    with pytest.raises(InputError, match="reads text"):
+        pipeline.prune(TINY["llama-gqa"](), None, recipe=revise(recipe, {**settings, **on}))

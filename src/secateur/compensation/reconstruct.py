@@ -123,14 +123,13 @@ def reconstruct(
 
 def check_reconstructable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
     """The layers. Raises ModelError unless the blocks with these groups can be trained."""
-    stack = check_inside(model, graph, kept, _KEY)
-    for name, parameter in stack.layers.named_parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(
-                f"{stack.path}.{name} is stored as {parameter.dtype}, and {_KEY} trains weights of floating point. "
-                f"Load the model in float32, or set {_KEY}=false."
+                f"{name} is stored as {parameter.dtype}, and {_KEY} trains weights of floating point. Load the model "
+                f"in float32, or set {_KEY}=false."
             )
-    return stack
+    return check_inside(model, graph, kept, _KEY)
 
 
 @dataclass(frozen=True)
