@@ -93,9 +93,9 @@ def reconstruct(
     the check windows falls. At the end all changes are made, half of each, or none: the loss on the check windows never
     rises. Rows and columns of removed units keep their values.
 
-    Costs about two forward passes over the text, and ``epochs`` forward and backward passes, of the layers. Memory: the
-    gradients and the optimiser state of one block, hidden states of both models at one layer, the target, and the new
-    values of all blocks in the memory of the processor.
+    Costs about three forward passes over the text, and ``epochs`` forward and backward passes, of the layers. Memory:
+    the gradients and the optimiser state of one block, hidden states of both models at one layer, the target, and the
+    new values of all blocks in the memory of the processor.
 
     Args:
         model: the dense model.
@@ -233,7 +233,9 @@ class _Walk:
         settings, text = self.settings, self.fed.calibration
         windows = [window for window in range(len(text)) if window % EVERY != EVERY - 1]
         draw = torch.Generator().manual_seed(self.seed)
-        order = [windows[i] for _ in range(settings.epochs) for i in torch.randperm(len(windows), generator=draw)]
+        order = [
+            windows[i] for _ in range(settings.epochs) for i in torch.randperm(len(windows), generator=draw).tolist()
+        ]
         batches = [order[first : first + settings.batch_size] for first in range(0, len(order), settings.batch_size)]
         exact = [one if one.dtype == torch.float32 else one.detach().float().clone() for one in parameters]
         optimiser = torch.optim.AdamW(exact, settings.learning_rate, weight_decay=0.0)
@@ -263,7 +265,7 @@ class _Walk:
             for first in range(0, len(checks), text.batch_size):
                 one, other = self._distance(checks[first : first + text.batch_size], wanted)
                 error, square = error + float(one), square + float(other)
-        return error / square if square > 0 else 0.0
+        return error / square if square else 0.0  # NaN stays NaN, and is never less
 
     def _distance(self, rows: Sequence[int], wanted: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Square of the distance from the target, and of the target, summed over these windows."""
