@@ -224,7 +224,7 @@ def test_changes_are_halved_or_dropped_when_all_of_them_do_harm(monkeypatch: pyt
 
 
 def test_16_bit_weights_learn_in_32_bits() -> None:
-    model = TINY["llama-gqa"]().to(torch.bfloat16)
+    model: Any = TINY["llama-gqa"]().to(torch.bfloat16)
     graph, text = trace(model), _text(model)
     found = reconstruct(model, graph, _cut(graph), text, Reconstruction(learning_rate=3e-4, epochs=4))
     assert any(block.kept for block in _blocks(found))
