@@ -113,6 +113,12 @@ def prune(
     ] = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
+    within: Annotated[
+        str | None, typer.Option(help="Time for the whole run, instead of steps: 30m, 2h ...", metavar="TIME")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens that the run reads, instead of steps: 200k, 1.6M ...", metavar="N")
+    ] = None,
     runs_on: Annotated[Runtime | None, typer.Option(help="Programs that must open the result.")] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -125,6 +131,8 @@ def prune(
         "budget.ratio": None if ratio is None else parse_ratio(ratio),
         "method": method,
         "budget.runs_on": None if runs_on is None else runs_on.value,
+        "effort.within": within,
+        "effort.tokens": tokens,
     }
     from secateur import pipeline, progress
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_se
 from secateur.analysis import Analysis
 from secateur.compensation import EVERY
 from secateur.data import Purpose, TextSettings
+from secateur.effort import Effort
 from secateur.errors import InputError
 from secateur.evaluation import EvaluationSettings
 from secateur.export import ExportSettings
@@ -85,6 +86,8 @@ class Recipe(Settings):
     """What is measured before and after."""
     export: ExportSettings = ExportSettings()
     """How the result is written and checked."""
+    effort: Effort = Effort()
+    """How much the run may spend, in time or in tokens, instead of steps."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything random."""
 

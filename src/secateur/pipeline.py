@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import Recipe, RecipeLike, identity, load_recipe, recipe_of, revise
+from secateur.config import Recipe, RecipeLike, dump, identity, load_recipe, recipe_of, revise
 from secateur.data import read_texts
 from secateur.errors import InputError, PlanError
 from secateur.export import (
@@ -37,11 +37,13 @@ from secateur.stages import (
     Stage,
     contents,
     cut,
+    is_sized,
     make,
     refuse_what_cannot_work,
     rehearse,
     rehearse_output,
     save,
+    sized,
     take_up,
 )
 from secateur.surgery import checked_trace
@@ -70,7 +72,7 @@ def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     if not (written.is_file() and metrics.is_file() and (folder / "config.json").is_file()):
         return None
     try:
-        same = load_recipe(written) == recipe
+        same = is_sized(recipe, load_recipe(written))
     except InputError:  # of another version, or edited since
         same = False
     if not same:
@@ -124,11 +126,14 @@ def prune(
     check_describes_itself(model)
     source = method_source(recipe.method.name, recipe.method.settings.model_dump(mode="json"))
     source += method_source(recipe.baseline, {}) if recipe.baseline else ""
+    key, folder = identity(recipe), None
     if output is not None:
         output = check_output(output)
         refuse_inputs(output, recipe)
-        Workspace.place(output, identity(recipe), resume, contents(model, source))
+        folder = Workspace.place(output, key, resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
+    limited = recipe.effort.given
+    recipe = _sized(recipe, model, folder)
     texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
@@ -139,7 +144,9 @@ def prune(
         rehearse_output(result, output)
     if dry_run:
         return result
-    work = Workspace.open(output, identity(recipe), resume, contents(model, source, texts))
+    work = Workspace.open(output, key, resume, contents(model, source, texts))
+    if limited:
+        work.write_text("sized.yaml", dump(recipe))
     take_up(result, work)
 
     @contextmanager
@@ -190,6 +197,16 @@ def convert(recipe: Recipe, form: Form, output: Path) -> str:
     with held(target):
         model, tokenizer = load(**recipe.model.model_dump())
         return FORMS[form].write(model, tokenizer, target, recipe.export)
+
+
+def _sized(recipe: Recipe, model: PreTrainedModel, folder: Path | None) -> Recipe:
+    """The recipe with amounts for its effort: those of an interrupted run in ``folder``, or by this machine's speed."""
+    kept = None if folder is None else folder / "sized.yaml"
+    if recipe.effort.given and kept is not None and kept.is_file():
+        found = load_recipe(kept)
+        if is_sized(recipe, found):
+            return found
+    return sized(recipe, model)
 
 
 def _apply(

@@ -231,7 +231,7 @@ def _folder_of(output: Path) -> Path:
 
 def _begun(folder: Path) -> bool:
     """Whether anything of a run is kept beside its recipe and contents."""
-    asked = ("recipe.yaml", "contents.json", "run.jsonl")
+    asked = ("recipe.yaml", "contents.json", "run.jsonl", "sized.yaml")
     return folder.is_dir() and any(
         path.name not in asked and not path.name.endswith(".saving") for path in folder.iterdir()
     )

@@ -106,6 +106,11 @@ def compare(
     if not methods:
         raise InputError(f"Name at least one method to compare with {FLOOR}. Known methods: {', '.join(METHODS)}.")
     recipe, output = revise(recipe_of(recipe), {"recovery.patience": 0}), place_of(output)
+    if recipe.effort.given:
+        raise InputError(
+            "A comparison gives every method the same steps, and effort chooses them for one run. Set recovery.steps "
+            "and calibration.tokens in place of effort."
+        )
     refuse_inputs(output, recipe, tasks)
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})

@@ -19,6 +19,7 @@ from secateur.stages.order import STAGES, Stage, make, take_up
 from secateur.stages.refusals import refuse_what_cannot_work
 from secateur.stages.rehearsal import contents, rehearse, rehearse_output
 from secateur.stages.result import Baseline, Measured, Metrics, Result
+from secateur.stages.sizing import is_sized, sized
 
 __all__ = [
     "STAGES",
@@ -30,6 +31,7 @@ __all__ = [
     "contents",
     "cut",
     "decide",
+    "is_sized",
     "keep_teacher",
     "losses",
     "make",
@@ -43,5 +45,6 @@ __all__ = [
     "repair_weights",
     "save",
     "size",
+    "sized",
     "take_up",
 ]

@@ -1,0 +1,105 @@
+"""How much a run may spend, in time or in tokens, instead of steps: which part of it each stage gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from secateur.errors import InputError
+from secateur.types import Settings
+
+Part = Literal["calibration", "repair", "reconstruction", "recovery"]
+"""A part of a run that can read more text or less."""
+
+SHARES: Mapping[Part, float] = {"calibration": 0.2, "repair": 0.15, "reconstruction": 0.15, "recovery": 0.5}
+"""Share of each part, of the time or of the tokens; a part that a run does not have leaves its share to recovery."""
+CAPS: Mapping[Part, int] = {"calibration": 131_072, "repair": 131_072, "reconstruction": 262_144}
+"""Tokens beyond which a part gains little; what it does not use is recovery's."""
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])", re.IGNORECASE)
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class Effort(Settings):
+    """How much a run may spend. Amounts that the recipe names itself stay as they are."""
+
+    within: str | None = None
+    """Time for the whole run, such as `30m`, `2h` or `90s`. A step is measured on this machine before the run, and the
+    time is divided between scoring, repair, reconstruction and recovery."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens that all these stages read together, such as `1.6M`. At most one of the two."""
+
+    @field_validator("within", mode="before")
+    @classmethod
+    def _is_a_time(cls, value: object) -> object:
+        if value is None:
+            return None
+        seconds_of(str(value))
+        return str(value)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _is_a_count(cls, value: object) -> object:
+        return count_of(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.within is not None and self.tokens is not None:
+            raise ValueError("give a time (within) or tokens, not both")
+        return self
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a limit."""
+        return self.within is not None or self.tokens is not None
+
+
+def seconds_of(text: str) -> float:
+    """Seconds in ``30m``, ``2h`` or ``90s``; ValueError for anything else, and for no time at all."""
+    found = _TIME.fullmatch(text.strip())
+    if found is None or not float(found[1]) > 0:
+        raise ValueError("a time is a number above 0 with s, m or h, such as 90s, 30m or 1.5h")
+    return float(found[1]) * _UNITS[found[2].lower()]
+
+
+def count_of(text: str) -> int:
+    """The number in ``1.6M``, ``200k`` or ``6500000``; ValueError for anything else, and for less than one."""
+    found = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    count = round(float(found[1]) * _THOUSANDS[found[2].lower()]) if found else 0
+    if count < 1:
+        raise ValueError("tokens are a number above 0, with k, M or B if you like, such as 200k or 1.6M")
+    return count
+
+
+def divide(total: float, costs: Mapping[Part, float], least: Mapping[Part, int], given: str) -> dict[Part, int]:
+    """Tokens for each part of a run, by ``SHARES``.
+
+    Args:
+        total: seconds or tokens for all parts together.
+        costs: part → what one of its tokens costs, in the unit of ``total``; only parts that the run has.
+        least: the fewest tokens of each part.
+        given: the limit in the user's words, for the message.
+
+    Raises InputError when ``total`` does not suffice for the fewest tokens of all parts.
+    """
+    needed = sum(least[part] * cost for part, cost in costs.items())
+    if not total >= needed:
+        raise InputError(
+            f"{given} is too little: {max(total, 0):.0f} are left for {', '.join(costs)}, and these need at least "
+            f"{needed:.0f}. Give more, or switch a part off (recovery.steps=0, recovery.repair=false)."
+        )
+    amounts: dict[Part, int] = {}
+    left = total - needed
+    for part, cost in costs.items():
+        if part != "recovery":
+            wanted = min(int(SHARES[part] * total / cost), CAPS[part])
+            amounts[part] = min(max(least[part], wanted), least[part] + int(left / cost))
+            left -= (amounts[part] - least[part]) * cost
+    if "recovery" in costs:
+        amounts["recovery"] = least["recovery"] + int(left / costs["recovery"])
+    return amounts

@@ -1,0 +1,193 @@
+"""Turns a limit in time or tokens (``effort``) into the amounts of every stage, before the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from secateur.compensation import EVERY
+from secateur.config import Recipe, revise
+from secateur.effort import Part, divide, seconds_of
+from secateur.errors import InputError
+from secateur.methods import method_class
+from secateur.precision import autocast
+from secateur.progress import say
+from secateur.token_loss import TokenLoss
+from secateur.training import attach_lora
+from secateur.walk import borrowed
+
+_KEYS: Mapping[Part, str] = {
+    "calibration": "calibration.tokens",
+    "repair": "recovery.repair_tokens",
+    "recovery": "recovery.steps",
+}
+"""Part → the key of its amount."""
+_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 3.0}
+"""Cost of a token in forward passes: a gradient costs three, and so do the three passes of repair."""
+_FEWEST_STEPS = 10
+_FEWEST_WINDOWS = 16
+_REST = 60.0
+"""Seconds for loading, timing, saving and verifying."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds for one token on this machine."""
+
+    forward: float
+    training: float
+    """Of a training step, its optimiser included."""
+
+
+def sized(recipe: Recipe, model: PreTrainedModel, speed: Callable[..., Pace] | None = None) -> Recipe:
+    """The recipe with its ``effort`` turned into amounts; unchanged when it names none.
+
+    Amounts that the recipe names itself stay. The result has no ``effort``: it repeats the run on any machine.
+
+    Args:
+        model: the dense one; its speed is measured, and it is restored.
+        speed: measures ``Pace`` from a recipe and a model; for tests.
+
+    Raises InputError when the limit is too small, or when no amount is left to choose.
+    """
+    effort = recipe.effort
+    if not effort.given:
+        return recipe
+    parts = _parts(recipe)
+    open_parts = [part for part in parts if not _is_set(recipe, _KEYS[part])]
+    if not open_parts:
+        raise InputError(
+            f"effort sets {', '.join(_KEYS[part] for part in parts) or 'amounts of text'}, and this recipe names them "
+            "or does not need them. Leave out the keys, or leave out effort (--within, --tokens)."
+        )
+    if effort.within is not None:
+        measured = (speed or measure_speed)(recipe, model)
+        costs = {part: _seconds(part, recipe, measured) for part in parts}
+        given, total = f"effort.within={effort.within}", seconds_of(effort.within) - _fixed_seconds(recipe, measured)
+        say(f"This machine reads {1 / measured.forward:,.0f} tokens a second and trains {1 / measured.training:,.0f}.")
+    else:
+        assert effort.tokens is not None
+        costs = dict.fromkeys(parts, 1.0)
+        given, total = f"effort.tokens={effort.tokens}", float(effort.tokens) - _method_tokens(recipe)
+    total -= sum(_amount(part, recipe) * costs[part] for part in parts if part not in open_parts)
+    least = {part: _least(part, recipe) for part in open_parts}
+    amounts = divide(total, {part: costs[part] for part in open_parts}, least, given)
+    flags = {_KEYS[part]: _value(part, tokens, recipe) for part, tokens in amounts.items()}
+    if "recovery" in amounts and "tokens" not in recipe.recovery.model_fields_set:
+        flags["recovery.tokens"] = max(recipe.recovery.tokens, amounts["recovery"])
+    say("  " + ", ".join(f"{key} = {value:,}" for key, value in flags.items()))
+    return revise(recipe, {**flags, "effort.within": None, "effort.tokens": None})
+
+
+def is_sized(given: Recipe, written: Recipe) -> bool:
+    """Whether ``written`` is ``given`` with its effort turned into some amounts."""
+    if not given.effort.given:
+        return given == written
+    flags = {key: _at(written, key) for key in [*_KEYS.values(), "recovery.tokens"]}
+    return revise(given, {**flags, "effort.within": None, "effort.tokens": None}) == written
+
+
+def measure_speed(recipe: Recipe, model: PreTrainedModel) -> Pace:
+    """Time a forward pass and a training step of one micro-batch, each after one that warms up."""
+    settings = recipe.training
+    rows = min(settings.micro_batch_size, settings.batch_size)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (rows, recipe.recovery.window), generator=draw)
+    ids = ids.to(model.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+
+    with borrowed(model), autocast(settings.precision, model.device):
+        read = _seconds_for(forward, ids.numel(), model.device)
+        adapted = attach_lora(model, recipe.lora, 0)
+        try:
+            loss = TokenLoss(adapted, ids)
+            trained = _seconds_for(lambda: _train_once(loss, ids), ids.numel(), model.device)
+        finally:
+            adapted.unload()
+    return Pace(read, trained)
+
+
+def _train_once(loss: TokenLoss, ids: torch.Tensor) -> None:
+    with torch.enable_grad():
+        loss.backward(ids)
+
+
+def _seconds_for(work: Callable[[], object], tokens: int, device: torch.device) -> float:
+    """Seconds per token of ``work``, the second time that it runs."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return seconds / tokens
+
+
+def _parts(recipe: Recipe) -> list[Part]:
+    """The parts that this run has."""
+    texts = recipe.texts
+    found: list[Part] = ["calibration"] if "calibration" in texts else []
+    found += ["repair"] if "repair" in texts else []
+    return [*found, "recovery"] if recipe.recovery.steps > 0 else found
+
+
+def _is_set(recipe: Recipe, key: str) -> bool:
+    section, _, name = key.partition(".")
+    return name in getattr(recipe, section).model_fields_set
+
+
+def _at(recipe: Recipe, key: str) -> int:
+    """The value of a dotted key."""
+    section, _, name = key.partition(".")
+    value: int = getattr(getattr(recipe, section), name)
+    return value
+
+
+def _step_tokens(recipe: Recipe) -> int:
+    return recipe.training.batch_size * recipe.recovery.window
+
+
+def _amount(part: Part, recipe: Recipe) -> int:
+    """Tokens that the recipe gives to a part now."""
+    value = _at(recipe, _KEYS[part])
+    return value * _step_tokens(recipe) if part == "recovery" else value
+
+
+def _value(part: Part, tokens: int, recipe: Recipe) -> int:
+    """The value of a part's key for so many tokens."""
+    return tokens // _step_tokens(recipe) if part == "recovery" else tokens
+
+
+def _least(part: Part, recipe: Recipe) -> int:
+    if part == "recovery":
+        return _FEWEST_STEPS * _step_tokens(recipe)
+    return (EVERY if part == "repair" else _FEWEST_WINDOWS) * recipe.calibration.window
+
+
+def _seconds(part: Part, recipe: Recipe, speed: Pace) -> float:
+    """Seconds for one token of a part."""
+    if part != "recovery":
+        double = part == "repair" and recipe.recovery.repair_target != "own"  # the dense model runs as well
+        return _PASSES[part] * speed.forward * (2 if double else 1)
+    return speed.training + (speed.forward if recipe.recovery.teacher > 0 else 0.0)
+
+
+def _method_tokens(recipe: Recipe) -> int:
+    """Tokens that the method itself trains on."""
+    method = method_class(recipe.method.name)(recipe.method.settings)
+    return method.training_steps * _step_tokens(recipe)
+
+
+def _fixed_seconds(recipe: Recipe, speed: Pace) -> float:
+    """Seconds of what the effort does not change: measuring, the baseline, the method's own training."""
+    measured = 2 + (recipe.recovery.steps > 0) + (recipe.baseline is not None)
+    read = measured * recipe.evaluation.tokens + (recipe.calibration.tokens if recipe.baseline else 0)
+    return _REST + read * speed.forward + _method_tokens(recipe) * speed.training
