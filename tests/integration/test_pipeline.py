@@ -13,13 +13,13 @@ import torch
 
 import secateur
 from secateur import inspection, pipeline
-from secateur.config import Recipe, load_recipe, revise
+from secateur.config import Recipe, load_recipe, recipe_of, revise
 from secateur.errors import InputError, ModelError, PlanError
 from secateur.importance import CRITERIA
 from secateur.methods import METHODS, Decision, Method, PruningTask
 from secateur.methods.flap import FLAP
 from secateur.methods.lhspg import Shrinking
-from secateur.stages import STAGES, making, order
+from secateur.stages import STAGES, making, order, sizing
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -86,6 +86,35 @@ def test_killed_in_any_stage_and_resumed_it_ends_like_the_undisturbed_run(
     assert left == {"letters.txt", "whole", "out"}
     seen = json.loads((tmp_path / "out" / "secateur" / "metrics.json").read_text())
     assert seen["recovered"] == json.loads((tmp_path / "whole" / "secateur" / "metrics.json").read_text())["recovered"]
+
+
+def test_a_run_within_a_time_keeps_its_amounts_when_it_is_resumed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine has another speed by then; a finished run is known, too."""
+    given = {"effort.within": "10m", "recovery.repair": False}
+    limited = revise(recipe_of(_without(recipe, "recovery.steps", "recovery.tokens")), given)
+    monkeypatch.setattr(sizing, "measure_speed", lambda *_: sizing.Pace(0.05, 0.1))
+    with monkeypatch.context() as patch:
+        _kill_in("recovery", patch)
+        with pytest.raises(_KilledError):
+            _run(limited, tmp_path / "out")
+    monkeypatch.setattr(sizing, "measure_speed", _killed)
+    resumed = _run(limited, tmp_path / "out", resume=True)
+    assert resumed.recipe.recovery.steps >= 10
+    assert not resumed.recipe.effort.given
+    asked = revise(limited, {"model.name": resumed.recipe.model.name})
+    assert pipeline.finished(asked, tmp_path / "out") is not None
+    assert pipeline.finished(revise(asked, {"seed": 5}), tmp_path / "out") is None
+
+
+def _without(recipe: Recipe, *keys: str) -> dict[str, Any]:
+    """The keys that a recipe sets, without these."""
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    for key in keys:
+        section, _, name = key.partition(".")
+        tree[section].pop(name, None)
+    return tree
 
 
 def test_a_teacher_is_let_go_once_recovery_has_what_it_needs(

@@ -19,7 +19,7 @@ from secateur.errors import InputError
 
 COMMANDS = ["analyze", "apply", "compare", "data", "evaluate", "export", "inspect", "methods", "prune", "verify"]
 PRUNE_OPTIONS = """--debug --device --dry-run --help --method --output --ratio --recipe --resume --runs-on --set
-    --trust-remote-code --version -h -o""".split()
+    --tokens --trust-remote-code --version --within -h -o""".split()
 
 
 def call(*arguments: str) -> Any:
