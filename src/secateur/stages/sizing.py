@@ -23,11 +23,13 @@ from secateur.walk import borrowed
 _KEYS: Mapping[Part, str] = {
     "calibration": "calibration.tokens",
     "repair": "recovery.repair_tokens",
+    "reconstruction": "recovery.reconstruct_tokens",
     "recovery": "recovery.steps",
 }
 """Part → the key of its amount."""
-_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 3.0}
-"""Cost of a token in forward passes: a gradient costs three, and so do the three passes of repair."""
+_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 3.0, "reconstruction": 6.0}
+"""Cost of a token in forward passes: a gradient costs three, and so do the three passes of repair. Reconstruction reads
+three times, and trains."""
 _FEWEST_STEPS = 10
 _FEWEST_WINDOWS = 16
 _REST = 60.0
@@ -136,6 +138,7 @@ def _parts(recipe: Recipe) -> list[Part]:
     texts = recipe.texts
     found: list[Part] = ["calibration"] if "calibration" in texts else []
     found += ["repair"] if "repair" in texts else []
+    found += ["reconstruction"] if recipe.recovery.reconstruct else []
     return [*found, "recovery"] if recipe.recovery.steps > 0 else found
 
 
@@ -169,14 +172,18 @@ def _value(part: Part, tokens: int, recipe: Recipe) -> int:
 def _least(part: Part, recipe: Recipe) -> int:
     if part == "recovery":
         return _FEWEST_STEPS * _step_tokens(recipe)
-    return (EVERY if part == "repair" else _FEWEST_WINDOWS) * recipe.calibration.window
+    return (_FEWEST_WINDOWS if part == "calibration" else EVERY) * recipe.calibration.window
 
 
 def _seconds(part: Part, recipe: Recipe, speed: Pace) -> float:
     """Seconds for one token of a part."""
     if part != "recovery":
-        double = part == "repair" and recipe.recovery.repair_target != "own"  # the dense model runs as well
-        return _PASSES[part] * speed.forward * (2 if double else 1)
+        more = 1.0
+        if part == "repair" and recipe.recovery.repair_target != "own":
+            more = 2.0  # the dense model runs as well
+        if part == "reconstruction":
+            more = (1 + recipe.recovery.reconstruct_epochs) / 2
+        return _PASSES[part] * speed.forward * more
     return speed.training + (speed.forward if recipe.recovery.teacher > 0 else 0.0)
 
 
