@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from secateur import pipeline
-from secateur.config import Recipe, load_recipe
+from secateur.config import Recipe, load_recipe, revise
 from secateur.data import texts
 from secateur.errors import InputError
 from secateur.testing.tiny import TINY
@@ -112,8 +112,6 @@ def test_killed_in_recovery_it_goes_on_from_its_checkpoint(
 
 def test_repair_alone_mends_a_one_shot_cut(recipe: Recipe) -> None:
     settings = {"method": "magnitude", "recovery.steps": 0}
-    from secateur.config import revise
-
     plain = _prune(revise(recipe, settings))
     mended = _prune(revise(recipe, {**settings, "recovery.repair": True, "recovery.repair_tokens": 1024}))
     assert mended.plan.kept == plain.plan.kept
@@ -142,3 +140,15 @@ def test_reconstruction_goes_on_from_repair_without_the_dense_model_changing_bef
         assert (block["before"] != start) == (repair["step"] > 0)
     with pytest.raises(InputError, match="reads text"):
         pipeline.prune(TINY["llama-gqa"](), None, recipe=revise(recipe, {**settings, **on}))
+
+
+def test_repair_starts_from_learnt_gates(recipe: Recipe) -> None:
+    settings = {"method": {"name": "ddp", "steps": 4}, "recovery.steps": 0, "evaluation.baseline": None}
+    plain = _prune(revise(recipe, settings))
+    mended = _prune(revise(recipe, {**settings, "recovery.repair": True, "recovery.repair_tokens": 1024}))
+    assert mended.plan.kept == plain.plan.kept
+    repair = mended.metrics["repair"]
+    assert repair["loss_after"] <= repair["loss_before"]
+    if not repair["step"]:  # then the folded gates are still in the weights
+        for name, value in plain.model.state_dict().items():
+            assert torch.equal(mended.model.state_dict()[name], value), name

@@ -21,6 +21,7 @@ from secateur.errors import ModelError
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
 from secateur.surgery.rows import removed_rows
+from secateur.surgery.updates import Updates
 from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
 from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
@@ -61,6 +62,7 @@ def compensate(
     kept: Kept,
     calibration: Calibration | None,
     target: Target = "dense",
+    start: Updates | None = None,
 ) -> Compensated:
     """New values for the weights that consume the kept units of the cut groups. The model is restored.
 
@@ -72,6 +74,8 @@ def compensate(
     Args:
         model: the dense model.
         calibration: 20 tokens for each input of a consumer, or more; at least ``EVERY`` windows.
+        start: path of a parameter of a layer → its value in the pruned model, where that differs from the dense one
+            (folded gates).
 
     Raises:
         ModelError: as ``check_refittable``.
@@ -80,7 +84,7 @@ def compensate(
     text = text_for(calibration, _KEY)
     cut = Cut.keeping(graph, kept)
     stack = check_refittable(model, graph, cut)
-    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
+    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target, start or {})
     with borrowed(model), torch.no_grad(), Bar("repairing", len(stack)) as bar:
         for layer in range(len(stack)):
             walk.refit_layer(layer, {name: units for name, units in cut.items() if graph[name].layer == layer})
@@ -142,6 +146,7 @@ class _Walk:
     dense: Walker
     pruned: Walker
     target: Target
+    start: Updates = field(default_factory=dict)
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
     refits: dict[str, Refit] = field(default_factory=dict)
 
@@ -169,7 +174,7 @@ class _Walk:
 
     def guarded(self, cut: Cut) -> Compensated:
         """The changes that lower the loss on the check windows."""
-        found = guarded(self.model, self.graph, cut, self.pruned.calibration, self.updates, {})
+        found = guarded(self.model, self.graph, cut, self.pruned.calibration, self.updates, self.start)
         return Compensated(**vars(found), refits=self.refits)
 
     def _through(
@@ -198,9 +203,14 @@ class _Walk:
             done |= {group: kept[group] for group in kept if _consumes(self.graph, group, name)}
         if self.target != "own":
             self.dense.go_to(layer + 1)
-        with updated(self.model, new), masked(self.model, self.graph, {**others, **done}):
+        with updated(self.model, self._values(layer, new)), masked(self.model, self.graph, {**others, **done}):
             self.pruned.go_to(layer + 1)
         self.updates |= new
+
+    def _values(self, layer: int, new: Updates) -> Updates:
+        """The values of the pruned model's parameters in this layer, where they differ from the dense model's."""
+        inside = f"{self.pruned.stack.path}.{layer}."
+        return {**{name: value for name, value in self.start.items() if name.startswith(inside)}, **new}
 
     def _in_order(self, consumers: Mapping[str, Rows]) -> list[str]:
         """Names in the order in which the layer calls them."""
@@ -215,7 +225,7 @@ class _Walk:
         self, before: list[tuple[Rows, torch.Tensor]], rows: Rows, new: Mapping[str, torch.Tensor], done: Kept
     ) -> tuple[Gram, Gram]:
         """Sums for fitting and for checking, a batch at a time."""
-        weight = _matrix(rows)
+        weight, values = _matrix(rows).clone(), self._values(self.pruned.layer, new)
         fit, check = (Gram.empty(weight.shape[0], weight.shape[1], weight.device) for _ in range(2))
         watch = [*(one for one, _ in before), rows] if self.target == "stream" else [rows]
         first = 0
@@ -224,7 +234,7 @@ class _Walk:
             if self.target != "own":
                 with watched(self.model, seen):
                     self.dense.batch(number)
-            with updated(self.model, dict(new)), masked(self.model, self.graph, done), watched(self.model, now):
+            with updated(self.model, values), masked(self.model, self.graph, done), watched(self.model, now):
                 self.pruned.batch(number)
                 source = now if self.target == "own" else seen
                 wanted = source[rows.name].values.float() @ weight.float().T
@@ -264,9 +274,10 @@ class _Walk:
     def _solution(self, rows: Rows, fit: Gram, check: Gram) -> tuple[Solution, Target]:
         """Towards the target that was asked for; towards the consumer's own where that leads nowhere."""
         weight, kept = _matrix(rows), rows.others.to(rows.tensor.device)
-        solution = solve_refit(fit, check, weight, kept)
+        old = weight if rows.name not in self.start else self.start[rows.name].to(weight.device).movedim(rows.axis, -1)
+        solution = solve_refit(fit, check, old, kept)
         if self.target != "own" and solution.step < _FALL_BACK:
-            other = solve_refit(fit.towards(weight), check.towards(weight), weight, kept)
+            other = solve_refit(fit.towards(weight), check.towards(weight), old, kept)
             after = check.error(other.weight, kept)
             if other.step > 0 and after < solution.after:
                 return Solution(other.weight, other.ridge, other.step, solution.before, after), "own"

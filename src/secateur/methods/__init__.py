@@ -11,6 +11,7 @@ from typing import Any
 from secateur import importance
 from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.ddp import DDP
 from secateur.methods.flap import FLAP
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
@@ -26,6 +27,7 @@ from secateur.plugins import find, source_digest
 METHODS: dict[str, type[Method]] = {
     "lorashear": LoRAShear,
     "loraprune": LoRAPrune,
+    "ddp": DDP,
     "random": one_shot("random", importance.Random),
     "magnitude": one_shot("magnitude", importance.Magnitude),
     "wanda": Wanda,

@@ -108,6 +108,8 @@ class Method(ABC):
     """Inputs of ``run``. ``nothing``: weights only; ``text``: calibration text; ``training``: training text as well."""
     changes_weights: ClassVar[bool] = False
     """Whether ``run`` changes the model's weights. If so, they are kept for ``--resume``."""
+    repairable: ClassVar[bool] = False
+    """Whether ``recovery.repair`` may start from the decision's ``updates``: they are no refit, and add no bias."""
     kinds: ClassVar[tuple[Kind, ...]] = ()
     """The kinds of groups that it can cut, if not all. They become the default of ``budget.kinds``."""
     Settings: ClassVar[type[Settings]] = NoSettings
@@ -124,7 +126,7 @@ class Method(ABC):
     @property
     def compensates(self) -> bool:
         """Whether the decision has ``updates``. Then ``recovery.repair`` must be off, or the cut is compensated
-        twice."""
+        twice; not so for a method that is ``repairable``."""
         return False
 
     def check(self, task: PruningTask) -> None:

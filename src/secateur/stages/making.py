@@ -171,6 +171,7 @@ def repair_weights(result: Result, texts: Texts) -> None:
         result.plan.kept,
         recipe.calibration.of(texts.repair),
         recipe.recovery.repair_target,
+        start=result.updates,
     )
     result.updates |= found.updates
     result.measured.repair = found.facts

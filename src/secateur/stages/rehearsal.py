@@ -41,7 +41,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     method = method_class(recipe.method.name)(recipe.method.settings)
     if method.needs == "training" or recipe.recovery.steps > 0:
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
-    if method.compensates and recipe.recovery.repair:
+    if method.compensates and not method.repairable and recipe.recovery.repair:
         raise InputError(
             f"Both {method.name} and recovery.repair compensate for removed units, and must not be combined. Set "
             "recovery.repair=false, or switch compensation off in the method (flap: method.compensate=false)."

@@ -1,5 +1,6 @@
 """The only room that changes shapes; also masking, which computes the same without changing them."""
 
+from secateur.surgery.input_gates import InputGates, folded
 from secateur.surgery.input_masks import InputMasks
 from secateur.surgery.mask import masked, unproduced, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
@@ -9,10 +10,12 @@ from secateur.surgery.verify import Check, checked_trace, protect_failing, verif
 
 __all__ = [
     "Check",
+    "InputGates",
     "InputMasks",
     "apply_updates",
     "check_updates",
     "checked_trace",
+    "folded",
     "masked",
     "norms_over",
     "protect_failing",

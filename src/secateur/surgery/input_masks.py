@@ -58,7 +58,7 @@ class InputMasks:
                 if ".lora_" in member.parameter:
                     continue  # it sees the masked input of the linear that it belongs to
                 if member.role == "in":
-                    module, width = self._consumer(member)
+                    module, width = consumer_of(self._modules, self.graph, member)
                     mask = masks.setdefault(module, torch.ones(width))
                     mask[member.rows(units).flatten()] = 0.0
                 else:
@@ -84,18 +84,6 @@ class InputMasks:
             mask = self._masks[module] = mask.to(states.device, states.dtype)
         return (states * mask, *inputs[1:])
 
-    def _consumer(self, member: Member) -> tuple[nn.Module, int]:
-        """The module that multiplies with this member, and the width of its input."""
-        path, _, leaf = member.parameter.rpartition(".")
-        module = self._modules.get(path.removesuffix(".base_layer"))
-        shape = self.graph.shapes[member.parameter]
-        if module is None or leaf != "weight" or len(shape) != 2:
-            raise ModelError(
-                f"{member.parameter} is not the weight of a linear, and its input cannot be masked in training. "
-                "Protect its group (budget.protect), or choose a method that does not mask."
-            )
-        return module, shape[member.axis]
-
     def _add_norm(self, norms: dict[nn.Module, dict[str, torch.Tensor]], member: Member, removed: list[int]) -> None:
         path, _, name = member.parameter.rpartition(".")
         module = self._modules[path]
@@ -106,3 +94,21 @@ class InputMasks:
             alive[torch.arange(width) if stays is None else stays] = True
             alive[member.rows(removed).flatten()] = False
             norms[module][name] = alive.nonzero().flatten()
+
+
+def consumer_of(modules: Mapping[str, nn.Module], graph: DependencyGraph, member: Member) -> tuple[nn.Module, int]:
+    """The module that multiplies with an ``in`` member, and the width of its input. Raises ModelError for other members
+    than weights of linears.
+
+    Args:
+        modules: of the model, by path.
+    """
+    path, _, leaf = member.parameter.rpartition(".")
+    module = modules.get(path.removesuffix(".base_layer"))
+    shape = graph.shapes[member.parameter]
+    if module is None or leaf != "weight" or len(shape) != 2:
+        raise ModelError(
+            f"{member.parameter} is not the weight of a linear, and its input cannot be masked in training. "
+            "Protect its group (budget.protect), or choose a method that does not mask."
+        )
+    return module, shape[member.axis]

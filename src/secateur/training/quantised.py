@@ -1,4 +1,4 @@
-"""LoRA over a quantised base (QLoRA, arXiv 2305.14314): the frozen weights in 8 or 4 bits while the adapters train."""
+"""A quantised base (QLoRA, arXiv 2305.14314): the frozen weights in 8 or 4 bits while adapters or gates train."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -27,43 +26,50 @@ def backend(weights: BaseWeights) -> Any:
     return bitsandbytes
 
 
-def check_quantisable(model: PeftModel, weights: BaseWeights) -> list[LoraLayer]:
-    """The wrapped linears that can be quantised. Raises InputError when there is none, or no backend."""
+Place = tuple[Any, str]
+"""A module, and the name of one of its children."""
+
+
+def check_quantisable(model: nn.Module, weights: BaseWeights) -> list[Place]:
+    """The linears that can be quantised: those below adapters, or in a model without any, all but the output head.
+
+    Raises InputError when there is none, or no backend.
+    """
     if weights == "as-is":
         return []
     backend(weights)
-    layers: list[LoraLayer] = [
-        m for m in model.modules() if isinstance(m, LoraLayer) and type(m.get_base_layer()) is nn.Linear
-    ]
-    if not layers:
-        raise InputError(f"There is no plain linear with an adapter to quantise to {weights}. Set method.base=as-is.")
-    return layers
+    modules = list(model.modules())
+    places: list[Place] = [(module, "base_layer") for module in modules if isinstance(module, LoraLayer)]
+    if not places:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        places = [(module, name) for module in modules for name, child in module.named_children() if child is not head]
+    places = [(owner, name) for owner, name in places if type(getattr(owner, name)) is nn.Linear]
+    if not places:
+        raise InputError(f"There is no plain linear to quantise to {weights}. Set method.base=as-is.")
+    return places
 
 
 @contextmanager
-def quantised_base(model: PeftModel, weights: BaseWeights) -> Iterator[None]:
-    """A context in which every linear below an adapter computes with weights in 8 (``int8``) or 4 bits (``nf4``).
+def quantised_base(model: nn.Module, weights: BaseWeights) -> Iterator[None]:
+    """A context in which these linears (``check_quantisable``) compute with weights in 8 (``int8``) or 4 bits
+    (``nf4``).
 
     The weights in full precision are kept in the CPU's memory and restored exactly: the merged and cut weights are
     never rounded copies. ``as-is`` changes nothing. It needs bitsandbytes (extra ``quantised``), which computes on CUDA
     and on the CPU. Raises InputError when it is missing, or when there is no linear to quantise.
     """
-    if weights == "as-is":
-        yield
-        return
-    layers = check_quantisable(model, weights)
     whole: list[nn.Linear] = []
+    places = check_quantisable(model, weights)
     try:
-        for layer in layers:
-            base: Any = layer.base_layer
+        for owner, name in places:
+            base = getattr(owner, name)
             small = _quantise(base, weights)
             whole.append(base.to("cpu"))
-            layer.base_layer = small
+            setattr(owner, name, small)
         yield
     finally:
-        for layer, base in zip(layers, whole, strict=False):
-            device = next(layer.base_layer.parameters()).device
-            layer.base_layer = base.to(device)
+        for (owner, name), base in zip(places, whole, strict=False):
+            setattr(owner, name, base.to(next(getattr(owner, name).parameters()).device))
 
 
 def _quantise(linear: nn.Linear, weights: BaseWeights) -> nn.Module:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import PeftModel
 from pydantic import Field, model_validator
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -158,7 +158,7 @@ class _Progress(TrainerCallback):
 
 
 def train(
-    model: PeftModel,
+    model: nn.Module,
     ids: torch.Tensor,
     settings: TrainingSettings,
     *,
@@ -169,15 +169,17 @@ def train(
     order: Callable[[int], int] | None = None,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     penalty: Penalty | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train the adapters of ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
+    """Train ``model`` on token blocks ``ids`` ([blocks, window], int64) for ``steps`` optimiser steps.
 
     Without an ``order``, blocks are shuffled by ``seed``, and shuffled again and repeated when they run out. Each step
     reads ``settings.batch_size`` of them. Returns the Trainer's log: step, loss, learning rate and gradient norm
     (before clipping), about twenty entries a run. The model is left in eval mode.
 
     Args:
+        model: one with a config. Its parameters that require a gradient are trained.
         callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
             unscaled and unclipped. The state of each ``StatefulCallback`` is part of each checkpoint.
         order: position 0, 1, 2 … → block to read. It is called in this order, up to a micro-batch ahead of the
@@ -187,6 +189,8 @@ def train(
         penalty: added to the loss of each step, beside all parts of the model's own loss (such as the routers' loss of
             a mixture of experts). The log contains its mean as ``penalty``. ``loss`` and the gradients that callbacks
             see are without it.
+        optimizer: instead of that of the settings, with a learning rate for each of its groups; all follow
+            ``settings.schedule``.
         checkpoints: folder for a checkpoint every ``settings.checkpoint_steps`` steps and after the last one. Training
             resumes from the last complete one, and finished training is not repeated. The caller removes the folder
             when the result is kept elsewhere. None keeps nothing.
@@ -213,6 +217,7 @@ def train(
             train_dataset=_Blocks(ids, order, positions),
             compute_loss_func=None if loss is None else _loss(loss, arguments.gradient_accumulation_steps),
             callbacks=[*callbacks, *more, states, _Progress(bar)],
+            optimizers=(optimizer, None),
         )
         trainer.remove_callback(PrinterCallback)
         if last is not None:
@@ -282,9 +287,9 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _config_kept(model: PeftModel) -> Iterator[None]:
+def _config_kept(model: nn.Module) -> Iterator[None]:
     """Restore the keys of the model's config that the Trainer changes (it switches caches off)."""
-    config = vars(model.config)
+    config: dict[str, Any] = vars(model.config)
     before = dict(config)
     try:
         yield

@@ -15,15 +15,19 @@ def is_adapter_parameter(parameter: str) -> bool:
 
 
 def lora_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
-    """The LoRA layer around the frozen ``parameter``, if there is one: of a linear, or of one tensor of a module."""
+    """The LoRA layer around the frozen ``parameter``, if there is one: of a linear, or of one tensor of a module.
+
+    ``parameter`` is named as in the model with adapters (``….base_layer.weight``), or of a linear, as in the plain one.
+    """
     path, _, leaf = parameter.rpartition(".")
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
+    while True:
         layer = model.get_submodule(path)
         # peft wraps a module once for each of its stacked tensors, and names the tensor
         if isinstance(layer, LoraLayer) and getattr(layer, "parameter_name", "weight") == leaf:
             return layer
-    return None
+        if not path.endswith(".base_layer"):
+            return None
+        path = path.removesuffix(".base_layer")
 
 
 def tensor_at(model: nn.Module, parameter: str) -> torch.Tensor:

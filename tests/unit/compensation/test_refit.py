@@ -184,3 +184,23 @@ def test_other_kinds_are_refused() -> None:
     experts = next(group for group in graph if group.kind == "expert")
     with pytest.raises(ModelError, match=r"recovery\.repair"):
         compensate(model, graph, {experts.name: list(range(experts.size - 1))}, _blocks())
+
+
+@pytest.mark.parametrize("target", ["own", "dense", "stream"])
+def test_a_refit_starts_from_the_pruned_model_and_not_from_the_dense_one(target: Target) -> None:
+    """Columns that are half of what they should be: the guard compares with them, and the dense model is the target."""
+    model, kept = _with_redundant_units()
+    graph, dense, text = trace(model), _logits(model), _blocks(count=60)
+    names = [
+        f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    halves = {name: model.get_parameter(name).detach() / 2 for name in names}
+    plain = compensate(model, graph, kept, text, target)
+    found = compensate(model, graph, kept, text, target, start=halves)
+    assert torch.equal(_logits(model), dense)
+    damaged = copy.deepcopy(model)
+    apply_updates(damaged, halves)
+    assert found.loss_before == pytest.approx(compensate(damaged, graph, kept, text, target).loss_before, rel=1e-5)
+    assert found.loss_before != pytest.approx(plain.loss_before, rel=1e-3)
+    first = "model.layers.0.self_attn.o_proj.weight"
+    assert found.refits[first].before != pytest.approx(plain.refits[first].before, rel=1e-3)
