@@ -116,6 +116,18 @@ class Recipe(Settings):
             self.__dict__["budget"] = budget
         return self
 
+    @model_validator(mode="after")
+    def _hidden_states_stay(self) -> Recipe:
+        """Hidden states are compared layer by layer and channel by channel."""
+        lost = [kind for kind in ("hidden", "layer") if kind in self.budget.kinds]
+        if self.recovery.hidden_weight > 0 and lost:
+            raise ValueError(
+                f"recovery.hidden_weight is {self.recovery.hidden_weight:g} and budget.kinds has {', '.join(lost)}; "
+                "hidden states can only be compared when no layer and no hidden width is removed, so set "
+                "recovery.hidden_weight=0"
+            )
+        return self
+
     @property
     def baseline(self) -> str | None:
         """The one-shot method to compare with; None when the run is one-shot itself."""

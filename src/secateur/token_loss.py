@@ -35,8 +35,8 @@ class Split:
     backbone: nn.Module
     vocabulary: int
 
-    def states(self, ids: torch.Tensor) -> Any:
-        """The backbone's output; its ``last_hidden_state`` is ``[batch, window, hidden]``."""
+    def states(self, ids: torch.Tensor, **options: Any) -> Any:
+        """The backbone's output; its ``last_hidden_state`` is ``[batch, window, hidden]``. ``options`` are for it."""
         kept: list[Any] = []
         own = self.backbone.forward
 
@@ -45,7 +45,7 @@ class Split:
             return replace(kept[0], last_hidden_state=kept[0].last_hidden_state[:, :1])
 
         with _forward(self.backbone, first_position):
-            self.model(input_ids=ids, use_cache=False)
+            self.model(input_ids=ids, use_cache=False, **options)
         return kept[0]
 
     def logits(self, ids: torch.Tensor, output: Any, states: torch.Tensor) -> torch.Tensor:

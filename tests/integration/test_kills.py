@@ -44,8 +44,9 @@ _PRUNE: dict[str, tuple[str, ...]] = {
     "loraprune": ("method.steps=3", "method.every=1", "recovery.steps=2", "recovery.teacher=0.5"),
     "flap": ("recovery.steps=0",),
     "wanda": (
-        *("recovery.steps=1", "recovery.repair=true"),
+        *("recovery.steps=2", "recovery.repair=true", "recovery.finetuning=full"),
         *("recovery.reconstruct=true", "recovery.reconstruct_tokens=160"),
+        *("recovery.teacher=1", "recovery.teacher_cache=8"),
     ),
     "shortgpt": ("recovery.steps=0",),
 }

@@ -13,6 +13,9 @@ from secateur import pipeline
 from secateur.config import Recipe, load_recipe, revise
 from secateur.data import texts
 from secateur.errors import InputError
+from secateur.recovery import CachedTeacher, cache
+from secateur.recovery.curriculum import Curriculum
+from secateur.stages import making
 from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
@@ -85,13 +88,21 @@ def test_the_watched_text_is_neither_trained_on_nor_evaluated(recipe: Recipe, mo
     assert len(found.validation.names) == 3
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recovery.skew": 0.1, "recovery.hidden_weight": 0.2},
+        {"recovery.teacher_cache": 20},
+        {"recovery.finetuning": "full", "recovery.learning_rate": 1e-3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
 def test_killed_in_recovery_it_goes_on_from_its_checkpoint(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.config import revise
-    from secateur.recovery.curriculum import Curriculum
-
-    recipe = revise(recipe, {"training.checkpoint_steps": 2, "recovery.teacher": 0.5})
+    recipe = revise(
+        recipe, {"training.checkpoint_steps": 2, "recovery.teacher": 0.5, "method": "magnitude", **settings}
+    )
     whole = _prune(recipe)
     step_end, steps = Curriculum.on_step_end, []
 
@@ -106,6 +117,30 @@ def test_killed_in_recovery_it_goes_on_from_its_checkpoint(
         _prune(recipe, output=tmp_path / "out")
     resumed = _prune(recipe, output=tmp_path / "out", resume=True)
     assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_predictions_on_disk_take_the_place_of_the_dense_model(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = revise(recipe, {"method": "magnitude", "recovery.teacher": 1.0, "recovery.teacher_cache": 20})
+    whole, recover, seen = _prune(recipe), making.recover, []
+
+    def dies(model: Any, task: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(task.teacher)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return recover(model, task, *rest, **more)
+
+    monkeypatch.setattr(making, "recover", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _prune(recipe, output=tmp_path / "out")
+    monkeypatch.setattr(cache, "_likeliest", lambda *_: pytest.fail("the dense model read again"))
+    resumed = _prune(recipe, output=tmp_path / "out", resume=True)
+    assert all(isinstance(teacher, CachedTeacher) for teacher in seen)
+    assert resumed.teacher is None
+    assert {path.name for path in tmp_path.iterdir()} == {"letters.txt", "ships.txt", "talk.txt", "out"}
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
 

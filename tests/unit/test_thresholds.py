@@ -20,7 +20,6 @@ from secateur.data import TokenBlocks
 from secateur.graph import trace
 from secateur.importance import CRITERIA, knowledge
 from secateur.planning import Budget, allocate, equal
-from secateur.recovery import distill
 from secateur.surgery import masked, unrouted
 from secateur.testing.contracts import logits
 from secateur.testing.graphs import llama_graph
@@ -43,20 +42,6 @@ def test_losses_of_an_analysis_by_chunks_of_positions(monkeypatch: pytest.Monkey
     assert again == pytest.approx(dense, rel=1e-6)
     for one, two in zip(whole, parts, strict=True):
         assert (two.loss, two.kl) == pytest.approx((one.loss, one.kl), rel=1e-5)
-
-
-@pytest.mark.parametrize("positions", [1, 7, 44])
-def test_distillation_by_chunks_of_positions(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    teacher, student = build("llama-gqa"), build("llama-gqa", seed=1)
-    loss = distill.Distillation(teacher, 0.3)
-    found = []
-    for size in (512, positions):
-        monkeypatch.setattr(distill, "_POSITIONS_PER_CHUNK", size)
-        student.zero_grad()
-        value = loss(student(IDS).logits, IDS)
-        value.backward()
-        found.append((value.detach(), student.lm_head.weight.grad.clone()))
-    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_digest_of_some_weights_still_tells_models_apart(monkeypatch: pytest.MonkeyPatch) -> None:

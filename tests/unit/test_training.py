@@ -1,4 +1,4 @@
-"""LoRA goes on and comes off without a trace; the Trainer trains only the adapters."""
+"""LoRA goes on and comes off without a trace; the Trainer trains only the adapters, or all weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from secateur.errors import InputError, ModelError
 from secateur.testing.tiny import TINY, VOCAB
-from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
+from secateur.training import LoraSettings, TrainingSettings, attach_lora, full_weights, merge_lora, train
 
 IDS = torch.randint(0, VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +71,64 @@ def test_a_finished_training_is_not_repeated(blocks: int, tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "mixtral"])
+def test_all_weights_take_the_step_of_their_gradient(name: str) -> None:
+    settings = TrainingSettings(
+        optimizer="sgd", learning_rate=0.1, warmup=0.0, max_grad_norm=0.0, batch_size=6, micro_batch_size=3,
+        precision="fp32", gradient_checkpointing=True,
+    )  # fmt: skip
+    plain, model = TINY[name](), TINY[name]()
+    model.requires_grad_(False)
+    plain(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    with full_weights(model):
+        train(model, IDS, settings, steps=1, seed=0, description="training")
+    for (key, before), after in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert before.grad is not None
+        assert not torch.equal(after, before), key
+        torch.testing.assert_close(after, before - 0.1 * before.grad, atol=1e-6, rtol=1e-4)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name != "mixtral")
+
+
+class _KilledError(Exception):
+    pass
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 5:
+            raise _KilledError
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "gemma2"])
+def test_a_killed_training_of_all_weights_ends_like_an_undisturbed_one(name: str, tmp_path: Path) -> None:
+    settings = TrainingSettings(precision="fp32", checkpoint_steps=2)
+
+    def trained(folder: str, *callbacks: TrainerCallback) -> dict[str, torch.Tensor]:
+        model = TINY[name]()
+        options: dict[str, Any] = {"callbacks": callbacks, "checkpoints": tmp_path / folder}
+        with full_weights(model):
+            train(model, IDS, settings, steps=7, seed=1, description="", **options)
+        return model.state_dict()
+
+    whole = trained("whole")
+    with pytest.raises(_KilledError):
+        trained("killed", _Kill())
+    assert all(torch.equal(value, whole[key]) for key, value in trained("killed").items())
+    assert all(torch.equal(value, whole[key]) for key, value in trained("whole").items())  # not repeated
+
+
+def test_weights_of_16_bits_train_as_float32() -> None:
+    low, high = TINY["llama-tied"]().bfloat16(), TINY["llama-tied"]().bfloat16().float()
+    settings = TrainingSettings(precision="fp32", learning_rate=1e-4)
+    for model in (low, high):
+        with full_weights(model):
+            train(model, IDS, settings, steps=20, seed=0, description="training")
+    assert low.dtype is torch.bfloat16
+    for (key, value), exact in zip(low.named_parameters(), high.parameters(), strict=True):
+        assert torch.equal(value, exact.bfloat16()), key
+
+
 @pytest.mark.parametrize("own_loss", [False, True])
 @pytest.mark.parametrize(("blocks", "batch", "micro"), [(3, 4, 1), (5, 4, 2), (8, 16, 2), (12, 4, 2)])
 def test_a_step_reads_a_whole_batch_however_few_blocks_there_are(
@@ -81,7 +139,8 @@ def test_a_step_reads_a_whole_batch_however_few_blocks_there_are(
     adapted.register_forward_pre_hook(lambda module, args, more: read.append(len(more["input_ids"])), with_kwargs=True)
     settings = TrainingSettings(batch_size=batch, micro_batch_size=micro, learning_rate=1e-9, precision="fp32")
 
-    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+        logits = model(input_ids=ids).logits
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     watch, same = _Gradients(), IDS[:1].repeat(blocks, 1)  # any whole batch of one text has the same gradient
@@ -106,7 +165,8 @@ def test_a_penalty_is_added_to_the_loss_once_a_step_whatever_is_accumulated(
         assert step == 0
         return torch.stack([p.square().sum() for name, p in model.named_parameters() if ".lora_A." in name]).sum()
 
-    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+        logits = model(input_ids=ids).logits
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     settings = TrainingSettings(

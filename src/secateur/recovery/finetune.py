@@ -1,148 +1,29 @@
-"""Recovery by LoRA fine-tuning: adapters on the small model, a mixture of texts, merged at the end."""
+"""Recovery by fine-tuning on a mixture of texts: adapters that are merged at the end, or all weights."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.compensation import Reconstruction, Target
-from secateur.data import TextSettings, TokenBlocks
+from secateur.data import TokenBlocks
 from secateur.data.order import ReadingOrder
 from secateur.errors import InputError
 from secateur.evaluation import losses_by_source
 from secateur.precision import autocast_dtype
 from secateur.progress import say
+from secateur.recovery.cache import CachedTeacher
 from secateur.recovery.curriculum import Curriculum, Losses, RecoveryStage
-from secateur.recovery.distill import Distillation
-from secateur.training import LoraSettings, TrainingSettings, attach_lora, merge_lora, train
-
-
-class RecoverySettings(TextSettings):
-    """The training text of progressive pruning and of recovery, and the schedule of recovery.
-
-    Blocks are drawn at random from ``tokens`` tokens, training.batch_size in each step, and repeat when they run out.
-    """
-
-    tokens: int = Field(default=524_288, ge=2)
-    """Tokens to draw from, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
-
-    steps: int = Field(default=70, ge=0)
-    """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
-
-    repair: bool = False
-    """Refit the weights that consume the kept units in closed form, before any training, and also without training. It
-    changes nothing after lorashear, because the removed units are already zero there."""
-    repair_tokens: int = Field(default=65_536, ge=10)
-    """Calibration tokens for repair. 20 for each input of a consumer are enough; fewer fit the noise."""
-    repair_target: Target = "own"
-    """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
-    which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""
-    reconstruct: bool = False
-    """Train each attention block and each MLP block of the pruned model alone, one after the other, towards the dense
-    block's output: after repair, before any other training, and also without any. It changes nothing after lorashear,
-    because the removed units are already zero there."""
-    reconstruct_tokens: int = Field(default=65_536, ge=10)
-    """Calibration tokens for reconstruction. A fifth of them is for checking."""
-    reconstruct_target: Target = "stream"
-    """The target output of a block. ``dense``: the dense block's output, both for the dense model's inputs. ``stream``:
-    the dense model's residual stream, for the pruned model's inputs. ``own``: the dense block's output, both for the
-    pruned model's inputs."""
-    reconstruct_learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate of reconstruction, which trains all weights of a block. It rises in the first 10 % of the
-    steps, and then falls linearly."""
-    reconstruct_batch_size: int = Field(default=2, ge=1)
-    """Windows per step of reconstruction."""
-    reconstruct_epochs: int = Field(default=1, ge=1)
-    """How often reconstruction reads each window for each block."""
-    round_steps: int = Field(default=0, ge=0)
-    """Steps between two measurements of each source's loss against the dense model's. They set the sources' weights
-    (LoRAShear's dynamic recovery). With 0, the shares are constant."""
-    floor: float = Field(default=0.02, ge=0, lt=1)
-    """Smallest share of a source with any measurement, also of the first stage's sources in the second stage; less than
-    one over the number of sources."""
-    validation_tokens: int = Field(default=4_096, ge=2)
-    """Tokens that are measured between rounds, of all sources together. They are from the calibration split: neither
-    trained on nor part of the evaluation. Text that calibration does not read is used first."""
-    min_gain: float = Field(default=0.005, ge=0, lt=1)
-    """A round is a gain when its mean loss is lower than the best of the stage by more than this fraction."""
-    patience: int = Field(default=2, ge=0)
-    """Rounds in a row without a gain, after which a stage ends. With 0, it continues to its last step."""
-    instructions: list[str] = Field(default=[])
-    """Sources of a second stage, such as `[self]`, text that an instruction-tuned model writes itself. Without any,
-    there is one stage."""
-    instruction_share: float = Field(default=0.25, gt=0, lt=1)
-    """Fraction of the steps for the second stage. Both stages have at least one step."""
-    instruction_tokens: int = Field(default=32_768, ge=2)
-    """Tokens of instructions to draw from. Text of the model itself takes time: some hundred tokens a second for 135 M
-    parameters on two CPU cores, and it writes 1.7 times as many tokens, for all splits."""
-    teacher: float = Field(default=0.0, ge=0, le=1)
-    """Weight of KL(dense model || small model) in the loss; the rest is cross-entropy. Above 0, the dense model is kept
-    in memory as the teacher, and a step takes about 1.4 times as long."""
-
-    @model_validator(mode="after")
-    def _stages_differ(self) -> Self:
-        both = sorted(set(self.text) & set(self.instructions))
-        if both:
-            raise ValueError(f"{', '.join(both)} is named in text and in instructions; name each source once")
-        if len(set(self.instructions)) != len(self.instructions):
-            raise ValueError("instructions must name each source only once")
-        if self.validation_tokens < self.window:
-            raise ValueError(
-                f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window})"
-            )
-        if self.instructions and self.instruction_tokens < self.window:
-            raise ValueError(
-                f"instruction_tokens ({self.instruction_tokens}) must be at least one window ({self.window})"
-            )
-        if self.instructions and self.steps == 1:
-            raise ValueError(
-                "steps (1) must be at least 2 for two stages, one step for each; or leave instructions empty"
-            )
-        sources = len(self.text) + len(self.instructions)
-        if self.round_steps > 0 and self.validation_tokens < sources * self.window:
-            raise ValueError(
-                f"validation_tokens ({self.validation_tokens}) must be at least one window ({self.window}) for each of "
-                f"the {sources} sources, because a round measures all of them"
-            )
-        if (self.round_steps > 0 or self.instructions) and sources > 1 and self.floor * sources >= 1:
-            raise ValueError(
-                f"floor ({self.floor:g}) must be below 1 / {sources}, because each of the {sources} sources gets it; "
-                f"at 1 / {sources} all shares are equal"
-            )
-        return self
-
-    @property
-    def reconstruction(self) -> Reconstruction:
-        """How the blocks are trained."""
-        return Reconstruction(
-            target=self.reconstruct_target,
-            learning_rate=self.reconstruct_learning_rate,
-            epochs=self.reconstruct_epochs,
-            batch_size=self.reconstruct_batch_size,
-        )
-
-    @property
-    def instruction_text(self) -> TextSettings | None:
-        """The text of the second stage; None when there is none."""
-        if not self.instructions:
-            return None
-        return TextSettings(text=self.instructions, window=self.window, tokens=self.instruction_tokens)
-
-    @property
-    def validation_text(self) -> TextSettings | None:
-        """The text to measure between rounds; None when nothing is measured."""
-        if self.round_steps == 0:
-            return None
-        text = [*self.text, *self.instructions]
-        return TextSettings(text=text, window=self.window, tokens=self.validation_tokens)
+from secateur.recovery.distill import Distillation, LiveTeacher, Teacher
+from secateur.recovery.settings import RecoverySettings
+from secateur.training import LoraSettings, TrainingSettings, attach_lora, full_weights, merge_lora, train
 
 
 @dataclass(frozen=True)
@@ -157,8 +38,8 @@ class RecoveryTask:
     """Text to measure between rounds."""
     reference: Losses = field(default_factory=dict)
     """The dense model's loss on ``validation``, by source."""
-    teacher: nn.Module | None = None
-    """The dense model, for recovery with a teacher."""
+    teacher: nn.Module | CachedTeacher | None = None
+    """The dense model, or its predictions (``keep_predictions``), for recovery with a teacher."""
     checkpoints: Path | None = None
     """Folder for checkpoints, from which an interrupted recovery resumes; None keeps nothing."""
 
@@ -191,28 +72,106 @@ def recover(
     training: TrainingSettings,
     seed: int,
 ) -> Recovered:
-    """Fine-tune ``model`` in place by LoRA and merge the adapters.
+    """Fine-tune ``model`` in place: by LoRA, merged at the end, or all weights (``settings.finetuning``).
 
-    One run of the Trainer, also with several rounds and two stages (see ``curriculum``).
+    One run of the Trainer, also with several rounds and two stages (see ``curriculum``). With ``settings.links`` there
+    are several, which begin with fresh adapters on the merged weights and continue the order of reading. Their log
+    counts steps from the beginning.
     """
-    adapted = attach_lora(model, lora, seed)
     blocks = _together(task)
     curriculum = _curriculum(task, blocks, settings, training, seed)
-    teacher = Distillation(task.teacher, settings.teacher) if task.teacher is not None else None
-    log = train(
-        adapted,
-        blocks.ids,
-        training,
-        steps=settings.steps,
-        seed=seed,
-        description="recovering",
-        callbacks=[curriculum] if curriculum is not None else [],
-        order=curriculum.order if curriculum is not None else None,
-        loss=teacher,
-        checkpoints=task.checkpoints,
-    )
-    merge_lora(adapted)
+    order = curriculum.order if curriculum is not None else _order(blocks, settings, seed)
+    log: list[dict[str, float]] = []
+    for link in range(settings.links):
+        begin, end = (settings.steps * place // settings.links for place in (link, link + 1))
+        with _trainable(model, settings, lora, seed + link) as trained:
+            entries = train(
+                trained,
+                blocks.ids,
+                settings.schedule(training),
+                steps=end - begin,
+                seed=seed,
+                description="recovering",
+                callbacks=[curriculum] if curriculum is not None else [],
+                order=None if order is None else _from(order, begin * training.batch_size),
+                loss=_distillation(model, task, settings, training, begin),
+                checkpoints=None if task.checkpoints is None else task.checkpoints / f"link-{link + 1}",
+            )
+        log += [{**entry, "step": entry["step"] + begin} for entry in entries]
     return Recovered(log, curriculum.rounds if curriculum is not None else [])
+
+
+def _from(order: ReadingOrder, position: int) -> Callable[[int], int]:
+    return lambda place: order(position + place)
+
+
+def _distillation(
+    model: PreTrainedModel, task: RecoveryTask, settings: RecoverySettings, training: TrainingSettings, begin: int
+) -> Distillation | None:
+    """The loss against the teacher in a training from step ``begin`` on; None without one, for the model's own."""
+    if task.teacher is None:
+        return None
+    teacher: Teacher
+    if isinstance(task.teacher, nn.Module):
+        teacher = LiveTeacher(task.teacher, autocast_dtype(training.precision, model.device))
+    else:
+        teacher = task.teacher
+    return Distillation(
+        teacher,
+        settings.teacher,
+        skew=settings.skew,
+        hidden_weight=settings.hidden_weight,
+        hidden_steps=settings.steps // 2 - begin,
+    )
+
+
+@contextmanager
+def _trainable(
+    model: PreTrainedModel, settings: RecoverySettings, lora: LoraSettings, seed: int
+) -> Iterator[nn.Module]:
+    """A context with the module to train. At its end the trained weights are those of ``model``."""
+    if settings.finetuning == "full":
+        with full_weights(model):
+            yield model
+        return
+    adapted = attach_lora(model, lora, seed)
+    yield adapted
+    merge_lora(adapted)
+
+
+def keep_predictions(
+    model: PreTrainedModel,
+    task: RecoveryTask,
+    settings: RecoverySettings,
+    *,
+    training: TrainingSettings,
+    seed: int,
+    folder: Path | None,
+) -> CachedTeacher:
+    """Let the dense ``model`` read every window that ``recover`` will read, and keep ``settings.teacher_cache`` tokens.
+
+    With rounds or two stages these may be all windows of the text. ``folder`` is that of ``CachedTeacher.make``.
+    """
+    blocks = _together(task)
+    order = _order(blocks, settings, seed)
+    rows = list(range(len(blocks)))
+    if order is not None and not settings.changes_shares:
+        rows = sorted({order(position) for position in range(settings.steps * training.batch_size)})
+    return CachedTeacher.make(
+        model,
+        blocks.ids[rows].unique(dim=0),
+        settings.teacher_cache,
+        folder=folder,
+        batch=training.micro_batch_size,
+        autocast=autocast_dtype(training.precision, model.device),
+    )
+
+
+def _order(blocks: TokenBlocks, settings: RecoverySettings, seed: int) -> ReadingOrder | None:
+    """An order of reading that is known before the training; None where the training may choose its own."""
+    if settings.teacher_cache == 0 and settings.links == 1:
+        return None
+    return ReadingOrder(("all",) * len(blocks), {"all": 1.0}, seed)
 
 
 def _together(task: RecoveryTask) -> TokenBlocks:

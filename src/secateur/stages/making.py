@@ -42,7 +42,7 @@ from secateur.planning import describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.reading import brief, is_json
-from secateur.recovery import RecoveryTask, recover, source_losses
+from secateur.recovery import RecoveryTask, keep_predictions, recover, source_losses
 from secateur.stages.result import Baseline, Measured, Result, State, plan_for
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.types import Cut, PruningPlan, Scores, Settings
@@ -68,9 +68,21 @@ def measure_dense(result: Result, texts: Texts) -> None:
         result.measured.reference = source_losses(result.model, texts.validation, result.recipe.training)
 
 
-def keep_teacher(result: Result) -> None:
-    """Keep a copy of the dense model for recovery."""
-    result.teacher = copy.deepcopy(result.model)
+def keep_teacher(result: Result, texts: Texts, work: Workspace) -> None:
+    """Keep a copy of the dense model for recovery, or its predictions on disk (``recovery.teacher_cache``)."""
+    recipe = result.recipe
+    if recipe.recovery.teacher_cache == 0:
+        result.teacher = copy.deepcopy(result.model)
+        return
+    assert texts.recovery is not None
+    result.teacher = keep_predictions(
+        result.model,
+        RecoveryTask(text=texts.recovery, instructions=texts.instructions),
+        recipe.recovery,
+        training=recipe.training,
+        seed=recipe.seed,
+        folder=work.path("teacher"),
+    )
 
 
 def measure_baseline(result: Result, texts: Texts) -> None:
@@ -231,7 +243,7 @@ def cut(result: Result) -> None:
 
 
 def recover_weights(result: Result, texts: Texts, work: Workspace) -> None:
-    """Recover by LoRA fine-tuning, merged at the end. A teacher is released afterwards."""
+    """Recover by fine-tuning. A teacher is released afterwards."""
     recipe = result.recipe
     assert texts.recovery is not None
     task = RecoveryTask(

@@ -55,9 +55,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "teacher",
         "Keeping the dense model as the teacher",
-        lambda result, texts, work: making.keep_teacher(result),
+        making.keep_teacher,
         wanted=lambda result, texts: result.recipe.recovery.steps > 0 < result.recipe.recovery.teacher,
         restore=None,
+        files=("teacher",),
     ),
     Stage(
         "baseline",

@@ -39,7 +39,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
     method = method_class(recipe.method.name)(recipe.method.settings)
-    if method.needs == "training" or recipe.recovery.steps > 0:
+    recovers = recipe.recovery.steps > 0
+    if method.needs == "training" or (recovers and recipe.recovery.finetuning == "lora"):
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)
     if method.compensates and not method.repairable and recipe.recovery.repair:
         raise InputError(
@@ -76,7 +77,7 @@ def rehearse_output(result: Result, output: Path) -> None:
         graph=result.graph,
         kept=plan.kept,
         settings=recipe.export,
-        beside=round(stages * in_memory),
+        beside=round(stages * in_memory) + recipe.recovery.disk_bytes(plan.parameters_after, recipe.training),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.config import Recipe
 from secateur.export import Architecture
 from secateur.planning import make_plan
+from secateur.recovery import CachedTeacher
 from secateur.types import DependencyGraph, PruningPlan, Removed, Scores
 
 State = Literal["dense", "pruned", "recovered"]
@@ -101,8 +102,8 @@ class Result:
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
     """New values of parameters from the method (``Decision.updates``), repair and reconstruction; ``cut`` writes and
     releases them. Until then the model is the dense one."""
-    teacher: PreTrainedModel | None = None
-    """The dense model while recovery still needs it (``recovery.teacher``)."""
+    teacher: PreTrainedModel | CachedTeacher | None = None
+    """The dense model, or its predictions, while recovery still needs them (``recovery.teacher``)."""
     unsavable: str | None = None
     """Why no config describes the small model. The model in memory still works."""
     measured: Metrics = field(default_factory=Metrics)

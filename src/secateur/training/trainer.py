@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from peft import PeftModel
 from pydantic import Field, model_validator
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -33,25 +35,30 @@ Schedule = Literal["cosine", "linear", "constant"]
 Penalty = Callable[[Any, int], torch.Tensor | None]
 """Model with adapters and number of the step, from 0 → a scalar with a gradient, or None for no penalty."""
 
+Loss = Callable[[Any, torch.Tensor, int], torch.Tensor]
+"""Model, ids ``[n, window]`` of a micro-batch and number of the step, from 0 → their mean loss, with a gradient."""
+
+_WEIGHTS = "model.safetensors"
+
 
 class TrainingSettings(Settings):
-    """How LoRA is trained, during pruning and during recovery."""
+    """How weights are trained, during pruning and during recovery."""
 
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Peak learning rate of A and B."""
+    """Peak learning rate of A and B. Recovery can have its own, recovery.learning_rate."""
     batch_size: int = Field(default=2, ge=1)
     """Windows per optimiser step."""
     micro_batch_size: int = Field(default=2, ge=1)
     """Windows per forward pass: a divisor of the batch size, or more than it. The rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser of A and B. ``sgd`` needs another learning rate, hundreds of times that of ``adamw``; with the same
-    rate it hardly changes anything."""
+    """Optimiser. ``sgd`` needs another learning rate, hundreds of times that of ``adamw``; with the same rate it hardly
+    changes anything."""
     schedule: Schedule = "cosine"
     """Learning-rate schedule after the warm-up."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Fraction of the steps at the start in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of A and B."""
+    """Decoupled weight decay; of norms and biases, none."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Precision = "auto"
@@ -142,6 +149,51 @@ class _Penalty(TrainerCallback):
             self.seen.clear()
 
 
+class _Trainer(Trainer):
+    """The Trainer, with a loss that may run the model itself, and with checkpoints of models without adapters that have
+    each parameter under its name in memory.
+
+    The Trainer's own checkpoints have the names of published files, which it would not find again in some families, and
+    a config, which a model of uneven layers may not have.
+    """
+
+    own_loss: Loss | None = None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Called by the Trainer for the loss of a micro-batch.
+
+        It is divided by the number of micro-batches of a step. All steps have as many micro-batches, and all
+        micro-batches as many windows (see ``train``).
+        """
+        if self.own_loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.own_loss(model, inputs["input_ids"], self.state.global_step)
+        return loss / self.args.gradient_accumulation_steps
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Called by the Trainer for the weights of a checkpoint."""
+        if isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self._whole, str(folder / _WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Called by the Trainer before it resumes."""
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_model(self._whole, str(Path(resume_from_checkpoint, _WEIGHTS)))
+
+    @property
+    def _whole(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+
 class _Progress(TrainerCallback):
     """Shows the Trainer's steps on secateur's progress bar."""
 
@@ -167,7 +219,7 @@ def train(
     description: str,
     callbacks: Sequence[TrainerCallback] = (),
     order: Callable[[int], int] | None = None,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    loss: Loss | None = None,
     penalty: Penalty | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     checkpoints: Path | None = None,
@@ -179,13 +231,13 @@ def train(
     (before clipping), about twenty entries a run. The model is left in eval mode.
 
     Args:
-        model: one with a config. Its parameters that require a gradient are trained.
-        callbacks: in ``on_pre_optimizer_step`` they see the gradients of A and B accumulated over the whole batch,
-            unscaled and unclipped. The state of each ``StatefulCallback`` is part of each checkpoint.
+        model: one with a config. Its parameters that require a gradient train: the adapters of ``attach_lora``, or all
+            weights of a model in ``full_weights``.
+        callbacks: in ``on_pre_optimizer_step`` they see the gradients accumulated over the whole batch, unscaled and
+            unclipped. The state of each ``StatefulCallback`` is part of each checkpoint.
         order: position 0, 1, 2 … → block to read. It is called in this order, up to a micro-batch ahead of the
             training.
-        loss: mean loss of a micro-batch from its logits ``[n, window, vocabulary]`` and ids ``[n, window]``, instead
-            of the model's own.
+        loss: mean loss of a micro-batch, instead of the model's own. It runs the model as it likes.
         penalty: added to the loss of each step, beside all parts of the model's own loss (such as the routers' loss of
             a mixture of experts). The log contains its mean as ``penalty``. ``loss`` and the gradients that callbacks
             see are without it.
@@ -211,14 +263,15 @@ def train(
         more: list[TrainerCallback] = [_Penalty(penalty)] if penalty is not None else []
         more += [_Clip(settings.max_grad_norm)] if settings.max_grad_norm > 0 else []
         states = SaveStates(callbacks)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=_Blocks(ids, order, positions),
-            compute_loss_func=None if loss is None else _loss(loss, arguments.gradient_accumulation_steps),
+            compute_loss_func=loss,  # not called; with one, the Trainer does not divide by the micro-batches again
             callbacks=[*callbacks, *more, states, _Progress(bar)],
             optimizers=(optimizer, None),
         )
+        trainer.own_loss = loss
         trainer.remove_callback(PrinterCallback)
         if last is not None:
             progress.say(f"  {description}: resuming after step {done} of {steps}")
@@ -263,18 +316,6 @@ def _arguments(
     return arguments
 
 
-def _loss(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], accumulated: int) -> Callable[..., Any]:
-    """A loss function for the Trainer. It divides by the number of micro-batches of a step, as the Trainer does not.
-
-    All steps have as many micro-batches, and all micro-batches as many windows (see ``train``).
-    """
-
-    def scaled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        return loss(outputs["logits"], labels) / accumulated
-
-    return scaled
-
-
 @contextmanager
 def _folder(checkpoints: Path | None) -> Iterator[Path]:
     """The Trainer's output folder: ``checkpoints``, or a temporary folder."""
@@ -287,7 +328,7 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _config_kept(model: nn.Module) -> Iterator[None]:
+def _config_kept(model: Any) -> Iterator[None]:
     """Restore the keys of the model's config that the Trainer changes (it switches caches off)."""
     config: dict[str, Any] = vars(model.config)
     before = dict(config)

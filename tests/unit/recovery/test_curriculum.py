@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from secateur import progress
 from secateur.data import TokenBlocks
@@ -18,7 +16,6 @@ from secateur.data.order import ReadingOrder
 from secateur.errors import InputError, ModelError
 from secateur.recovery import Recovered, RecoverySettings, RecoveryTask, recover, source_losses
 from secateur.recovery.curriculum import Curriculum, RecoveryStage, floored, reweigh
-from secateur.recovery.distill import Distillation
 from secateur.testing.tiny import TINY
 from secateur.training import LoraSettings, TrainingSettings
 
@@ -355,40 +352,6 @@ def test_killed_and_resumed_it_ends_like_the_undisturbed_run(tmp_path: Path, mon
     assert again.rounds == done.rounds
     for name, value in model.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, atol=1e-6, rtol=0)
-
-
-def test_the_teacher_s_loss_is_the_mixture_of_the_definitions() -> None:
-    teacher, student = TINY["llama-gqa"](), TINY["llama-gqa"]()
-    with torch.no_grad():
-        student.lm_head.weight.mul_(0.5)
-    ids = _blocks(a=3).ids
-    logits = student(ids).logits
-    q = logits[:, :-1].log_softmax(-1)
-    p = teacher(ids).logits[:, :-1].log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean()
-    ce = F.nll_loss(q.flatten(0, 1), ids[:, 1:].flatten())
-    for weight in (0.0, 0.3, 1.0):
-        found = Distillation(teacher, weight)(logits, ids)
-        torch.testing.assert_close(found, (1 - weight) * ce + weight * kl)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-
-
-def test_with_the_teacher_alone_a_broken_model_comes_nearer_and_accumulation_changes_nothing() -> None:
-    blocks, found = _blocks(a=16), []
-    for micro in (4, 2):
-        teacher, model = TINY["llama-gqa"](), TINY["llama-gqa"]()
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.mlp.down_proj.weight[:, ::2] = 0
-        before = float(Distillation(teacher, 1.0)(model(blocks.ids).logits, blocks.ids))
-        training = TrainingSettings(batch_size=4, micro_batch_size=micro, precision="fp32", learning_rate=0.01)
-        settings = RecoverySettings(steps=6, window=12, teacher=1.0, round_steps=0)
-        task = RecoveryTask(text=blocks, teacher=teacher)
-        recover(model, task, settings, lora=LoraSettings(rank=4), training=training, seed=0)
-        assert float(Distillation(teacher, 1.0)(model(blocks.ids).logits, blocks.ids)) < 0.9 * before
-        found.append(copy.deepcopy(model.state_dict()))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=0)
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
