@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from secateur.config import Recipe, load_recipe
     from secateur.errors import SecateurError
     from secateur.loading import load
-    from secateur.pipeline import apply_plan, prune
+    from secateur.pipeline import apply_plan, prune, prune_ratios
     from secateur.planning import Budget
     from secateur.stages import Result, save
     from secateur.surgery import checked_trace as trace
@@ -32,6 +32,7 @@ _HOMES = {
     "load": "loading.load",
     "load_recipe": "config.load_recipe",
     "prune": "pipeline.prune",
+    "prune_ratios": "pipeline.prune_ratios",
     "save": "stages.save",
     "trace": "surgery.checked_trace",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "load_recipe",
     "prune",
+    "prune_ratios",
     "save",
     "trace",
 ]

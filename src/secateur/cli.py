@@ -108,6 +108,12 @@ def prune(
     ratio: Annotated[
         str | None, typer.Option(help="Fraction of all parameters to remove, between 0 and 1.", metavar="FRACTION")
     ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Several fractions: one run of the method, and a folder OUT/ratio-R for each.", metavar="A,B"
+        ),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="How units are chosen; see `secateur methods`.", metavar="NAME")
     ] = None,
@@ -134,11 +140,21 @@ def prune(
         "effort.within": within,
         "effort.tokens": tokens,
     }
+    fractions = None if ratios is None else [parse_ratio(part, "--ratios") for part in _names(ratios, "--ratios")]
+    if fractions and ratio is not None:
+        raise InputError("Give --ratio for one ratio, or --ratios for several, and not both.")
     from secateur import pipeline, progress
 
     settings = _settings(recipe, overrides, flags)
     progress.show()
-    progress.say(_header(settings))
+    if fractions:
+        progress.say(_header(settings, fractions))
+        with resumable("Finished ratios and stages are kept. The same command with --resume continues."):
+            found = pipeline.prune_ratios(settings, fractions, output, resume=resume, dry_run=dry_run)
+        for fraction, numbers in found.items():
+            _report(numbers, output / f"ratio-{fraction}")
+        return
+    progress.say(_header(settings, [settings.budget.ratio]))
     if resume and (finished := pipeline.finished(settings, output)) is not None:
         progress.say(f"This run is finished; its folder is {output}. Nothing is done again.")
         _report(finished, output)
@@ -288,6 +304,25 @@ def evaluate(
         _console().print(tables.results(compare_states(metrics, ["model"])))
         if as_json is not None:
             _write_whole(as_json, json.dumps(metrics, indent=1) + "\n")
+
+
+@app.command()
+def plan(
+    run: Annotated[Path, typer.Argument(help="The output folder of a finished run.", metavar="RUN")],
+    ratios: Annotated[
+        str, typer.Option(help="Fractions of all parameters to remove, separated by commas.", metavar="A,B")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the plans.", metavar="DIR")],
+    overrides: Overrides = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make plans for other ratios from the scores of a run, without scoring again."""
+    fractions = [parse_ratio(ratio, "--ratios") for ratio in _names(ratios, "--ratios")]
+    from secateur import inspection, progress
+
+    progress.show()
+    inspection.plans(run, fractions, output, overrides=overrides or [], trust_remote_code=trust_remote_code)
+    progress.say(f"The plans are in {output}: {', '.join(f'ratio-{ratio}.json' for ratio in fractions)}")
 
 
 @app.command()
@@ -481,8 +516,9 @@ def _write_whole(file: Path, text: str) -> None:
         raise InputError(f"{file} cannot be written: {error.strerror or error}. The numbers are: {text}") from error
 
 
-def _header(recipe: Recipe) -> str:
-    return f"secateur: {recipe.budget.ratio:.0%} of all parameters off {recipe.model.name} by {recipe.method.name}"
+def _header(recipe: Recipe, ratios: Sequence[float]) -> str:
+    shares = ", ".join(f"{ratio:.0%}" for ratio in ratios)
+    return f"secateur: {shares} of all parameters off {recipe.model.name} by {recipe.method.name}"
 
 
 def _report(metrics: Mapping[str, Any], output: Path) -> None:

@@ -1,7 +1,8 @@
-"""Evaluates, analyses and verifies a model without changing it."""
+"""Evaluates, analyses and verifies a model without changing it, and plans cuts of it from stored scores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.analysis import Analysis, Trial
-from secateur.config import RecipeLike, dump, recipe_of, revise, validate
+from secateur.config import RecipeLike, dump, load_recipe, recipe_of, revise, validate
 from secateur.data import check_blocks, check_sources, check_window, load_whole, read_texts
 from secateur.digest import digest
-from secateur.errors import InputError
+from secateur.errors import InputError, PlanError
 from secateur.evaluation import Windows, as_written, compare_speed, machine
 from secateur.evaluation.tasks import check_tasks, evaluate_tasks
 from secateur.export import (
+    ARTEFACTS,
     SUMS,
     Verification,
     check_finite,
@@ -24,6 +26,7 @@ from secateur.export import (
     check_sums,
     holds_only_our_code,
     needs_trust,
+    read_scores,
     verify_saved,
     write_analysis,
     written_dtype,
@@ -31,15 +34,16 @@ from secateur.export import (
 from secateur.importance import CRITERIA, Criterion, criterion_class
 from secateur.importance.knowledge import cuts, measure_cuts
 from secateur.inputs import refuse_inputs
-from secateur.loading import is_adapter_folder, load
+from secateur.loading import is_adapter_folder, load, outline
 from secateur.lock import alone
-from secateur.planning import versions
+from secateur.planning import allocate, describe_plan, versions
 from secateur.plugins import source_digest
 from secateur.progress import say
 from secateur.reading import path_of
-from secateur.stages import contents, losses, refuse_what_cannot_work, size
+from secateur.stages import contents, losses, plan_for, refuse_what_cannot_work, size
 from secateur.surgery import checked_trace
-from secateur.whole import place_of
+from secateur.types import PruningPlan
+from secateur.whole import place_of, write_whole
 from secateur.workspace import Workspace
 
 
@@ -207,3 +211,53 @@ def verify(recipe: RecipeLike) -> Verification:
             "trust it."
         )
     return verify_saved(model, folder, trusted)
+
+
+@alone("output")
+def plans(
+    run: str | os.PathLike[str],
+    ratios: Sequence[float],
+    output: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> dict[float, PruningPlan]:
+    """What ``secateur plan`` does: plans for other ratios from the scores of a finished run, without its weights.
+
+    Each is written to the folder ``output`` as ``ratio-R.json``, and returned by its ratio.
+
+    Args:
+        run: folder of a run whose method scored units.
+        overrides: changes of the run's recipe as texts ``section.key=value``, such as another place of the model.
+        trust_remote_code: whether code of the model's folder may run. The recipe in ``run`` does not decide this.
+
+    Raises InputError when the folder lacks a file of a run, or one is damaged. Raises PlanError when the scores do not
+    give the run's own plan: then its method chose by more than them. Raises PlanError for a ratio that the scores do
+    not answer, as a whole: nothing is written.
+    """
+    folder = path_of(run, "The run")
+    scores = read_scores(folder)
+    own = PruningPlan.load(folder / ARTEFACTS / "plan.json")
+    recipe = load_recipe(folder / ARTEFACTS / "recipe.yaml", overrides)
+    recipe = revise(recipe, {"model.trust_remote_code": trust_remote_code})
+    place = check_output(output)
+    refuse_inputs(place, recipe)
+    network = outline(**recipe.model.model_dump(exclude={"device", "dtype"}))
+    graph = checked_trace(network, recipe.budget.kinds)
+    own.check(graph)
+
+    def plan_at(ratio: float) -> PruningPlan:
+        asked = revise(recipe, {"budget.ratio": ratio})
+        return plan_for(graph, asked, allocate(graph, scores, asked.budget))
+
+    if plan_at(own.ratio_asked).kept != own.kept:
+        raise PlanError(
+            f"The scores in {folder} do not give the plan beside them: {own.method} chose by more than its last "
+            "scores, or the plan or the recipe was changed. Run `secateur prune` for other ratios."
+        )
+    made = {ratio: plan_at(ratio) for ratio in ratios}
+    place.mkdir(parents=True, exist_ok=True)
+    for ratio, plan in made.items():
+        write_whole(place / f"ratio-{ratio}.json", plan.to_text())
+        say(describe_plan(plan, graph))
+    return made

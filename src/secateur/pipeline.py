@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from secateur.export import (
     check_finite,
     check_output,
     check_sums,
+    read_scores,
     written_dtype,
 )
 from secateur.inputs import refuse_inputs
 from secateur.loading import load
 from secateur.lock import alone, held
-from secateur.methods import method_class, method_source
+from secateur.methods import METHODS, method_class, method_source
 from secateur.planning import restrict
 from secateur.progress import say
 from secateur.reading import path_of, read_json
@@ -47,7 +48,7 @@ from secateur.stages import (
     take_up,
 )
 from secateur.surgery import checked_trace
-from secateur.types import PruningPlan
+from secateur.types import PruningPlan, Scores
 from secateur.whole import place_of
 from secateur.workspace import Workspace
 
@@ -116,6 +117,20 @@ def prune(
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise InputError(f"A {type(tokenizer).__name__} is no tokenizer. Give what secateur.load returns, or None.")
     recipe = _complete(None if recipe is None else recipe_of(recipe), ratio, method, model, tokenizer)
+    return _prune(model, tokenizer, recipe, output, resume=resume, dry_run=dry_run)
+
+
+def _prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    output: str | os.PathLike[str] | None,
+    *,
+    resume: bool,
+    dry_run: bool = False,
+    given: Scores | None = None,
+) -> Result:
+    """``prune`` by a whole recipe; by the scores ``given``, if any, instead of its method."""
     check_finite(model, written_dtype(model, recipe.export))
     if tokenizer is not None and "vocab" in recipe.budget.kinds:
         raise InputError(
@@ -139,7 +154,7 @@ def prune(
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)
     say(f"Found {count} node groups that can be cut; {before:.1f}M parameters will become {after:.1f}M.")
-    result = Result(model, tokenizer, plan, graph, recipe, None if output is None else Path(output))
+    result = Result(model, tokenizer, plan, graph, recipe, None if output is None else Path(output), given=given)
     if output is not None:
         rehearse_output(result, output)
     if dry_run:
@@ -158,6 +173,83 @@ def prune(
     if output is not None:
         work.remove()
     return result
+
+
+@alone("output")
+def prune_ratios(
+    recipe: RecipeLike,
+    ratios: Sequence[float],
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> dict[float, dict[str, Any]]:
+    """Prune the recipe's model to several ratios, with one run of the method, into folders ``output/ratio-R``.
+
+    The method runs for the largest ratio. The units for the other ratios are chosen by its scores
+    (``planning.allocate``). Everything after that is done for each ratio as in ``prune``, on the model opened anew.
+
+    Args:
+        ratios: fractions of all parameters to remove. The recipe's own ratio is not used.
+        resume: continue an interrupted run; finished folders stay as they are.
+        dry_run: check everything for every ratio, and stop.
+
+    Returns the numbers of each ratio, as in its ``metrics.json``; nothing for a dry run. Raises InputError for a method
+    whose scores do not decide alone, and every error of ``prune``, before anything slow begins.
+    """
+    recipe, folder = recipe_of(recipe), place_of(output)
+    recipes = {ratio: revise(recipe, {"budget.ratio": ratio}) for ratio in sorted(set(ratios), reverse=True)}
+    if not recipes:
+        raise InputError("There is no ratio to prune to. Name at least one.")
+    _require_ranking(recipe)
+    places = {ratio: folder / f"ratio-{ratio}" for ratio in recipes}
+    done = {ratio: finished(asked, places[ratio]) if resume else None for ratio, asked in recipes.items()}
+    left = [ratio for ratio in recipes if done[ratio] is None]
+    for ratio in left:
+        check_output(places[ratio])
+        refuse_inputs(places[ratio], recipe)
+    _rehearse_ratios([recipes[ratio] for ratio in left])
+    largest = max(recipes)
+    if dry_run and largest in left:
+        model, tokenizer = load(**recipe.model.model_dump())
+        prune(model, tokenizer, recipe=recipes[largest], output=places[largest], resume=resume, dry_run=True)
+    for ratio in () if dry_run else left:
+        say(f"Ratio {ratio:g}: {places[ratio]}")
+        given = None if ratio == largest else read_scores(places[largest])
+        model, tokenizer = load(**recipe.model.model_dump())
+        asked = _complete(recipes[ratio], None, None, model, tokenizer)
+        refuse_what_cannot_work(model)
+        with held(places[ratio]):
+            _prune(model, tokenizer, asked, places[ratio], resume=resume, given=given)
+        done[ratio] = read_json(places[ratio] / ARTEFACTS / "metrics.json")
+    return {ratio: numbers for ratio, numbers in sorted(done.items()) if numbers is not None}
+
+
+def _require_ranking(recipe: Recipe) -> None:
+    """Raise InputError unless one run of the recipe's method answers several ratios."""
+    method = method_class(recipe.method.name)(recipe.method.settings)
+    if method.ranks:
+        return
+    reason = "it chooses by more than its last scores"
+    if method.changes_weights:
+        reason = "it changes weights while it chooses"
+    elif method.compensates:
+        reason = "its new values of weights belong to one ratio"
+    able = ", ".join(name for name, known in METHODS.items() if known().ranks)
+    raise InputError(
+        f"One run of {method.name} cannot answer several ratios: {reason}. Prune to each ratio alone, or choose "
+        f"another method ({able})."
+    )
+
+
+def _rehearse_ratios(recipes: Sequence[Recipe]) -> None:
+    """``rehearse`` recipes that differ in their ratio alone."""
+    if recipes:
+        model, _ = load(**recipes[0].model.model_dump())
+        refuse_what_cannot_work(model)
+        graph = checked_trace(model, recipes[0].budget.kinds)
+        for recipe in recipes:
+            rehearse(model, graph, recipe)
 
 
 def apply_plan(

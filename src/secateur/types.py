@@ -360,6 +360,9 @@ class Scores:
     the parameters removed with a unit."""
     on_one_scale: bool = False
     """Whether scores of different groups can be compared without scaling."""
+    reach: float | None = None
+    """For scores that are an order of removal (``planning.order``): the ratio at which the order ends. None for all
+    others."""
 
     def __post_init__(self) -> None:
         for name, score in self.values.items():
@@ -384,7 +387,8 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write them as safetensors, with their scale as metadata."""
-        scale = {"of_loss": json.dumps(self.of_loss), "on_one_scale": json.dumps(self.on_one_scale)}
+        facts = {"of_loss": self.of_loss, "on_one_scale": self.on_one_scale, "reach": self.reach}
+        scale = {name: json.dumps(fact) for name, fact in facts.items()}
         save_file({name: score.contiguous() for name, score in self.values.items()}, path, metadata=scale)
 
     @classmethod
@@ -393,7 +397,8 @@ class Scores:
         with safe_open(path, framework="pt") as file:
             scale = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-        return cls(values, scale.get("of_loss") == "true", scale.get("on_one_scale") == "true")
+        reach = json.loads(scale.get("reach", "null"))
+        return cls(values, scale.get("of_loss") == "true", scale.get("on_one_scale") == "true", reach)
 
 
 class PruningPlan(BaseModel):
@@ -450,8 +455,12 @@ class PruningPlan(BaseModel):
                 )
         graph.check_kept(self.kept)
 
+    def to_text(self) -> str:
+        """The content of a plan.json."""
+        return self.model_dump_json(indent=1) + "\n"
+
     def save(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        path.write_text(self.to_text())
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:

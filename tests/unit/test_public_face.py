@@ -13,7 +13,7 @@ import secateur
 from secateur.testing.tiny import TINY
 
 NAMES = """Budget DependencyGraph PruningPlan Recipe Result SecateurError __version__
-    apply_plan load load_recipe prune save trace""".split()
+    apply_plan load load_recipe prune prune_ratios save trace""".split()
 
 
 def test_the_public_names_are_these() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -81,8 +81,11 @@ class TokenBlocks:
 
     def of_source(self, name: str) -> TokenBlocks:
         """Only the blocks of one source; empty when there are none."""
-        rows = [row for row, source in enumerate(self.sources) if source == name]
-        return TokenBlocks(self.ids[rows], (name,) * len(rows), self.marks)
+        return self.rows([row for row, source in enumerate(self.sources) if source == name])
+
+    def rows(self, rows: Sequence[int]) -> TokenBlocks:
+        """The blocks with these numbers, in this order."""
+        return TokenBlocks(self.ids[list(rows)], tuple(self.sources[row] for row in rows), self.marks)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from secateur.export.adopt import Architecture, adopt_config, check_describable, check_describes_itself
 from secateur.export.agreement import check_finite
 from secateur.export.analysis import write_analysis
-from secateur.export.artefacts import write_artefacts
+from secateur.export.artefacts import read_scores, write_artefacts
 from secateur.export.card import licence_of
 from secateur.export.convert import FORMS, Form
 from secateur.export.huggingface import (
@@ -41,6 +41,7 @@ __all__ = [
     "holds_only_our_code",
     "licence_of",
     "needs_trust",
+    "read_scores",
     "rehearse_saving",
     "save_folder",
     "standard_form",

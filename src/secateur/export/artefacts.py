@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from secateur.errors import InputError
 from secateur.export.card import model_card
 from secateur.export.huggingface import ARTEFACTS
 from secateur.export.report import html_report
@@ -30,3 +33,17 @@ def write_artefacts(folder: Path, story: Story, scores: Scores | None, events: S
     (folder / "README.md").write_text(model_card(story))
     (artefacts / "report.html").write_text(html_report(story))
     write_sums(folder, artefacts / SUMS)
+
+
+def read_scores(folder: Path) -> Scores:
+    """The scores in the folder of a finished run. Raises InputError when it has none, or they are damaged."""
+    file = folder / ARTEFACTS / "scores.safetensors"
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has no scores ({file} is missing). Give the output folder of a finished run of `secateur prune` "
+            "whose method scores units."
+        )
+    try:
+        return Scores.load(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}. Give the folder of another run.") from error

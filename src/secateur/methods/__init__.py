@@ -13,6 +13,7 @@ from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import Decision, Method, PruningTask
 from secateur.methods.ddp import DDP
 from secateur.methods.flap import FLAP
+from secateur.methods.gisp import GISP
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "llm-pruner": LLMPruner,
     "flap": FLAP,
     "obs": OBS,
+    "gisp": GISP,
     "shortgpt": one_shot("shortgpt", importance.BlockInfluence),
 }
 """Every method by name."""

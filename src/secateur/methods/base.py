@@ -129,6 +129,12 @@ class Method(ABC):
         twice; not so for a method that is ``repairable``."""
         return False
 
+    @property
+    def ranks(self) -> bool:
+        """Whether its scores alone decide (``planning.allocate``), for every smaller ratio too. Then one run of it
+        answers several ratios."""
+        return False
+
     def check(self, task: PruningTask) -> None:
         """Raise the SecateurError that ``run`` would raise: impossible kinds, groups, settings, adapters.
 

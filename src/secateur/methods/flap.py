@@ -41,6 +41,11 @@ class FLAP(Method):
         """See ``Method.compensates``."""
         return self.settings.compensate
 
+    @property
+    def ranks(self) -> bool:
+        """See ``Method.ranks``."""
+        return not self.settings.compensate
+
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         self.check(task)

@@ -30,6 +30,11 @@ class LLMPruner(Method):
     Settings: ClassVar[type[Settings]] = LLMPrunerSettings
     settings: LLMPrunerSettings
 
+    @property
+    def ranks(self) -> bool:
+        """See ``Method.ranks``."""
+        return self.settings.rounds == 1
+
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         settings = self.settings

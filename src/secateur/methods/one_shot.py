@@ -15,6 +15,11 @@ class OneShot(Method):
     settings: Criterion
     criterion: ClassVar[type[Criterion]]
 
+    @property
+    def ranks(self) -> bool:
+        """See ``Method.ranks``."""
+        return True
+
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         self.check(task)

@@ -35,6 +35,11 @@ class Wanda(Method):
     Settings: ClassVar[type[Settings]] = WandaSettings
     settings: WandaSettings
 
+    @property
+    def ranks(self) -> bool:
+        """See ``Method.ranks``."""
+        return self.settings.inputs == "dense"
+
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
         scores = task.score(self.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.planning.allocate import allocate, solve
 from secateur.planning.budget import Budget, restrict
+from secateur.planning.order import extend, removed_before
 from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
@@ -18,7 +19,9 @@ __all__ = [
     "cubic",
     "decoder_ratio",
     "describe_plan",
+    "extend",
     "make_plan",
+    "removed_before",
     "restrict",
     "solve",
     "versions",

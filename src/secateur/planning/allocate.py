@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from secateur.errors import PlanError
 from secateur.planning.budget import Budget, restrict
 from secateur.planning.equal import equal_counts
+from secateur.planning.order import removed_at
 from secateur.planning.problem import Problem
 from secateur.planning.ranked import ranked_counts
 from secateur.planning.shapes import needs_equal_widths
@@ -31,7 +32,8 @@ def allocate(
 
     Args:
         graph: of the model, plain or with adapters.
-        scores: of every group that the budget may cut (``restrict(graph, budget).prunable``).
+        scores: of every group that the budget may cut (``restrict(graph, budget).prunable``). An order of removal
+            (``planning.order``) answers as the method would that made it.
         budget: how much to remove, and from where.
         removed: units that are already removed; they count towards the ratio.
         ratio: a smaller target on the way to ``budget.ratio``, for progressive methods; None for the final one. Before
@@ -43,7 +45,24 @@ def allocate(
     Raises:
         PlanError: the ratio cannot be reached (the message has the largest one), or no legal shape is near it.
     """
-    return solve(Problem.of(restrict(graph, budget), scores, budget, removed), ratio)
+    whole, exact = _whole_cuts(scores, budget, budget.ratio if ratio is None else ratio)
+    if exact and not removed:
+        return {group.name: whole[group.name] for group in graph if group.name in whole}
+    gone = {name: {*whole.get(name, ()), *(removed or {}).get(name, ())} for name in {*whole, *(removed or {})}}
+    return solve(Problem.of(restrict(graph, budget), scores, budget, gone), ratio)
+
+
+def _whole_cuts(scores: Scores, budget: Budget, ratio: float) -> tuple[dict[str, list[int]], bool]:
+    """``order.removed_at`` for an order of removal; nothing for other scores.
+
+    Between the ends of the order, cuts have no legal widths for a budget of equal ones. It takes the order alone.
+    """
+    if scores.reach is None:
+        return {}, False
+    whole, exact = removed_at(scores, ratio)
+    if budget.equal_widths and ratio < scores.reach:
+        return {}, False
+    return whole, exact
 
 
 def solve(problem: Problem, ratio: float | None = None) -> dict[str, list[int]]:

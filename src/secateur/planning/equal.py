@@ -53,7 +53,7 @@ def equal_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]
     stacks = list(problem.stacks.values())
     target = problem.target()
     floors = problem.floors(target)
-    allowed = {name: [count for count in problem.legal[name] if count >= floors[name]] for name in problem.stacks}
+    allowed = {name: _above(problem, name, floors[name]) for name in problem.stacks}
     final, looked_at = choose_equal(problem.count, width_classes(stacks, allowed), target)
     if needs_equal_widths(problem.budget.runs_on):
         _check_near(problem, final, looked_at)
@@ -64,6 +64,12 @@ def equal_counts(problem: Problem, ratio: float | None = None) -> dict[str, int]
     }
     chosen, _ = choose_equal(problem.count, width_classes(stacks, on_the_way), problem.target(ratio))
     return dict(chosen.kept)
+
+
+def _above(problem: Problem, name: str, floor: int) -> Sequence[int]:
+    """The legal counts of a group from its floor up; those of the units left when all of them are below the floor."""
+    left = [count for count in problem.legal[name] if count <= problem.stacks[name].left]
+    return [count for count in left if count >= floor] or left[-1:]
 
 
 def _check_near(problem: Problem, chosen: Combination, looked_at: Sequence[Combination]) -> None:
@@ -93,8 +99,6 @@ def width_classes(stacks: Sequence[Stack], allowed: Kept) -> list[WidthClass]:
         most = min(stack.left for stack in members)
         common = set.intersection(*(set(allowed[stack.group.name]) for stack in members))
         counts = {count for count in common if count <= most}
-        if all(stack.left == most for stack in members):
-            counts.add(most)
         if not counts:
             raise PlanError(
                 f"No legal width is left for {members[0].group.name}: some of the {members[0].group.size} units that "

@@ -121,8 +121,10 @@ class _Settling:
         return too_much
 
     def step_over(self, stacks: Sequence[int], way: int) -> None:
-        """Move one more chunk where that ends nearer to the target."""
-        over, s = min(((self.cost(s, way) - way * self.excess, s) for s in stacks), default=(0, -1))
+        """Move one more chunk where that ends nearer to the target; the first of those that end equally near."""
+        over, _, s = min(
+            ((self.cost(s, way) - way * self.excess, place, s) for place, s in enumerate(stacks)), default=(0, 0, -1)
+        )
         if s >= 0 and over < way * self.excess:
             self.move(s, way)
 

@@ -70,7 +70,9 @@ def comparable(scores: torch.Tensor, parameters: int, normalise: Normalise) -> t
 
 
 def scale_of(scores: Scores, normalise: Normalise) -> Normalise:
-    """``normalise``, with ``auto`` replaced by its meaning for these scores."""
+    """``normalise``, with ``auto`` replaced by its meaning for these scores; ``none`` for an order of removal."""
+    if scores.reach is not None:
+        return "none"
     if normalise != "auto":
         return normalise
     return "none" if scores.on_one_scale else "parameters" if scores.of_loss else "mean"

@@ -18,7 +18,7 @@ from secateur.stages.making import (
 from secateur.stages.order import STAGES, Stage, make, take_up
 from secateur.stages.refusals import refuse_what_cannot_work
 from secateur.stages.rehearsal import contents, rehearse, rehearse_output
-from secateur.stages.result import Baseline, Measured, Metrics, Result
+from secateur.stages.result import Baseline, Measured, Metrics, Result, plan_for
 from secateur.stages.sizing import is_sized, sized
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "make",
     "measure",
     "measure_dense",
+    "plan_for",
     "reconstruct_weights",
     "recover_weights",
     "refuse_what_cannot_work",

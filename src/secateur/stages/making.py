@@ -38,7 +38,7 @@ from secateur.export import (
 )
 from secateur.lock import alone
 from secateur.methods import Decision, Method, PruningTask, method_class
-from secateur.planning import describe_plan
+from secateur.planning import allocate, describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.reading import brief, is_json
@@ -107,10 +107,14 @@ class _Kept(Settings):
 
 
 def decide(result: Result, texts: Texts, work: Workspace) -> None:
-    """Let the method choose the units to remove. Keeps the plan, changed weights, and new values of parameters."""
+    """Let the method, or the scores given, choose the units to remove. Keeps the plan, changed weights, and new values
+    of parameters."""
     recipe = result.recipe
     method = method_class(recipe.method.name)(recipe.method.settings)
-    decision = _run(method, _task(result, texts, work))
+    if result.given is None:
+        decision = _run(method, _task(result, texts, work))
+    else:
+        decision = Decision(allocate(result.graph, result.given, recipe.budget), result.given)
     result.plan = plan_for(result.graph, recipe, decision.removed)
     result.scores, result.updates = decision.scores, decision.updates
     result.measured.method = decision.metrics

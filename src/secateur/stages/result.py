@@ -99,6 +99,8 @@ class Result:
     dense: Architecture | None = None
     """Class and config from before the cut; the model itself now has those of the small model."""
     scores: Scores | None = None
+    given: Scores | None = None
+    """Scores of a run of the same method to a larger ratio. The units are chosen by them, and the method is not run."""
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
     """New values of parameters from the method (``Decision.updates``), repair and reconstruction; ``cut`` writes and
     releases them. Until then the model is the dense one."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from secateur.data import TokenBlocks
 from secateur.graph import trace
 from secateur.methods.base import Decision, Method, PruningTask
-from secateur.planning import Budget, Problem, make_plan
+from secateur.planning import Budget, Problem, allocate, make_plan
 from secateur.surgery import apply_updates, check_updates, masked, slice_model, updated
 from secateur.testing.graphs import allowed_miss
 from secateur.testing.tiny import VOCAB, build
@@ -113,6 +113,15 @@ class MethodContract:
         scores = self.decide(task).scores
         if scores is not None:
             assert {group.name for group in task.graph.prunable} <= set(scores)
+
+    @pytest.mark.parametrize("ranking", ["global", "layer"])
+    def test_scores_that_decide_alone_give_the_answer(self, ranking: str) -> None:
+        if not self.method(self.settings).ranks:
+            pytest.skip(f"{self.method.name} chooses by more than its scores")
+        task = self.task(ranking=ranking)
+        decision = self.decide(task)
+        assert decision.scores is not None
+        assert allocate(task.graph, decision.scores, task.budget) == decision.removed
 
     def test_shapes_stay_and_weights_change_only_if_the_method_says_so(self) -> None:
         task = self.task()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -47,6 +47,14 @@ class Calibration:
     def ids(self) -> torch.Tensor:
         """int64, ``[windows, window]``, on the CPU."""
         return self.blocks.ids
+
+    def turn(self, number: int, windows: int | None) -> Calibration:
+        """The windows of turn ``number`` (from 0 on) when each turn reads the next ``windows``, and the first follows
+        the last. All windows for None, or when there are no more than that."""
+        if windows is None or windows >= len(self):
+            return self
+        rows = [(number * windows + index) % len(self) for index in range(windows)]
+        return replace(self, blocks=self.blocks.rows(rows))
 
     @property
     def passes(self) -> int:
