@@ -8,6 +8,7 @@ the fit. (Reconstruction after pruning: SlimGPT, FLAP and others; docs/recovery.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from secateur.surgery.rows import removed_rows
 from secateur.surgery.updates import Updates
 from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
-from secateur.walk import Calibration, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
+from secateur.walk import Calibration, EnoughError, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
 
 _KEY = "recovery.repair"
 _FALL_BACK = 0.3
@@ -67,8 +68,8 @@ def compensate(
     """New values for the weights that consume the kept units of the cut groups. The model is restored.
 
     The columns of removed units keep their values. Stacked experts are not refitted. The result never makes the loss on
-    the check windows larger: all changes are made, half of each, or none. Costs six forward passes over the text for
-    layers with two consumers, and three with the target ``own``, which does not run the dense model. Memory: hidden
+    the check windows larger: all changes are made, half of each, or none. Costs about four forward passes over the text for
+    layers with two consumers, and two with the target ``own``, which does not run the dense model. Memory: hidden
     states of both models, and the Gram matrices of one consumer.
 
     Args:
@@ -228,14 +229,16 @@ class _Walk:
         weight, values = _matrix(rows).clone(), self._values(self.pruned.layer, new)
         fit, check = (Gram.empty(weight.shape[0], weight.shape[1], weight.device) for _ in range(2))
         watch = [*(one for one, _ in before), rows] if self.target == "stream" else [rows]
-        first = 0
+        first, calls = 0, None  # after the first batch, a pass ends at the consumer's last use
         for number, ids in enumerate(self.dense.calibration.batches()):
-            seen, now = ({one.name: Inputs() for one in watch} for _ in range(2))
+            seen, now = ({one.name: Inputs(calls if one is rows else None) for one in watch} for _ in range(2))
             if self.target != "own":
-                with watched(self.model, seen):
+                with watched(self.model, seen), suppress(EnoughError):
                     self.dense.batch(number)
             with updated(self.model, values), masked(self.model, self.graph, done), watched(self.model, now):
-                self.pruned.batch(number)
+                with suppress(EnoughError):
+                    self.pruned.batch(number)
+                calls = now[rows.name].calls
                 source = now if self.target == "own" else seen
                 wanted = source[rows.name].values.float() @ weight.float().T
                 if self.target == "stream":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from secateur.walk.borrow import borrowed, input_device, recomputed
 from secateur.walk.calibration import Calibration, CalibrationSettings, calibration_for, mean_loss_backward
-from secateur.walk.inputs import Inputs, Moments, Statistic, watched
+from secateur.walk.inputs import EnoughError, Inputs, Moments, Statistic, watched
 from secateur.walk.layers import Walker
 from secateur.walk.stack import LayerStack
 
 __all__ = [
     "Calibration",
     "CalibrationSettings",
+    "EnoughError",
     "Inputs",
     "LayerStack",
     "Moments",

@@ -71,18 +71,31 @@ class Moments:
 _TURNS = itertools.count()
 
 
+class EnoughError(Exception):
+    """Ends a pass whose rest is not needed; suppress it around the pass."""
+
+
 class Inputs:
     """The inputs themselves, of a weight with one matrix."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: int | None = None) -> None:
+        """``calls``: with so many uses of the weight, the pass is ended by ``EnoughError``; None: never."""
         self.turn = -1
         """Order of first use: smaller than that of a weight that was first used later; -1 before the first use."""
+        self._enough = calls
         self._calls: list[torch.Tensor] = []
+
+    @property
+    def calls(self) -> int:
+        """How often the weight was used."""
+        return len(self._calls)
 
     def add(self, x: torch.Tensor, matrix: int = 0) -> None:
         """See ``Statistic``."""
         self.turn = next(_TURNS) if self.turn < 0 else self.turn
         self._calls.append(x.detach().flatten(0, -2))
+        if self.calls == self._enough:
+            raise EnoughError
 
     @property
     def values(self) -> torch.Tensor:
