@@ -32,13 +32,14 @@ from secateur.methods import METHODS, Method, method_class
 from secateur.planning import Budget
 from secateur.reading import DEEPEST, brief, check_characters, path_of, read_text, shortened
 from secateur.recovery import RecoverySettings
+from secateur.surgery import MASKABLE
 from secateur.training import LoraSettings, TrainingSettings
 from secateur.types import Settings
 from secateur.walk import CalibrationSettings
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
-DEFAULT_METHOD = "lorashear"
+DEFAULT_METHOD = "fisher"
 
 
 class MethodChoice(Settings):
@@ -128,6 +129,18 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _repair_of_the_method(self) -> Recipe:
+        """Decide whether to repair, unless the recipe does. ``revise`` finds it unset again."""
+        if self.recovery.repair is None:
+            method = method_class(self.method.name)(self.method.settings)
+            alone = method.needs != "training" and not method.changes_weights and not method.compensates
+            repair = alone and set(self.budget.kinds) <= set(MASKABLE)
+            recovery = self.recovery.model_copy(update={"repair": repair})
+            recovery.model_fields_set.discard("repair")
+            self.__dict__["recovery"] = recovery
+        return self
+
     @property
     def baseline(self) -> str | None:
         """The one-shot method to compare with; None when the run is one-shot itself."""
@@ -135,15 +148,16 @@ class Recipe(Settings):
 
     @property
     def texts(self) -> dict[Purpose, TextSettings]:
-        """The text settings of a run, by purpose."""
+        """The text settings of a run, by purpose. Those of repair need the model's widths too, unless the recipe has
+        ``recovery.repair_tokens`` (``stages.texts_of``)."""
         method = method_class(self.method.name)
         used: dict[Purpose, TextSettings] = {"evaluation": self.evaluation}
         baseline = method_class(self.baseline) if self.baseline else method
         if (method.needs, baseline.needs) != ("nothing", "nothing"):
             used["calibration"] = self.calibration
         recovery = self.recovery
-        compensations: dict[Purpose, tuple[bool, int]] = {
-            "repair": (recovery.repair, recovery.repair_tokens),
+        compensations: dict[Purpose, tuple[bool | None, int]] = {
+            "repair": (recovery.repair, recovery.repair_tokens or 0),
             "reconstruct": (recovery.reconstruct, recovery.reconstruct_tokens),
         }
         for purpose, (on, tokens) in compensations.items():

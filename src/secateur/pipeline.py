@@ -46,6 +46,8 @@ from secateur.stages import (
     save,
     sized,
     take_up,
+    texts_of,
+    with_possible_repair,
 )
 from secateur.surgery import checked_trace
 from secateur.types import PruningPlan, Scores
@@ -103,7 +105,7 @@ def prune(
         tokenizer: of that model. Without one there is no text: the method must need none, nothing is evaluated, and
             there is no recovery unless the recipe asks for it.
         ratio: fraction of all parameters to remove, between 0 and 1; default 0.2.
-        method: a name from ``secateur methods``; default ``lorashear``.
+        method: a name from ``secateur methods``; default ``fisher``.
         recipe: every other setting: a ``Recipe``, the path of its file, or a mapping of its keys. ``ratio`` and
             ``method`` override it.
         output: folder to save to. Until the run is finished, its stages are kept beside it.
@@ -148,8 +150,8 @@ def _prune(
         folder = Workspace.place(output, key, resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
     limited = recipe.effort.given
-    recipe = _sized(recipe, model, folder)
-    texts = read_texts(model, tokenizer, recipe.texts, recipe.seed)
+    recipe = _sized(with_possible_repair(recipe, model, graph), model, folder)
+    texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)
@@ -352,6 +354,8 @@ def _complete(
     flags: dict[str, Any] = {"budget.ratio": ratio, "method": method, "model.name": model.config._name_or_path or ""}
     if recipe is None and tokenizer is None:
         flags["recovery.steps"] = 0
+    if tokenizer is None and (recipe is None or "repair" not in recipe.recovery.model_fields_set):
+        flags["recovery.repair"] = False
     recipe = revise(recipe or Recipe(), {key: value for key, value in flags.items() if value is not None})
     if tokenizer is None:
         needs = method_class(recipe.method.name).needs

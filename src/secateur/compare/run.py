@@ -121,8 +121,8 @@ def compare(
     for text in {purpose: text for planned in recipes for purpose, text in planned.texts.items()}.values():
         check_sources(text)
     check_tasks(tasks)
-    result, graphs = _rehearse(recipe, recipes)
-    texts = _read_texts(result.model, result.tokenizer, recipes)
+    result, graphs, recipes = _rehearse(recipe, recipes)
+    texts = _read_texts(result.model, result.tokenizer, recipes, graphs)
     rows_folder = open_folder(output, identity)
     dense = _measure_dense(result, texts, tasks, rows_folder)
     comparison = _leaderboard(recipe, result.recipe, dense)
@@ -242,11 +242,13 @@ def pruning_steps(recipe: Recipe) -> int:
 
 def _rehearse(
     recipe: Recipe, recipes: Sequence[Recipe]
-) -> tuple[stages.Result, dict[tuple[Kind, ...], DependencyGraph]]:
-    """The dense model with the first recipe whose budget can be met, and its graphs. Raises when none can be met."""
+) -> tuple[stages.Result, dict[tuple[Kind, ...], DependencyGraph], list[Recipe]]:
+    """The dense model with the first recipe whose budget can be met, its graphs, and the recipes as this model allows
+    them. Raises when none can be met."""
     model, tokenizer = load(**recipe.model.model_dump())
     check_finite(model)
     graphs = {kinds: checked_trace(model, kinds) for kinds in dict.fromkeys(row.budget.kinds for row in recipes)}
+    recipes = [stages.with_possible_repair(row, model, graphs[row.budget.kinds]) for row in recipes]
     failures: list[Exception] = []
     found: stages.Result | None = None
     for row in recipes:
@@ -261,7 +263,7 @@ def _rehearse(
         raise failures[0]
     groups = len({group.name for graph in graphs.values() for group in graph.prunable})
     say(f"Found {groups} node groups that can be pruned; {len(recipes)} rows to compute.")
-    return found, graphs
+    return found, graphs, recipes
 
 
 def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path) -> Dense:
@@ -320,13 +322,18 @@ def _identity_of(model: PreTrainedModel) -> str:
     return f"{digest(model)} {hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]}"
 
 
-def _read_texts(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipes: Sequence[Recipe]) -> Texts:
+def _read_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipes: Sequence[Recipe],
+    graphs: Mapping[Any, DependencyGraph],
+) -> Texts:
     """The text of all rows, read once. Evaluation files that are not used for anything else are read whole."""
     if tokenizer is None:
         raise InputError("The model has no tokenizer, therefore nothing can be measured. Add its files to the folder.")
     wanted: dict[Any, Any] = {}
     for recipe in recipes:
-        wanted |= recipe.texts
+        wanted |= stages.texts_of(recipe, graphs[recipe.budget.kinds])
     evaluation = wanted.pop("evaluation")
     elsewhere = {name for text in wanted.values() for name in text.text}
     trained_on = [name for name in evaluation.text if any(same_file(name, other) for other in elsewhere)]

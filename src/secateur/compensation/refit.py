@@ -68,9 +68,9 @@ def compensate(
     """New values for the weights that consume the kept units of the cut groups. The model is restored.
 
     The columns of removed units keep their values. Stacked experts are not refitted. The result never makes the loss on
-    the check windows larger: all changes are made, half of each, or none. Costs about four forward passes over the text for
-    layers with two consumers, and two with the target ``own``, which does not run the dense model. Memory: hidden
-    states of both models, and the Gram matrices of one consumer.
+    the check windows larger: all changes are made, half of each, or none. Costs about four forward passes over the
+    text for layers with two consumers, and two with the target ``own``, which does not run the dense model. Memory:
+    hidden states of both models, and the Gram matrices of one consumer.
 
     Args:
         model: the dense model.

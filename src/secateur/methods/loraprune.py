@@ -22,7 +22,7 @@ from secateur.types import Settings
 class LoRAPruneSettings(LoRA):
     """Criterion and schedule. Steps are optimiser steps. The text is that of the recipe's ``recovery`` section."""
 
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=80, ge=1)
     """T: steps of LoRA training in which the masks grow."""
     every: int = Field(default=1, ge=1)
     """Steps between two decisions (10 in the paper's code, which trains for thousands of steps). With fewer steps in

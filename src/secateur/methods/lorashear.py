@@ -55,7 +55,7 @@ class LoRAShear(Method):
     ::
 
         budget: {ratio: 0.2}
-        method: {name: lorashear, periods: 1, period_steps: 40, saliency: {fisher: 1.0}}
+        method: {name: lorashear, periods: 1, period_steps: 80, saliency: {fisher: 1.0}}
         recovery: {steps: 70}
     """
 

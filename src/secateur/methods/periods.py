@@ -37,7 +37,7 @@ class PeriodSettings(Settings):
 
     periods: int = Field(default=1, ge=1)
     """P: number of periods in which the units are removed."""
-    period_steps: int = Field(default=40, ge=1)
+    period_steps: int = Field(default=80, ge=1)
     """T_p: steps in which the redundant units of one period shrink to zero."""
     warmup_steps: int = Field(default=0, ge=0)
     """T_w: steps of plain LoRA training before the first period."""

@@ -24,7 +24,7 @@ class RecoverySettings(TextSettings):
     tokens: int = Field(default=524_288, ge=2)
     """Tokens to draw from, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
 
-    steps: int = Field(default=70, ge=0)
+    steps: int = Field(default=220, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
     finetuning: Literal["lora", "full"] = "lora"
@@ -37,11 +37,13 @@ class RecoverySettings(TextSettings):
     """Parts of the steps with fresh adapters, optimiser and learning-rate schedule each, merged at the end of each part
     (Chain of LoRA, arXiv 2401.04151). For ``lora``, without rounds and instructions."""
 
-    repair: bool = False
+    repair: bool | None = None
     """Refit the weights that consume the kept units in closed form, before any training, and also without training. It
-    changes nothing after lorashear, because the removed units are already zero there."""
-    repair_tokens: int = Field(default=65_536, ge=10)
-    """Calibration tokens for repair. 20 for each input of a consumer are enough; fewer fit the noise."""
+    changes nothing after lorashear, because the removed units are already zero there. `null`: on for methods that
+    neither train nor compensate, where the model and the kinds to cut allow it."""
+    repair_tokens: int | None = Field(default=None, ge=10)
+    """Calibration tokens for repair. `null`: 20 for each input of the widest matrix that is refitted; fewer fit the
+    noise."""
     repair_target: Target = "own"
     """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
     which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""

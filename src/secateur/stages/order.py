@@ -80,7 +80,7 @@ STAGES: tuple[Stage, ...] = (
         "repair",
         "Refitting the weights that consume the kept units",
         lambda result, texts, work: making.repair_weights(result, texts),
-        wanted=lambda result, texts: result.recipe.recovery.repair,
+        wanted=lambda result, texts: bool(result.recipe.recovery.repair),
         restore=None,
         numbers=("repair",),
     ),

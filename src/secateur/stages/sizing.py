@@ -5,19 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from secateur.compensation import EVERY
+from secateur.compensation import EVERY, check_refittable
 from secateur.config import Recipe, revise
+from secateur.data import Purpose, TextSettings
 from secateur.effort import Part, divide, seconds_of
-from secateur.errors import InputError
+from secateur.errors import InputError, ModelError
 from secateur.methods import method_class
+from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import say
 from secateur.token_loss import TokenLoss
 from secateur.training import attach_lora
+from secateur.types import DependencyGraph
 from secateur.walk import borrowed
 
 _KEYS: Mapping[Part, str] = {
@@ -27,9 +31,10 @@ _KEYS: Mapping[Part, str] = {
     "recovery": "recovery.steps",
 }
 """Part → the key of its amount."""
-_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 3.0, "reconstruction": 6.0}
-"""Cost of a token in forward passes: a gradient costs three, and so do the three passes of repair. Reconstruction reads
-three times, and trains."""
+_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 2.0, "reconstruction": 6.0}
+"""Cost of a token in forward passes: a gradient costs three, and repair two. Reconstruction reads three times, and
+trains."""
+_TOKENS_PER_INPUT = 20
 _FEWEST_STEPS = 10
 _FEWEST_WINDOWS = 16
 _REST = 60.0
@@ -85,12 +90,39 @@ def sized(recipe: Recipe, model: PreTrainedModel, speed: Callable[..., Pace] | N
     return revise(recipe, {**flags, "effort.within": None, "effort.tokens": None})
 
 
+def texts_of(recipe: Recipe, graph: DependencyGraph) -> dict[Purpose, TextSettings]:
+    """``recipe.texts``, with tokens for repair by the widths of the model unless the recipe names them."""
+    texts = dict(recipe.texts)
+    if "repair" in texts and recipe.recovery.repair_tokens is None:
+        ways = [member for group in restrict(graph, recipe.budget).prunable for member in group.members]
+        widths = [graph.shapes[member.parameter][member.axis] for member in ways if member.role == "in"]
+        tokens = max([_TOKENS_PER_INPUT * width for width in widths] + [texts["repair"].tokens])
+        texts["repair"] = texts["repair"].model_copy(update={"tokens": tokens})
+    return texts
+
+
+def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: DependencyGraph) -> Recipe:
+    """The recipe without repair where it is only a default, and this model does not allow it. Says so."""
+    if not recipe.recovery.repair or "repair" in recipe.recovery.model_fields_set:
+        return recipe
+    try:
+        check_refittable(model, graph, [group.name for group in restrict(graph, recipe.budget).prunable])
+    except ModelError as error:
+        say(f"Without repair: {error}")
+        return revise(recipe, {"recovery.repair": False})
+    return recipe
+
+
 def is_sized(given: Recipe, written: Recipe) -> bool:
-    """Whether ``written`` is ``given`` with its effort turned into some amounts."""
-    if not given.effort.given:
-        return given == written
-    flags = {key: _at(written, key) for key in [*_KEYS.values(), "recovery.tokens"]}
-    return revise(given, {**flags, "effort.within": None, "effort.tokens": None}) == written
+    """Whether ``written`` is ``given`` with its effort turned into some amounts, and with or without repair where that
+    is left to the model."""
+    flags: dict[str, Any] = {}
+    if "repair" not in given.recovery.model_fields_set:
+        flags["recovery.repair"] = written.recovery.repair
+    if given.effort.given:
+        flags |= {key: _at(written, key) for key in [*_KEYS.values(), "recovery.tokens"]}
+        flags |= {"effort.within": None, "effort.tokens": None}
+    return revise(given, flags) == written
 
 
 def measure_speed(recipe: Recipe, model: PreTrainedModel) -> Pace:
@@ -144,13 +176,13 @@ def _parts(recipe: Recipe) -> list[Part]:
 
 def _is_set(recipe: Recipe, key: str) -> bool:
     section, _, name = key.partition(".")
-    return name in getattr(recipe, section).model_fields_set
+    return name in getattr(recipe, section).model_fields_set and _at(recipe, key) is not None
 
 
-def _at(recipe: Recipe, key: str) -> int:
+def _at(recipe: Recipe, key: str) -> int | None:
     """The value of a dotted key."""
     section, _, name = key.partition(".")
-    value: int = getattr(getattr(recipe, section), name)
+    value: int | None = getattr(getattr(recipe, section), name)
     return value
 
 
@@ -160,7 +192,7 @@ def _step_tokens(recipe: Recipe) -> int:
 
 def _amount(part: Part, recipe: Recipe) -> int:
     """Tokens that the recipe gives to a part now."""
-    value = _at(recipe, _KEYS[part])
+    value = _at(recipe, _KEYS[part]) or 0
     return value * _step_tokens(recipe) if part == "recovery" else value
 
 

@@ -2,13 +2,14 @@
 
 from secateur.surgery.input_gates import InputGates, folded
 from secateur.surgery.input_masks import InputMasks
-from secateur.surgery.mask import masked, unproduced, zero_units
+from secateur.surgery.mask import MASKABLE, masked, unproduced, zero_units
 from secateur.surgery.norms import norms_over, scales_with_zeros, set_epsilon
 from secateur.surgery.slice import sharing_copy, slice_model
 from secateur.surgery.updates import apply_updates, check_updates, updated
 from secateur.surgery.verify import Check, checked_trace, protect_failing, verify_cuts
 
 __all__ = [
+    "MASKABLE",
     "Check",
     "InputGates",
     "InputMasks",

@@ -46,7 +46,7 @@ class TrainingSettings(Settings):
 
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate of A and B. Recovery can have its own, recovery.learning_rate."""
-    batch_size: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=1, ge=1)
     """Windows per optimiser step."""
     micro_batch_size: int = Field(default=2, ge=1)
     """Windows per forward pass: a divisor of the batch size, or more than it. The rest of a batch is accumulated."""
