@@ -26,7 +26,7 @@ install: .venv/installed  ## create .venv and install secateur, the built-in mod
 	@touch $@
 
 # --resume: a second call continues an interrupted run, and shows the table again when the run had finished.
-quickstart: install  ## the main job: 20 % off SmolLM2-135M with lorashear, recovered, measured, saved in out/
+quickstart: install  ## the main job: 20 % off SmolLM2-135M, recovered, measured, saved in out/
 	$(BIN)/secateur prune -o $(OUT) --resume
 
 test: install  ## the default test suite: tiny models, offline

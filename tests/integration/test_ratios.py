@@ -29,7 +29,7 @@ SMALL = """
 budget: {ratio: 0.7}
 calibration: {text: letters.txt, window: 16, tokens: 96}
 method: {name: gisp, cuts: 4, windows: 2}
-recovery: {text: letters.txt, window: 16, tokens: 256, steps: 2}
+recovery: {text: letters.txt, window: 16, tokens: 256, steps: 2, repair: false}
 evaluation: {text: letters.txt, window: 16, tokens: 96, speed: false, baseline: null}
 training: {precision: fp32}
 """
