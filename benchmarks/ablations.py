@@ -50,7 +50,7 @@ def variants(default: Recipe, analysis: Path | None) -> dict[str, Overrides]:
     half = max(1, (steps - warmup) // 2)
     whole = steps + default.recovery.steps
     rank = default.lora.rank
-    one_shot = {"method": criterion, "recovery.steps": whole}
+    one_shot = {"method": criterion, "recovery.steps": whole, "recovery.repair": False}
     every: dict[str, Overrides] = {
         DEFAULT: {},
         "one shot, all steps in recovery": one_shot,
@@ -120,7 +120,8 @@ def one_run(recipe: Recipe, text: Path | None) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     finished = {row["key"] for row in read(arguments.json)}
     quiet = {"evaluation.speed": False, "evaluation.baseline": None}
-    default = revise(load_recipe(None, arguments.overrides, {"model.name": arguments.model}), quiet)
+    flags = {"model.name": arguments.model, "method": "lorashear"}
+    default = revise(load_recipe(None, arguments.overrides, flags), quiet)
     known = variants(default, arguments.analysis)
     chosen = [name.strip() for name in arguments.variants.split(";")] if arguments.variants else list(known)
     unknown = sorted(set(chosen) - set(known))

@@ -17,7 +17,9 @@ from secateur.graph import trace
 from secateur.importance import CRITERIA
 from secateur.importance.knowledge import cuts
 from secateur.recovery import source_losses
+from secateur.stages import texts_of
 from secateur.testing.tiny import VOCAB, build
+from secateur.testing.tokenizer import tiny_tokenizer
 
 
 def steps(recipe: Recipe) -> int:
@@ -28,7 +30,7 @@ def steps(recipe: Recipe) -> int:
 
 def test_every_variant_is_another_recipe_with_the_same_number_of_steps(tmp_path: Path) -> None:
     ablations = script("ablations")
-    default = load_recipe()
+    default = load_recipe(None, ["method=lorashear"])
     found = ablations.variants(default, tmp_path / "analysis.json")
     recipes = {name: revise(default, more) for name, more in found.items()}
     assert len({dump(recipe) for recipe in recipes.values()}) == len(recipes) > 10
@@ -47,7 +49,7 @@ def test_every_variant_is_another_recipe_with_the_same_number_of_steps(tmp_path:
     ],
 )
 def test_defaults_of_ones_own_have_variants_too(override: str, one_shot: bool) -> None:
-    default = load_recipe(None, [override])
+    default = load_recipe(None, ["method=lorashear", override])
     found = script("ablations").variants(default, None)
     assert {steps(revise(default, more)) for more in found.values()} == {steps(default)}
     assert ("one shot with repair" in found) == one_shot
@@ -147,3 +149,80 @@ def test_the_cost_of_an_analysis_is_counted_by_the_layers_that_run(family: str) 
     assert naive["passes"] == len({cut.made for cut in chosen}) + 1
     assert 1 < cached["passes"] < naive["passes"]
     assert [dict(module.__dict__) for module in model.modules()] == forwards
+
+
+def test_experiments_are_different_runs_and_methods_get_the_same_tokens_in_all() -> None:
+    quality, default, model = script("quality"), load_recipe(), build("llama-gqa")
+    asked = {"only": [], "ratios": [0.5], "seeds": [0], "tasks": [], "up_to": 10**9}
+    runs = quality.runs_of(quality.experiments(default), default, argparse.Namespace(**asked))
+    assert len({(run.row.experiment, run.key) for run in runs}) == len(runs)
+    assert len({run.key for run in runs}) == len(runs) - 1  # no repair and no reconstruction is a row of both
+    names = {(run.row.experiment, run.row.name) for run in runs}
+    assert {(run.row.experiment, run.row.against) for run in runs} < names
+    for total in quality.TOTALS:
+        found = {}
+        for run in runs:
+            if run.recipe.effort.tokens == total:
+                recipe, graph = quality.settled(run.recipe, model)
+                read = {name: text.tokens for name, text in texts_of(recipe, graph).items()}
+                found[run.row.name] = quality.amounts(recipe, read)
+        assert len(found) == len(quality.METHODS)
+        assert all(0 <= total - sum(tokens.values()) < quality.step_tokens(default) for tokens in found.values())
+    small = quality.runs_of(
+        quality.experiments(default), default, argparse.Namespace(**asked | {"only": ["curve"], "up_to": 200_000})
+    )
+    assert [run.recipe.recovery.steps for run in small] == [87] * 4 + [390] * 4
+
+
+def test_quality_repeats_no_finished_run_and_shows_the_spread_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality = script("quality")
+    build("llama-gqa").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = "A hedge is cut twice a year, in early summer and in autumn; each cut leaves a few leaves. " * 3
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"{i} {words}"}) + "\n" for i in range(60)))
+    (tmp_path / "held-out.txt").write_text("In autumn the hedge is cut for the last time before the frost. " * 8)
+    more = {"recovery.repair": True, "recovery.finetuning": "full", "recovery.learning_rate": 0.01}
+    rows = [
+        quality.Row("pair", name, "off", {"recovery.repair": False, "recovery.steps": 2, **flags}, (0.2,))
+        for name, flags in {"off": {}, "on": more}.items()
+    ]
+    monkeypatch.setattr(quality, "experiments", lambda default: rows)
+    file, made, original = tmp_path / "rows.jsonl", [], quality.one_run
+    monkeypatch.setattr(quality, "one_run", lambda run, tasks: made.append(run) or original(run, tasks))
+
+    def call(*more: str) -> str:
+        given = ["--out", str(file), "--model", str(tmp_path / "model"), "--text", str(tmp_path / "held-out.txt")]
+        for section in ("calibration", "recovery"):
+            given += ["--set", f"{section}.text={tmp_path / 'train.jsonl'}", "--set", f"{section}.tokens=240"]
+            given += ["--set", f"{section}.window=12"]
+        assert quality.main([*given, "--set", "evaluation.window=12", *more]) == 0
+        return capsys.readouterr().out
+
+    assert "recovery 24" in call("--seeds", "0", "--dry-run")
+    assert (len(made), file.exists()) == (0, False)
+    assert "(one seed)" in call("--seeds", "0")
+    assert len(made) == 2
+    found = call("--seeds", "0,1")
+    assert [(run.row.name, run.recipe.seed) for run in made[2:]] == [("off", 1), ("on", 1)]
+    again = call("--seeds", "0,1")
+    assert (len(made), again.count("there already")) == (4, 4)
+    assert again.split("###")[1] == found.split("###")[1]
+
+    lines = quality.finished(file).values()
+    last = {(line["row"], line["seed"]): quality.number(line, "recovered") for line in lines}
+    changes = [100 * (last["on", seed] / last["off", seed] - 1) for seed in (0, 1)]
+    mean, apart = sum(changes) / 2, abs(changes[0] - changes[1])
+    assert abs(mean) > apart > 0.05
+    assert f"| off | {mean:+.1f} ± {apart / 2**0.5:.1f} ({apart:.1f}) % |" in found
+    for line in lines:
+        assert line["perplexity"].keys() == {"dense", "pruned", "recovered"}
+        assert line["tokens"] == {"calibration": 240, "recovery": 24} | (
+            {"repair": line["tokens"]["repair"]} if line["row"] == "on" else {}
+        )
+        assert line["seconds"].keys() >= {"decide", "recovery"}
+        assert line["machine"]["torch"] == torch.__version__
+    file.write_text(file.read_text()[:-5])  # killed while it wrote the last line
+    assert call("--seeds", "0,1").count("there already") == 3
+    assert made[-1].key == made[-2].key
