@@ -25,6 +25,7 @@ from secateur.compare import Leaderboard, Row, compare, contents, folder, run, s
 from secateur.compare.report import write_report
 from secateur.config import revise
 from secateur.errors import InputError, ModelError, SecateurError
+from secateur.graph import trace
 from secateur.methods import METHODS
 from secateur.methods.loraprune import LoRAPrune
 from secateur.planning import make_plan
@@ -321,10 +322,10 @@ def test_nothing_is_evaluated_that_is_trained_on_by_another_name(
     recipe = revise(recipe, {**many, "evaluation.text": names})
     loaded, tokenizer = secateur.load(str(model))
     planned = run.schedule_of(recipe, ["wanda"], [0.2], {})
-    graphs = {row.budget.kinds: trace(loaded, row.budget.kinds) for row in planned}
+    graphs = {row.budget.kinds: trace(loaded) for row in planned}
     texts = run._read_texts(loaded, tokenizer, planned, graphs)
     alone = revise(recipe, {"evaluation.text": ["held-out.txt"]})
-    whole = run._read_texts(loaded, tokenizer, run.schedule_of(alone, ["wanda"], [0.2], {}))
+    whole = run._read_texts(loaded, tokenizer, run.schedule_of(alone, ["wanda"], [0.2], {}), graphs)
     assert texts.evaluation is not None
     assert whole.evaluation is not None
     assert texts.evaluation.sources.count("held-out.txt") == len(whole.evaluation)  # from its beginning

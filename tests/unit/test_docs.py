@@ -59,12 +59,17 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_in_the_pages_exist(page: Path) -> None:
-    for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", page.read_text()):
-        method, _, rest = override.partition(".")  # compare gives single methods their own settings
-        if method in METHODS:
-            load_recipe(None, [f"method.{rest}"], {"method": method})
-        elif not override.startswith("section.key"):
-            load_recipe(None, [override])
+    """The settings of a line are read together; ``method.`` is the page's own method."""
+    own = {"method": page.stem} if page.stem in METHODS else {}
+    for line in page.read_text().splitlines():
+        alone: list[str] = []
+        for override in re.findall(r"--set ([a-z_]+\.[a-z_]+=(?:\[[^]]*\]|\{[^}]*\}|[^\s`)]+))", line):
+            method, _, rest = override.partition(".")  # compare gives single methods their own settings
+            if method in METHODS:
+                load_recipe(None, [f"method.{rest}"], {"method": method})
+            elif not override.startswith("section.key"):
+                alone.append(override)
+        load_recipe(None, alone, own)
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
