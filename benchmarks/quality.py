@@ -57,7 +57,12 @@ OWN_SHARE = 0.3
 """Their part of all tokens."""
 TEXT_TOKENS = 40_960
 RATIOS = (0.2, 0.5)
-WIDTHS = {"uniform": ("fisher", "layer"), "ranked": ("fisher", "global"), "gisp": ("gisp", "global")}
+WIDTHS = {
+    "uniform": ("fisher", "layer"),
+    "ranked": ("fisher", "global"),
+    "gisp": ("gisp", "global"),
+    "searched": ("evopress", "global"),
+}
 """Row → method, ``budget.ranking``."""
 Flags = Mapping[str, Any]
 

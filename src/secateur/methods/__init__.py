@@ -11,7 +11,9 @@ from typing import Any
 from secateur import importance
 from secateur.importance import Criterion, criterion_class
 from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.bypass import Bypass
 from secateur.methods.ddp import DDP
+from secateur.methods.evopress import EvoPress
 from secateur.methods.flap import FLAP
 from secateur.methods.gisp import GISP
 from secateur.methods.llm_pruner import LLMPruner
@@ -38,6 +40,8 @@ METHODS: dict[str, type[Method]] = {
     "flap": FLAP,
     "obs": OBS,
     "gisp": GISP,
+    "evopress": EvoPress,
+    "bypass": Bypass,
     "shortgpt": one_shot("shortgpt", importance.BlockInfluence),
 }
 """Every method by name."""

@@ -8,11 +8,14 @@ from secateur.planning.order import extend, removed_before
 from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
+from secateur.planning.switches import Levels, Switches
 
 __all__ = [
     "Budget",
     "Counts",
+    "Levels",
     "Problem",
+    "Switches",
     "allocate",
     "by_period",
     "countable",

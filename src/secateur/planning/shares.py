@@ -64,12 +64,18 @@ def shared_counts(problem: Problem, ratio: float | None, strategy: Strategy) -> 
     return counts
 
 
+def share_of(problem: Problem, group: NodeGroup) -> str | None:
+    """The pattern of ``budget.shares`` that ``group`` belongs to: the first that names it. None for no pattern."""
+    shares = problem.budget.shares
+    return next((pattern for pattern in shares if pattern == group.kind or fnmatchcase(group.name, pattern)), None)
+
+
 def _shares(problem: Problem) -> list[Share]:
     """The shares of the budget; a group belongs to the first pattern that names it."""
     graph, shares = problem.graph, problem.budget.shares
     named: dict[str, list[NodeGroup]] = {pattern: [] for pattern in shares}
     for group in graph:
-        pattern = next((p for p in shares if p == group.kind or fnmatchcase(group.name, p)), None)
+        pattern = share_of(problem, group)
         if pattern is not None:
             named[pattern].append(group)
     found = []

@@ -17,7 +17,8 @@ from torch import nn
 
 from secateur import progress
 from secateur.errors import ModelError, out_of_memory
-from secateur.recovery.distill import LiveTeacher, Predicted, Predictions, with_remainder
+from secateur.evaluation import with_remainder
+from secateur.recovery.distill import LiveTeacher, Predicted, Predictions
 from secateur.whole import whole
 
 _WINDOWS = 16

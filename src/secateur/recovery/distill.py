@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.errors import ModelError
+from secateur.evaluation import divergence, with_remainder
 from secateur.recovery.pieces import Reader, Reading, summed
 
 _EVERY = 4
@@ -121,22 +121,6 @@ class Distillation:
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.nll_loss(log_q.flatten(0, 1), targets.flatten(), reduction="sum")
         return loss
-
-
-def with_remainder(log_p: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of some tokens ``[..., k]`` → ``[..., k + 1]``, the last of all other tokens together.
-
-    Their mass is at least 1e-6, about the error of the sum.
-    """
-    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6)
-    return torch.cat([log_p, rest.log()], dim=-1)
-
-
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor, skew: float = 0.0) -> torch.Tensor:
-    """``KL(p || skew · p + (1 − skew) · q)`` summed over all positions, from log-probabilities; 0 is KL(p || q)."""
-    if skew > 0:
-        log_q = torch.logaddexp(math.log(skew) + log_p, math.log1p(-skew) + log_q)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def hidden_error(student: tuple[torch.Tensor, ...], dense: tuple[torch.Tensor, ...]) -> torch.Tensor:

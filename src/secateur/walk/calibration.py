@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,13 +48,21 @@ class Calibration:
         """int64, ``[windows, window]``, on the CPU."""
         return self.blocks.ids
 
-    def turn(self, number: int, windows: int | None) -> Calibration:
-        """The windows of turn ``number`` (from 0 on) when each turn reads the next ``windows``, and the first follows
-        the last. All windows for None, or when there are no more than that."""
-        if windows is None or windows >= len(self):
-            return self
-        rows = [(number * windows + index) % len(self) for index in range(windows)]
+    def rows(self, rows: Sequence[int]) -> Calibration:
+        """The windows with these numbers, in this order."""
         return replace(self, blocks=self.blocks.rows(rows))
+
+    def turn_rows(self, number: int, windows: int | None) -> list[int]:
+        """Numbers of the windows of turn ``number`` (from 0 on) when each turn reads the next ``windows``, and the
+        first follows the last. All windows for None, or when there are no more than that."""
+        if windows is None or windows >= len(self):
+            return list(range(len(self)))
+        return [(number * windows + index) % len(self) for index in range(windows)]
+
+    def turn(self, number: int, windows: int | None) -> Calibration:
+        """The windows of ``turn_rows``."""
+        rows = self.turn_rows(number, windows)
+        return self if len(rows) == len(self) else self.rows(rows)
 
     @property
     def passes(self) -> int:

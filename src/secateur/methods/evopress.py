@@ -1,0 +1,247 @@
+"""EvoPress (arXiv 2410.14649): the widths of all groups are searched, and each candidate is judged as a whole model."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+
+from secateur import progress
+from secateur.errors import InputError, ModelError, out_of_memory
+from secateur.evaluation import Divergence
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.saliency import Saliency, SaliencyWeights
+from secateur.planning import Levels, Problem, Switches, solve
+from secateur.surgery import masked
+from secateur.types import Cut, Removed, Scores, Settings
+from secateur.walk import Calibration, borrowed, calibration_for
+from secateur.whole import remove, whole, write_whole
+
+_Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+class EvoPressSettings(Settings):
+    """The criteria that order the units of each group, and the size of the search."""
+
+    saliency: SaliencyWeights = Field(default={"fisher": 1.0})
+    """Criteria with their weights, as in lorashear. They determine which units of a group go first, and one of the two
+    allocations to start from."""
+    generations: int = Field(default=30, ge=1)
+    """Number of generations. EvoPress has 400 for widths."""
+    children: _Counts = (8, 2)
+    """Candidates in each stage of a generation, not increasing: the best of a stage go on to the next. EvoPress has 64,
+    8 and 2."""
+    windows: _Counts = (1, 4)
+    """Calibration windows that the candidates of each stage read, not decreasing, at most all there are. Each
+    generation reads the next ones, and after the last the first again."""
+    switches: int = Field(default=3, ge=1)
+    """Most switches between parent and child; the number is min(U{1..n}, U{1..n})."""
+    level: float = Field(default=0.0625, gt=0, le=1)
+    """Share of a group's units that a switch moves, at least one unit."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> EvoPressSettings:
+        children, windows = list(self.children), list(self.windows)
+        if len(children) != len(windows):
+            raise ValueError(
+                f"children and windows need one number for each stage; got {len(children)} and {len(windows)} numbers"
+            )
+        if children != sorted(children, reverse=True) or windows != sorted(windows):
+            raise ValueError(
+                f"from stage to stage there are fewer candidates and more windows; got children={children}, "
+                f"windows={windows}"
+            )
+        return self
+
+
+class EvoPress(Method):
+    """Searches how many units each group loses: switches between groups, judged by the KL to the dense model.
+
+    ::
+
+        budget: {ratio: 0.5}
+        method: {name: evopress, generations: 30, children: [8, 2], windows: [1, 4]}
+    """
+
+    name: ClassVar[str] = "evopress"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.14649"
+    summary: ClassVar[str] = (
+        "evolutionary search of the widths, each candidate judged whole by its KL to the dense model"
+    )
+    needs: ClassVar[MethodNeeds] = "text"
+    Settings: ClassVar[type[Settings]] = EvoPressSettings
+    settings: EvoPressSettings
+
+    def run(self, task: PruningTask) -> Decision:
+        """See ``Method.run``."""
+        self.check(task)
+        settings, text = self.settings, calibration_for(task.calibration, self.name)
+        lineage = Lineage(task.work)
+        scores = lineage.scores
+        if scores is None:
+            scores = Saliency(settings.saliency).scores(task, {}, task.seed)
+            lineage.keep_scores(scores)
+        problem = Problem.of(task.restricted, scores, task.budget)
+        switches = Switches(problem, _starts(problem), settings.level)
+        if len(switches.lots) == 1:
+            progress.say("  This budget cuts one group, and there is nothing to search.")
+        with borrowed(task.model), progress.Bar("searching", settings.generations) as bar:
+            judge = _Judge(task, text, switches)
+            state = lineage.state or _first(switches, judge, text.turn_rows(0, settings.windows[-1]))
+            bar.advance(state.done)
+            for number in range(state.done, settings.generations):
+                state = self._generation(state, switches, judge, text, random.Random(f"{task.seed}/{number}"))
+                lineage.keep(state)
+                bar.advance(note=f"KL {state.kl:.3f}")
+            winner, facts = _elected(state, judge, range(len(text)))
+        facts = {"generations": settings.generations, "improved": state.improved, **facts}
+        return Decision(switches.removed(winner), scores, metrics=facts)
+
+    def _generation(
+        self, state: State, switches: Switches, judge: _Judge, text: Calibration, draw: random.Random
+    ) -> State:
+        """The next parent: the best child, or the parent if none is better on the text of the last stage."""
+        settings, parent = self.settings, state.parent
+        rows = text.turn_rows(state.done, settings.windows[-1])
+        drawn = [switches.child(parent, draw, settings.switches) for _ in range(settings.children[0])]
+        left = [child for child in dict.fromkeys(drawn) if child != parent]
+        found: list[tuple[float, Levels]] = []
+        for many, windows in zip(settings.children, settings.windows, strict=True):
+            found = judge.ranked(left[:many], rows[:windows])
+            left = [child for _, child in found]
+        own = judge.kl(parent, rows) if left else state.kl
+        better = bool(found) and found[0][0] < own
+        kl, parent = found[0] if better else (own, parent)
+        tokens = state.tokens + judge.spent()
+        update = {"done": state.done + 1, "parent": parent, "kl": kl, "tokens": tokens}
+        return state.model_copy(update={**update, "improved": state.improved + better})
+
+    def check(self, task: PruningTask) -> None:
+        """See ``Method.check``: the criteria can read every group, and read no adapters."""
+        super().check(task)
+        if "vocab" in task.budget.kinds:
+            raise InputError(
+                f"{self.name} compares predictions of the dense model's tokens, and budget.kinds allows to remove "
+                "tokens. Leave vocab out of budget.kinds, or choose a method such as magnitude."
+            )
+        saliency = Saliency(self.settings.saliency)
+        saliency.refuse_readers(self.name)
+        for criterion in saliency.criteria.values():
+            criterion.check(task.model, task.restricted)
+
+
+def _starts(problem: Problem) -> list[Removed]:
+    """The ranked allocation, and the even one where widths may differ."""
+    ranked = solve(problem)
+    if problem.budget.equal_widths:
+        return [ranked]
+    even = problem.budget.model_copy(update={"floor": 1.0})
+    return [ranked, solve(replace(problem, budget=even))]
+
+
+class State(BaseModel):
+    """The result of a generation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parent: Levels
+    done: int = 0
+    """Generations."""
+    improved: int = 0
+    """Generations that found a better parent."""
+    tokens: int = 0
+    """Tokens that candidates have read."""
+    first: Levels
+    """The first parent."""
+    kl: float
+    """KL of the parent, on the windows of its generation."""
+
+
+def _first(switches: Switches, judge: _Judge, rows: Sequence[int]) -> State:
+    """The better one of the starts. Raises ModelError when their KL is not finite."""
+    kl, parent = judge.ranked(switches.starts, rows)[0]
+    if not math.isfinite(kl):
+        raise ModelError(
+            "The model with the first candidate's units removed computes NaN or infinity on the calibration text, and "
+            "candidates cannot be compared. Set calibration.precision=fp32. If that does not help, its weights are "
+            "damaged."
+        )
+    return State(parent=parent, first=parent, tokens=judge.spent(), kl=kl)
+
+
+def _elected(state: State, judge: _Judge, rows: Sequence[int]) -> tuple[Levels, dict[str, float]]:
+    """The last parent, or the first one unless the last is better on all text; with the facts."""
+    before = judge.kl(state.first, rows)
+    after = judge.kl(state.parent, rows) if state.parent != state.first else before
+    facts = {"kl_before": before, "kl_after": min(after, before), "search_tokens": state.tokens + judge.spent()}
+    return (state.parent if after < before else state.first), facts
+
+
+class _Judge:
+    """Measures candidates: masks in the model, without compensation."""
+
+    def __init__(self, task: PruningTask, text: Calibration, switches: Switches) -> None:
+        self._model, self._graph, self._switches = task.model, task.graph, switches
+        self._divergence, self._window = Divergence(text), text.ids.shape[1]
+        self._tokens = 0
+
+    def kl(self, levels: Levels, rows: Sequence[int]) -> float:
+        """KL(dense || candidate) on the windows ``rows``."""
+        self._divergence.read(self._model, rows)
+        self._tokens += len(rows) * self._window
+        with masked(self._model, self._graph, Cut.removing(self._graph, self._switches.removed(levels))):
+            return self._divergence.of(self._model, rows)
+
+    def ranked(self, candidates: Iterable[Levels], rows: Sequence[int]) -> list[tuple[float, Levels]]:
+        """The candidates with their KL, lowest first; of equal ones the earlier first."""
+        return sorted(((self.kl(each, rows), each) for each in candidates), key=lambda found: found[0])
+
+    def spent(self) -> int:
+        """Tokens that were read since the last call."""
+        tokens, self._tokens = self._tokens, 0
+        return tokens
+
+
+class Lineage:
+    """The scores and the state after each generation, kept on disk when there is a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.scores: Scores | None = None
+        self.state: State | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._restore(folder)
+
+    def keep_scores(self, scores: Scores) -> None:
+        if self.folder is not None:
+            with whole(self.folder / _SCORES) as scratch:
+                scores.save(scratch)
+
+    def keep(self, state: State) -> None:
+        if self.folder is not None:
+            write_whole(self.folder / _STATE, state.model_dump_json())
+
+    def _restore(self, folder: Path) -> None:
+        try:
+            if (folder / _SCORES).exists():
+                self.scores = Scores.load(folder / _SCORES)
+            if self.scores is not None and (folder / _STATE).exists():
+                self.state = State.model_validate_json((folder / _STATE).read_bytes())
+                progress.say(f"  resuming after generation {self.state.done}")
+        except (SafetensorError, OSError, ValidationError) as error:
+            if out_of_memory(error):
+                raise
+            progress.say(f"  {folder} has a damaged file. The method starts again.")
+            self.scores = self.state = None
+            remove(folder / _SCORES)
+            remove(folder / _STATE)
+
+
+_SCORES, _STATE = "scores.safetensors", "parent.json"
