@@ -57,7 +57,13 @@ def test_slicing_is_masking(real: tuple[Any, Any], graph: secateur.DependencyGra
 def test_a_light_cut_still_writes_english_and_opens_in_a_fresh_process(real: tuple[Any, Any], tmp_path: Path) -> None:
     recipe = secateur.load_recipe(
         None,
-        ["recovery.steps=0", "evaluation.speed=false", "evaluation.tokens=1024", "calibration.tokens=2048"],
+        [
+            "recovery.steps=0",
+            "evaluation.speed=false",
+            "evaluation.tokens=1024",
+            "calibration.tokens=2048",
+            "recovery.repair_tokens=2560",
+        ],
         {"method": "wanda", "budget.ratio": 0.03},
     )
     result = secateur.prune(copy.deepcopy(real[0]), real[1], recipe=recipe)

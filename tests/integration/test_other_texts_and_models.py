@@ -57,7 +57,13 @@ def written(folder: Path, script: str) -> Path:
 
 def recipe_on(*files: Path, **more: Any) -> Recipe:
     text = ",".join(map(str, files))
-    settings = ["method.period_steps=2", "recovery.steps=4", "recovery.tokens=1024", "recovery.round_steps=2"]
+    settings = [
+        "method=lorashear",
+        "method.period_steps=2",
+        "recovery.steps=4",
+        "recovery.tokens=1024",
+        "recovery.round_steps=2",
+    ]
     settings += ["recovery.validation_tokens=96", "calibration.tokens=128", "evaluation.tokens=128"]
     settings += ["evaluation.speed=false", "evaluation.baseline=null", "training.precision=fp32"]
     settings += [

@@ -24,6 +24,7 @@ from secateur.testing.tiny import TINY
 from secateur.testing.tokenizer import tiny_tokenizer
 
 SETTINGS = (
+    "method=lorashear",
     "method.periods=2",
     "method.period_steps=2",
     "recovery.steps=3",
@@ -237,7 +238,10 @@ def test_a_run_is_not_resumed_with_weights_or_text_that_are_others_by_then(
     text = tmp_path / "letters.txt"
     before = text.read_text()
     text.write_text(before.replace("letter", "parcel"))
-    with pytest.raises(InputError, match=r"Changed since: the text of calibration, the text of evaluation\. Put back"):
+    with pytest.raises(
+        InputError,
+        match=r"Changed since: the text of calibration, the text of repair, the text of evaluation\. Put back",
+    ):
         _run(recipe, tmp_path / "out", resume=True)
     text.write_text(before)
     assert _run(recipe, tmp_path / "out", resume=True).plan == whole.plan

@@ -69,7 +69,7 @@ def test_a_result_that_could_not_be_saved_is_refused_first(
         model = load(str(tmp_path / "source"), device="cpu")[0] if from_files else TINY["llama-gqa"]()
         words = fault(model, tiny_tokenizer(), monkeypatch)
         keys = {"text": str(tmp_path / "text.txt"), "window": 16, "tokens": 256}
-        recipe = {"calibration": keys, "recovery": {"steps": 0, **keys}, "evaluation": keys}
+        recipe = {"calibration": keys, "recovery": {"steps": 0, "repair": False, **keys}, "evaluation": keys}
         monkeypatch.setattr(making, "measure", lambda *_: pytest.fail("measured before it was refused"))
         with pytest.raises(SecateurError, match=said):
             pipeline.prune(model, words, method="magnitude", recipe=recipe, output=tmp_path / "out")

@@ -14,7 +14,7 @@ from secateur.config import Key, Recipe, describe, dump, load_recipe, recipe_of,
 from secateur.errors import InputError
 from secateur.methods import METHODS
 
-SECTIONS = "model budget calibration method lora training recovery evaluation export seed".split()
+SECTIONS = "model budget calibration method lora training recovery evaluation export effort seed".split()
 
 
 def test_the_sections_are_these() -> None:
@@ -112,7 +112,7 @@ def test_a_method_may_be_a_name(tmp_path: Path) -> None:
         ("budget.ratio=.nan", ["budget.ratio = nan", "between 0 and 1"]),
         ("budget.ratio=word", ["budget.ratio = 'word'", "between 0 and 1"]),
         ("method=wnada", ["Unknown method wnada", "did you mean wanda?", "lorashear, "]),
-        ("method.perods=3", ["Unknown key method.perods", "did you mean method.periods?", "name"]),
+        ("method={name: lorashear, perods: 3}", ["Unknown key method.perods", "did you mean method.periods?", "name"]),
         ("method={name: wanda, periods: 3}", ["Unknown key method.periods"]),
         ("training.precision=fp7", ["training.precision = 'fp7'", "'bf16'", "'fp32'"]),
         ("seed=x", ["seed = 'x'", "integer"]),

@@ -98,8 +98,8 @@ def test_saliency_takes_options_and_classes_of_ones_own(own: str) -> None:
     saliency = Saliency({"fisher": 1, f"{own}:First": {"weight": 0.5, "reverse": True}, "taylor": {"form": "vector"}})
     assert saliency.weights == {"fisher": 1.0, f"{own}:First": 0.5, "taylor": 1.0}
     assert saliency.criteria["taylor"].model_dump() == {"form": "vector"}
-    recipe = load_recipe(None, ["method.saliency={taylor: {weight: 0.5, form: vector}}"])
-    assert load_recipe(None, [f"method.saliency={recipe.method.settings.saliency}"]) == recipe
+    recipe = load_recipe(None, ["method=lorashear", "method.saliency={taylor: {weight: 0.5, form: vector}}"])
+    assert load_recipe(None, ["method=lorashear", f"method.saliency={recipe.method.settings.saliency}"]) == recipe
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_saliency_takes_options_and_classes_of_ones_own(own: str) -> None:
 )
 def test_a_saliency_that_cannot_be_is_refused_by_name(saliency: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_recipe(None, [f"method.saliency={saliency}"])
+        load_recipe(None, ["method=lorashear", f"method.saliency={saliency}"])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_an_unfinished_run_does_not_go_on_with_a_class_that_has_changed(
 
 
 def test_a_baseline_may_be_of_ones_own(own: str) -> None:
-    assert load_recipe(None, [f"evaluation.baseline={own}:First"]).baseline == f"{own}:First"
+    assert load_recipe(None, ["method=lorashear", f"evaluation.baseline={own}:First"]).baseline == f"{own}:First"
     for wrong, message in (("Demanding", r"evaluation\.baseline\.share: field required"), ("Changes", "no weights")):
         with pytest.raises(InputError, match=message):
             load_recipe(None, [f"evaluation.baseline={own}:{wrong}"])

@@ -215,7 +215,9 @@ def test_blocks_are_read_equally_often_when_they_run_out() -> None:
         lambda module, args, more: read.extend(IDS.tolist().index(row) for row in more["input_ids"].tolist()),
         with_kwargs=True,
     )
-    train(adapted, IDS, TrainingSettings(precision="fp32"), steps=7, seed=0, description="training")  # 14 of 6
+    train(
+        adapted, IDS, TrainingSettings(precision="fp32", batch_size=2), steps=7, seed=0, description="training"
+    )  # 14 of 6
     assert sorted(read[:6]) == sorted(read[6:12]) == list(range(6))
     assert read[:6] != read[6:12]
 
