@@ -76,7 +76,7 @@ def test_every_window_of_every_purpose_begins_with_them(kind: str, tmp_path: Pat
     text.write_text("\n\n".join(f"{number} {TEXT * 3}" for number in range(400)))
     records.write_text("\n".join(json.dumps({"text": f"{number} {TEXT}"}) for number in range(200)))
     settings = TextSettings(text=[str(text), str(records)], window=16, tokens=1280)
-    purposes = ("calibration", "repair", "recovery", "instructions", "validation", "evaluation")
+    purposes = ("calibration", "repair", "reconstruct", "recovery", "instructions", "validation", "evaluation")
     found = read_texts(build("llama-gqa"), tokenizer, dict.fromkeys(purposes, settings), 0)
     for blocks in (*vars(found).values(), load_whole(settings, tokenizer, 0)):
         assert isinstance(blocks, TokenBlocks)
