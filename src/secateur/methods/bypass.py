@@ -93,10 +93,7 @@ class Bypass(Method):
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: linears consume every group, and no criterion needs adapters."""
         super().check(task)
-        saliency = Saliency(self.settings.saliency)
-        saliency.refuse_readers(self.name)
-        for criterion in saliency.criteria.values():
-            criterion.check(task.model, task.restricted)
+        Saliency(self.settings.saliency).check_plain(task, self.name)
         with InputGates(task.model, task.restricted, [group.name for group in task.prunable]):
             pass
 

@@ -207,8 +207,7 @@ class DDP(Method):
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: linears consume every group, and no criterion needs adapters."""
         super().check(task)
-        saliency = Saliency(self.settings.saliency)
-        saliency.refuse_readers(self.name)
+        Saliency(self.settings.saliency).check_plain(task, self.name)
         with InputGates(task.model, task.restricted, [group.name for group in task.prunable]):
             check_quantisable(task.model, self.settings.base)
 

@@ -130,10 +130,7 @@ class EvoPress(Method):
                 f"{self.name} compares predictions of the dense model's tokens, and budget.kinds allows to remove "
                 "tokens. Leave vocab out of budget.kinds, or choose a method such as magnitude."
             )
-        saliency = Saliency(self.settings.saliency)
-        saliency.refuse_readers(self.name)
-        for criterion in saliency.criteria.values():
-            criterion.check(task.model, task.restricted)
+        Saliency(self.settings.saliency).check_plain(task, self.name)
 
 
 def _starts(problem: Problem) -> list[Removed]:

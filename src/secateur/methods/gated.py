@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from secateur.evaluation import divergence
 from secateur.surgery import InputGates
 from secateur.types import Removed, Scores
 
@@ -250,5 +251,5 @@ def token_loss(
         losses.append(F.nll_loss(log_q, target, reduction="sum"))
         if p is not None:
             log_p = p.float().log_softmax(-1)
-            losses.append(distillation * F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            losses.append(distillation * divergence(log_p, log_q))
     return torch.stack(losses).sum() / len(targets)

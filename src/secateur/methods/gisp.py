@@ -99,10 +99,7 @@ class GISP(Method):
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: the criteria can read every group, and read no adapters."""
         super().check(task)
-        saliency = Saliency(self.settings.saliency)
-        saliency.refuse_readers(self.name)
-        for criterion in saliency.criteria.values():
-            criterion.check(task.model, task.restricted)
+        Saliency(self.settings.saliency).check_plain(task, self.name)
 
 
 def _without(scores: torch.Tensor, units: list[int] | None) -> torch.Tensor:

@@ -56,8 +56,5 @@ class OBS(Method):
     def check(self, task: PruningTask) -> None:
         """See ``Method.check``: one linear consumes every group, layers run in order, no criterion needs adapters."""
         super().check(task)
-        saliency = Saliency(self.settings.saliency)
-        saliency.refuse_readers(self.name)
-        for criterion in saliency.criteria.values():
-            criterion.check(task.model, task.restricted)
+        Saliency(self.settings.saliency).check_plain(task, self.name)
         check_removable(task.model, task.restricted, [group.name for group in task.prunable])

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from peft import PeftModel
 from pydantic import AfterValidator, Field, ValidationError
+from torch import nn
 
 from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
@@ -47,17 +48,20 @@ class Saliency:
         """The criteria that read trained adapters."""
         return [name for name, criterion in self.criteria.items() if criterion.needs == "adapters"]
 
-    def refuse_readers(self, method: str) -> None:
-        """Raise InputError when a criterion reads adapters, for a method that trains none."""
+    def check_plain(self, task: PruningTask, method: str) -> None:
+        """Raise the error that scoring would raise, for a method that trains no adapters: InputError when a criterion
+        reads them."""
         if self.readers:
             raise InputError(
                 f"{method} trains no adapters, and {', '.join(self.readers)} read them: name other criteria."
             )
+        self.check(task.model, task.restricted)
 
-    def check(self, adapted: PeftModel, graph: DependencyGraph) -> None:
-        """Raise the ModelError that scoring would raise; ``graph`` is that of the model with fresh adapters."""
+    def check(self, model: nn.Module, graph: DependencyGraph) -> None:
+        """Raise the ModelError that scoring would raise; with adapters, ``graph`` is that of the model with fresh
+        ones."""
         for criterion in self.criteria.values():
-            criterion.check(adapted, graph)
+            criterion.check(model, graph)
 
     def of_adapters(self, task: PruningTask, adapted: PeftModel, seed: int) -> dict[str, Scores]:
         """Scores of the criteria that read adapters, while these are still on the task's model."""
