@@ -13,6 +13,7 @@ import torch
 
 import secateur
 from secateur import inspection, pipeline
+from secateur.compensation import Compensated, Reconstructed
 from secateur.config import Recipe, load_recipe, recipe_of, revise
 from secateur.errors import InputError, ModelError, PlanError
 from secateur.importance import CRITERIA
@@ -181,6 +182,59 @@ def test_what_a_one_shot_method_changed_survives_a_kill_after_it_decided(
     weights, others = whole.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(resumed.model.state_dict()[name], value) for name, value in weights.items())
     assert weights.keys() > others.keys() or not torch.equal(weights[DOWN], others[DOWN])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "bytes_left", "again"),
+    [
+        ("", 0, []),
+        ("repaired", 50, ["compensate", "reconstruct"]),
+        ("repaired", None, ["compensate", "reconstruct"]),
+        ("reconstructed", 50, ["reconstruct"]),
+    ],
+)
+def test_new_weights_of_a_finished_stage_are_not_computed_again(
+    damaged: str,
+    bytes_left: int | None,
+    again: list[str],
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless their file is damaged, or is not there."""
+    called: list[str] = []
+
+    def made(name: str, factor: float, kind: Any) -> Any:
+        def make(model: Any, *_: Any, start: Any, **__: Any) -> Any:
+            called.append(name)
+            return kind(
+                {DOWN: factor * start.get(DOWN, model.get_parameter(DOWN).detach())}, loss_before=1.0, loss_after=0.5
+            )
+
+        return make
+
+    monkeypatch.setattr(making, "compensate", made("compensate", 0.75, Compensated))
+    monkeypatch.setattr(making, "save", lambda *_: None)
+    monkeypatch.setattr(making, "reconstruct", made("reconstruct", 0.5, Reconstructed))
+    recipe = revise(recipe, {"method": "magnitude", "recovery.repair": True, "recovery.reconstruct": True})
+    whole = pipeline.prune(TINY["llama-gqa"](), tiny_tokenizer(), recipe=recipe)
+    with monkeypatch.context() as patch:
+        _kill_in("recovery", patch)
+        with pytest.raises(_KilledError):
+            _run(recipe, tmp_path / "out")
+    assert called == 2 * ["compensate", "reconstruct"]
+    called.clear()
+    if damaged:
+        file = tmp_path / ".out.secateur" / f"{damaged}.safetensors"
+        data = file.read_bytes()
+        file.unlink()
+        if bytes_left is not None:
+            file.write_bytes(data[:bytes_left])
+    resumed = _run(recipe, tmp_path / "out", resume=True)
+    assert called == again
+    assert resumed.metrics["repair"] == whole.metrics["repair"]
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
 def test_a_method_that_changes_weights_is_no_baseline_and_flap_as_one_leaves_no_bias(

@@ -178,8 +178,8 @@ def _check_form(method: Method, decision: Any) -> None:
         raise ModelError(f"The method {method.name} answers with {wrong}. Correct its run.")
 
 
-def repair_weights(result: Result, texts: Texts) -> None:
-    """Refit the weights that consume the kept units. ``cut`` writes their new values."""
+def repair_weights(result: Result, texts: Texts, work: Workspace) -> None:
+    """Refit the weights that consume the kept units. ``cut`` writes their new values. Keeps these."""
     recipe = result.recipe
     found = compensate(
         result.model,
@@ -189,7 +189,7 @@ def repair_weights(result: Result, texts: Texts) -> None:
         recipe.recovery.repair_target,
         start=result.updates,
     )
-    result.updates |= found.updates
+    _keep_updates("repaired.safetensors", found.updates, result, work)
     result.measured.repair = found.facts
 
 
@@ -209,14 +209,19 @@ def reconstruct_weights(result: Result, texts: Texts, work: Workspace) -> None:
         seed=recipe.seed,
         checkpoints=work.path("reconstruct"),
     )
-    work.write_tensors("reconstructed.safetensors", _on_cpu(found.updates))
-    result.updates |= found.updates
+    _keep_updates("reconstructed.safetensors", found.updates, result, work)
     result.measured.reconstruct = found.facts
 
 
-def take_reconstructed(result: Result, work: Workspace) -> bool:
-    """Take over the values that ``reconstruct_weights`` kept; False when they are missing or damaged."""
-    updates = work.read_tensors("reconstructed.safetensors")
+def _keep_updates(file: str, updates: dict[str, torch.Tensor], result: Result, work: Workspace) -> None:
+    """Take over the new values of a stage, and keep them for ``take_updates``."""
+    work.write_tensors(file, _on_cpu(updates))
+    result.updates |= updates
+
+
+def take_updates(file: str, result: Result, work: Workspace) -> bool:
+    """Take over the new values that a stage kept in ``file``; False when they are missing or damaged."""
+    updates = work.read_tensors(file)
     if updates is None:
         return False
     result.updates |= updates

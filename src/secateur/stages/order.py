@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -79,17 +80,18 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "repair",
         "Refitting the weights that consume the kept units",
-        lambda result, texts, work: making.repair_weights(result, texts),
+        making.repair_weights,
         wanted=lambda result, texts: bool(result.recipe.recovery.repair),
-        restore=None,
+        restore=partial(making.take_updates, "repaired.safetensors"),
         numbers=("repair",),
+        files=("repaired.safetensors",),
     ),
     Stage(
         "reconstruct",
         "Training each block towards the output of the dense one",
         making.reconstruct_weights,
         wanted=lambda result, texts: result.recipe.recovery.reconstruct,
-        restore=making.take_reconstructed,
+        restore=partial(making.take_updates, "reconstructed.safetensors"),
         numbers=("reconstruct",),
         files=("reconstructed.safetensors", "reconstruct"),
         scratch="reconstruct",

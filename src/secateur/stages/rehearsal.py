@@ -65,11 +65,13 @@ def rehearse_output(result: Result, output: Path) -> None:
     the errors that saving would raise at the end.
     """
     recipe, plan = result.recipe, result.plan
-    in_memory = sum(weight.numel() * weight.element_size() for weight in result.model.parameters())
+    in_memory = sum(weight.nbytes for weight in result.model.parameters())
     stages = float(method_class(recipe.method.name).changes_weights)
     stages += 2.0 * recipe.recovery.reconstruct  # of each layer, and of all together
     if recipe.recovery.steps > 0:
         stages += plan.parameters_after / plan.parameters_before
+    consumers = {member.parameter for name in plan.kept for member in result.graph[name].members if member.role == "in"}
+    refitted = sum(result.model.get_parameter(name).nbytes for name in consumers) if recipe.recovery.repair else 0
     rehearse_saving(
         result.model,
         result.tokenizer,
@@ -77,7 +79,9 @@ def rehearse_output(result: Result, output: Path) -> None:
         graph=result.graph,
         kept=plan.kept,
         settings=recipe.export,
-        beside=round(stages * in_memory) + recipe.recovery.disk_bytes(plan.parameters_after, recipe.training),
+        beside=round(stages * in_memory)
+        + refitted
+        + recipe.recovery.disk_bytes(plan.parameters_after, recipe.training),
     )
 
 
