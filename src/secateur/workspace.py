@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from pydantic import TypeAdapter
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from secateur.errors import InputError, out_of_memory
-from secateur.progress import say
+from secateur.errors import InputError
+from secateur.keeping import keep, keep_tensors, take, take_tensors
 from secateur.reading import parse_json, read_json, read_text
 from secateur.types import Scores
-from secateur.whole import beside, place_of, remove, whole, write_whole
+from secateur.whole import beside, place_of, remove, write_whole
 
 T = TypeVar("T")
 
@@ -117,52 +116,31 @@ class Workspace:
 
     def read_json(self, name: str, kind: type[T]) -> T | None:
         """The content of ``write_json`` as a ``kind`` (by pydantic); None when it is missing or damaged."""
-        return self._read(name, lambda path: TypeAdapter(kind).validate_python(read_json(path)))
+        return take(self.path(name), lambda path: TypeAdapter(kind).validate_python(read_json(path)))
 
-    def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
-        """The result of ``read`` for a kept file; None when it is missing, or damaged, with a message.
-
-        A lack of memory is raised.
-        """
-        path = self.path(name)
-        if path is None or not path.exists():
-            return None
-        try:
-            return read(path)
-        except (InputError, ValidationError, SafetensorError, OSError) as error:
-            if out_of_memory(error):
-                raise
-            say(f"  {path} is damaged. Its content is computed again.")
-            return None
-
-    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        if self.folder is not None:
-            with whole(self.folder / name) as scratch:
-                save_file(tensors, scratch)
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        keep_tensors(self.path(name), tensors)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of ``write_tensors``; None when they are missing or damaged."""
-        return self._read(name, load_file)
+        found = take_tensors(self.path(name))
+        return None if found is None else found[0]
 
     def write_scores(self, name: str, scores: Scores) -> None:
-        if self.folder is not None:
-            with whole(self.folder / name) as scratch:
-                scores.save(scratch)
+        keep(self.path(name), scores.save)
 
     def read_scores(self, name: str) -> Scores | None:
         """The scores of ``write_scores``; None when they are missing or damaged."""
-        return self._read(name, Scores.load)
+        return take(self.path(name), Scores.load)
 
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Keep all weights of ``model``; tied ones once."""
-        if self.folder is not None:
-            with whole(self.folder / name) as scratch:
-                save_model(model, str(scratch))
+        keep(self.path(name), lambda scratch: save_model(model, str(scratch)))
 
     def read_weights(self, name: str, model: nn.Module) -> bool:
         """Load the weights of ``write_weights`` into a model of the same shapes; False when they are missing or
         damaged."""
-        return self._read(name, lambda path: load_model(model, str(path))) is not None
+        return take(self.path(name), lambda path: load_model(model, str(path))) is not None
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one event, with the time, to ``run.jsonl``."""

@@ -8,7 +8,6 @@ side and for scaled residuals alike. (A Free Lunch in LLM Compression, arXiv 251
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from secateur.compensation.guard import EVERY, SKIPPED, Guarded, Target, check_inside, guarded, text_for
 from secateur.errors import ModelError
+from secateur.keeping import keep_tensors, take_tensors
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
 from secateur.surgery.mask import MASKABLE
@@ -30,7 +28,6 @@ from secateur.surgery.rows import removed_rows
 from secateur.types import Cut, DependencyGraph, Kept
 from secateur.units import Rows
 from secateur.walk import Calibration, LayerStack, Walker, borrowed
-from secateur.whole import whole
 
 _KEY = "recovery.reconstruct"
 _WARMUP = 0.1
@@ -177,10 +174,11 @@ class _Walk:
         prefix = f"{self.dense.stack.path}.{layer}."
         old = {name: value for name, value in self.start.items() if name.startswith(prefix)}
         changes = bool(here or old)
-        new, blocks = _read(file) or ({}, {})
+        new, facts = take_tensors(file) or ({}, {})
+        blocks = {name: Block(**fact) for name, fact in facts.items()}
         if not blocks and (changes or (self.drifts and self.settings.target == "stream")):
             new, blocks = self._trained(layer, here, old)
-            _write(file, new, blocks)
+            keep_tensors(file, new, {name: asdict(block) for name, block in blocks.items()})
         self.updates |= new
         self.blocks |= blocks
         self.drifts = self.drifts or changes
@@ -377,23 +375,3 @@ def _share(step: int, steps: int) -> float:
     """Share of the peak learning rate: it rises to 1 in the warm-up, and falls towards 0."""
     warmup = max(1, round(_WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup + 1))
-
-
-def _write(file: Path | None, new: Mapping[str, torch.Tensor], blocks: Mapping[str, Block]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        facts = json.dumps({name: asdict(block) for name, block in blocks.items()})
-        with whole(file) as scratch:
-            save_file({name: value.contiguous() for name, value in new.items()}, scratch, {"blocks": facts})
-
-
-def _read(file: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, Block]] | None:
-    """What ``_write`` wrote; None when it is missing or damaged."""
-    if file is None or not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as stored:
-            blocks = {name: Block(**facts) for name, facts in json.loads(stored.metadata()["blocks"]).items()}
-            return {name: stored.get_tensor(name) for name in stored.keys()}, blocks  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
-        return None

@@ -9,19 +9,16 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from secateur import progress
-from secateur.errors import out_of_memory
 from secateur.evaluation import Divergence
+from secateur.keeping import keep_tensors, take_tensors
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem
 from secateur.surgery import InputGates
 from secateur.types import Scores, Settings
 from secateur.walk import borrowed, calibration_for
-from secateur.whole import remove, whole
 
 _SHARPNESS = 12.0
 """Slope of the first probabilities over the rank of a unit (0 to 1)."""
@@ -67,11 +64,10 @@ class Bypass(Method):
         self.check(task)
         settings, text = self.settings, calibration_for(task.calibration, self.name)
         policy = Policy(task.work)
-        if policy.ranks is None:
-            policy.ranks = _ranks(task, Saliency(settings.saliency).scores(task, {}, task.seed))
+        ranks = _ranks(task, Saliency(settings.saliency).first_scores(task))
         units = _Units(task)
         if policy.s is None:
-            policy.s = units.meeting(_SHARPNESS * policy.ranks, torch.sigmoid)
+            policy.s = units.meeting(_SHARPNESS * ranks, torch.sigmoid)
         divergence = Divergence(text)
         with borrowed(task.model), InputGates(task.model, task.restricted, units.names) as gates:
             for step in progress.track(range(policy.done, settings.steps), "searching", settings.steps - policy.done):
@@ -86,7 +82,7 @@ class Bypass(Method):
                 gradient = policy.gradient(masks, losses)
                 policy.s = units.meeting(policy.s - rate * gradient, lambda s: s.clamp(0, 1))
                 policy.keep(step + 1, last=settings.steps)
-        scores = Scores(units.split((policy.s + 1e-3 * policy.ranks).float()), on_one_scale=True)
+        scores = Scores(units.split((policy.s + 1e-3 * ranks).float()), on_one_scale=True)
         tokens = 2 * settings.steps * len(text.turn_rows(0, settings.windows)) * text.ids.shape[1]
         return Decision(task.allocate(scores), scores, metrics={"steps": settings.steps, "search_tokens": tokens})
 
@@ -151,13 +147,13 @@ class Policy:
 
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / "policy.safetensors"
-        self.s: torch.Tensor | None = None
+        tensors, facts = take_tensors(self.file) or ({}, {"done": 0, "baseline": None})
+        self.s = tensors.get("s")
         """``[units of all groups]``, float64: the probability to keep each unit."""
-        self.ranks: torch.Tensor | None = None
-        """``[units of all groups]``, float64: the ranking at the start."""
-        self.baseline: float | None = None
-        self.done = 0
-        self._restore()
+        self.baseline: float | None = facts["baseline"]
+        self.done: int = facts["done"]
+        if self.done:
+            progress.say(f"  resuming after step {self.done}")
 
     def gradient(self, masks: Sequence[torch.Tensor], losses: Sequence[float]) -> torch.Tensor:
         """``Σ (L − b) (m − s) / √((s + ε)(1 − s + ε))`` over both masks; 0 when a loss is not finite.
@@ -178,28 +174,6 @@ class Policy:
     def keep(self, done: int, last: int) -> None:
         """Note that ``done`` of ``last`` steps are done; the state goes to disk every few steps."""
         self.done = done
-        if self.file is None or (done % _KEEP_EVERY and done < last):
-            return
-        assert self.s is not None
-        assert self.ranks is not None
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"done": str(done), "baseline": repr(self.baseline)}
-        with whole(self.file) as scratch:
-            save_file({"s": self.s, "ranks": self.ranks}, scratch, metadata=facts)
-
-    def _restore(self) -> None:
-        if self.file is None or not self.file.exists():
-            return
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                facts = file.metadata()
-                self.s, self.ranks = file.get_tensor("s"), file.get_tensor("ranks")
-        except (SafetensorError, OSError) as error:
-            if out_of_memory(error):
-                raise
-            progress.say(f"  {self.file} is damaged. The method starts again.")
-            remove(self.file)
-            return
-        self.done = int(facts["done"])
-        self.baseline = None if facts["baseline"] == "None" else float(facts["baseline"])
-        progress.say(f"  resuming after step {self.done}")
+        if done % _KEEP_EVERY == 0 or done == last:
+            assert self.s is not None
+            keep_tensors(self.file, {"s": self.s}, {"done": done, "baseline": self.baseline})

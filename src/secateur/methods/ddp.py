@@ -11,9 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
-from safetensors import SafetensorError
 
-from secateur.errors import out_of_memory
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.gated import Gated, GateSteps
 from secateur.methods.saliency import Saliency, SaliencyWeights
@@ -21,10 +19,9 @@ from secateur.planning import Problem
 from secateur.surgery import InputGates, folded
 from secateur.training import Schedule, attach_lora, train
 from secateur.training.quantised import BaseWeights, check_quantisable, quantised_base
-from secateur.types import Scores, Settings
+from secateur.types import Settings
 from secateur.units import effective_weight
 from secateur.walk import borrowed, recomputed
-from secateur.whole import whole
 
 _BOUNDARY = 0.7
 """The gate at the start between the units that the scores would remove and the others."""
@@ -136,7 +133,8 @@ class DDP(Method):
     def _start(self, task: PruningTask) -> dict[str, torch.Tensor]:
         """z of each unit by the rank of its score: from ``lowest`` to ``_BOUNDARY`` among the units that the scores
         would remove, and from there to ``highest`` among the others."""
-        scores, settings = self._scores(task), self.settings
+        settings = self.settings
+        scores = Saliency(settings.saliency).first_scores(task)
         stacks = list(Problem.of(task.restricted, scores, task.budget).stacks.values())
         values = torch.cat([stack.scores for stack in stacks])
         removed = task.allocate(scores)
@@ -151,22 +149,6 @@ class DDP(Method):
             stack.group.name: torch.empty(stack.left).index_copy_(0, stack.order, part)
             for stack, part in zip(stacks, parts, strict=True)
         }
-
-    def _scores(self, task: PruningTask) -> Scores:
-        """The scores at the start; those of an interrupted run, if it has kept them."""
-        path = None if task.work is None else task.work / "start.safetensors"
-        if path is not None and path.exists():
-            try:
-                return Scores.load(path)
-            except (SafetensorError, OSError) as error:
-                if out_of_memory(error):
-                    raise
-        scores = Saliency(self.settings.saliency).scores(task, {}, task.seed)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as scratch:
-                scores.save(scratch)
-        return scores
 
     def _adapted(self, task: PruningTask, stack: ExitStack) -> PeftModel | None:
         """Adapters on the task's model until the stack ends; None when there are none to train."""

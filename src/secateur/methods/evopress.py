@@ -9,19 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from secateur import progress
-from secateur.errors import InputError, ModelError, out_of_memory
+from secateur.errors import InputError, ModelError
 from secateur.evaluation import Divergence
+from secateur.keeping import keep, take
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Levels, Problem, Switches, solve
 from secateur.surgery import masked
-from secateur.types import Cut, Removed, Scores, Settings
+from secateur.types import Cut, Removed, Settings
 from secateur.walk import Calibration, borrowed, calibration_for
-from secateur.whole import remove, whole, write_whole
 
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
@@ -82,11 +81,7 @@ class EvoPress(Method):
         """See ``Method.run``."""
         self.check(task)
         settings, text = self.settings, calibration_for(task.calibration, self.name)
-        lineage = Lineage(task.work)
-        scores = lineage.scores
-        if scores is None:
-            scores = Saliency(settings.saliency).scores(task, {}, task.seed)
-            lineage.keep_scores(scores)
+        lineage, scores = Lineage(task.work), Saliency(settings.saliency).first_scores(task)
         problem = Problem.of(task.restricted, scores, task.budget)
         switches = Switches(problem, _starts(problem), settings.level)
         if len(switches.lots) == 1:
@@ -206,39 +201,13 @@ class _Judge:
 
 
 class Lineage:
-    """The scores and the state after each generation, kept on disk when there is a folder."""
+    """The state after each generation, kept on disk when there is a folder."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.scores: Scores | None = None
-        self.state: State | None = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._restore(folder)
-
-    def keep_scores(self, scores: Scores) -> None:
-        if self.folder is not None:
-            with whole(self.folder / _SCORES) as scratch:
-                scores.save(scratch)
+        self.file = None if folder is None else folder / "parent.json"
+        self.state = take(self.file, lambda file: State.model_validate_json(file.read_bytes()))
+        if self.state is not None:
+            progress.say(f"  resuming after generation {self.state.done}")
 
     def keep(self, state: State) -> None:
-        if self.folder is not None:
-            write_whole(self.folder / _STATE, state.model_dump_json())
-
-    def _restore(self, folder: Path) -> None:
-        try:
-            if (folder / _SCORES).exists():
-                self.scores = Scores.load(folder / _SCORES)
-            if self.scores is not None and (folder / _STATE).exists():
-                self.state = State.model_validate_json((folder / _STATE).read_bytes())
-                progress.say(f"  resuming after generation {self.state.done}")
-        except (SafetensorError, OSError, ValidationError) as error:
-            if out_of_memory(error):
-                raise
-            progress.say(f"  {folder} has a damaged file. The method starts again.")
-            self.scores = self.state = None
-            remove(folder / _SCORES)
-            remove(folder / _STATE)
-
-
-_SCORES, _STATE = "scores.safetensors", "parent.json"
+        keep(self.file, lambda scratch: scratch.write_text(state.model_dump_json()))

@@ -8,18 +8,15 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from secateur import progress
-from secateur.errors import out_of_memory
+from secateur.keeping import keep_tensors, take_tensors
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, by_period, extend, removed_before, solve
 from secateur.surgery import masked
 from secateur.types import Cut, Removed, Scores, Settings
 from secateur.walk import Calibration, calibration_for
-from secateur.whole import remove, whole
 
 Tensors = dict[str, torch.Tensor]
 """Group name → one number a unit, ``[size]``."""
@@ -111,41 +108,22 @@ class Cuts:
 
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / "cuts.safetensors"
-        self.done = 0
-        self.order: Tensors = {}
+        self.done: int
+        tensors, self.done = take_tensors(self.file) or ({}, 0)
+        self.order = _part("order/", tensors)
         """See ``planning.extend``."""
-        self.average: Tensors = {}
+        self.average = _part("average/", tensors)
         """The scores of the last cut."""
-        self._restore()
+        if self.done:
+            progress.say(f"  resuming after cut {self.done}")
 
     def keep(self, done: int, order: Tensors) -> None:
         """Note that ``done`` cuts are done, with the order that they give."""
         self.done, self.order = done, order
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {f"{what}/{name}": tensor for what in _KEPT for name, tensor in getattr(self, what).items()}
-            with whole(self.file) as scratch:
-                save_file(tensors, scratch, metadata={"done": str(done)})
-
-    def _restore(self) -> None:
-        if self.file is None or not self.file.exists():
-            return
-        found: dict[str, Tensors] = {what: {} for what in _KEPT}
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                self.done = int(file.metadata()["done"])
-                for key in file.keys():  # noqa: SIM118  # it is no dict
-                    what, _, name = key.partition("/")
-                    found[what][name] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            if out_of_memory(error):
-                raise
-            progress.say(f"  {self.file} is damaged. The method starts again.")
-            remove(self.file)
-            return
-        self.order, self.average = found["order"], found["average"]
-        progress.say(f"  resuming after cut {self.done}")
+        parts = {"order/": order, "average/": self.average}
+        tensors = {f"{part}{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+        keep_tensors(self.file, tensors, done)
 
 
-_KEPT = ("order", "average")
-"""The tensors of a ``Cuts`` that are kept."""
+def _part(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

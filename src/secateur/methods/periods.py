@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
+from pydantic import Field
 from safetensors.torch import load_model, save_model
 
 from secateur import progress
-from secateur.errors import InputError, out_of_memory
 from secateur.graph import trace
+from secateur.keeping import keep, take
 from secateur.methods.base import Decision, PruningTask
 from secateur.methods.saliency import Saliency
 from secateur.methods.transfer import Transfer
@@ -29,7 +28,7 @@ from secateur.reading import read_json
 from secateur.surgery import zero_units
 from secateur.training import Schedule, attach_lora, merge_lora, train
 from secateur.types import Cut, DependencyGraph, Removed, Scores, Settings
-from secateur.whole import remove, whole, write_whole
+from secateur.whole import remove, write_whole
 
 
 class PeriodSettings(Settings):
@@ -188,13 +187,10 @@ class Book:
         """Write weights, then the note that names them: a kill in between leaves the older pair valid."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         number = begun.number
         if weights_changed:
-            with whole(self.folder / f"weights-{number}.safetensors") as scratch:
-                save_model(self.task.model, str(scratch))
-        with whole(self.folder / f"scores-{number}.safetensors") as scratch:
-            begun.scores.save(scratch)
+            keep(self.folder / f"weights-{number}.safetensors", lambda file: save_model(self.task.model, str(file)))
+        keep(self.folder / f"scores-{number}.safetensors", begun.scores.save)
         note = _Note(
             number=number, removed=begun.removed, chosen=begun.chosen, weights_changed=weights_changed, log=self.log
         )
@@ -208,18 +204,18 @@ class Book:
         are damaged: then all files of the earlier run are removed, and the method starts again."""
         if self.folder is None or not (self.folder / "period.json").exists():
             return None
-        try:
-            note = _Note.model_validate(read_json(self.folder / "period.json"))
-            number = note.number
-            scores = Scores.load(self.folder / f"scores-{number}.safetensors")
-            if note.weights_changed:
-                load_model(self.task.model, str(self.folder / f"weights-{number}.safetensors"))
-        except (InputError, ValidationError, SafetensorError, OSError) as error:
-            if out_of_memory(error):
-                raise
-            progress.say(f"  The files of an earlier run in {self.folder} are damaged. The method starts again.")
+        begun = take(self.folder / "period.json", self._read)
+        if begun is None:
             remove(self.folder)
-            return None
+        else:
+            progress.say(f"  resuming in period {begun.number}")
+        return begun
+
+    def _read(self, file: Path) -> _Begun:
+        """The period that ``file`` and those beside it describe, with the task's model as it was then."""
+        note = _Note.model_validate(read_json(file))
+        scores = Scores.load(file.with_name(f"scores-{note.number}.safetensors"))
+        if note.weights_changed:
+            load_model(self.task.model, str(file.with_name(f"weights-{note.number}.safetensors")))
         self.log = note.log
-        progress.say(f"  resuming in period {number}")
-        return _Begun(number, note.removed, note.chosen, scores)
+        return _Begun(note.number, note.removed, note.chosen, scores)

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
+from secateur.keeping import keep, take
 from secateur.methods.base import PruningTask, adapted_graph
 from secateur.reading import brief
 from secateur.types import DependencyGraph, Scores
@@ -77,6 +78,15 @@ class Saliency:
             for name, criterion in self.criteria.items()
         }
         return combine(every, self.weights)
+
+    def first_scores(self, task: PruningTask) -> Scores:
+        """Scores of the task's model before anything is removed; those of an interrupted run, if it has kept them."""
+        path = None if task.work is None else task.work / "start.safetensors"
+        found = take(path, Scores.load)
+        if found is None:
+            found = self.scores(task, {}, task.seed)
+            keep(path, found.save)
+        return found
 
 
 def _checked(weights: Weights) -> dict[str, Any]:

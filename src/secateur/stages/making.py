@@ -121,7 +121,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     if result.scores is not None:
         work.write_scores("scores.safetensors", result.scores)
     if result.updates:
-        work.write_tensors("updates.safetensors", _on_cpu(result.updates))
+        work.write_tensors("updates.safetensors", result.updates)
     if method.changes_weights:
         work.write_weights("decided.safetensors", result.model)
     kept = _Kept(scores=result.scores is not None, updates=bool(result.updates), weights=method.changes_weights)
@@ -215,7 +215,7 @@ def reconstruct_weights(result: Result, texts: Texts, work: Workspace) -> None:
 
 def _keep_updates(file: str, updates: dict[str, torch.Tensor], result: Result, work: Workspace) -> None:
     """Take over the new values of a stage, and keep them for ``take_updates``."""
-    work.write_tensors(file, _on_cpu(updates))
+    work.write_tensors(file, updates)
     result.updates |= updates
 
 
@@ -345,10 +345,6 @@ def losses(model: PreTrainedModel, recipe: Recipe, blocks: TokenBlocks) -> dict[
     settings = recipe.evaluation
     dtype = autocast_dtype(settings.precision, model.device)
     return losses_by_source(model, blocks, batch_size=settings.batch_size, autocast=dtype)
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:

@@ -154,7 +154,7 @@ class KilledError(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("damaged", ["", "parent.json", "scores.safetensors"])
+@pytest.mark.parametrize("damaged", ["", "parent.json", "start.safetensors"])
 def test_a_killed_run_goes_on_to_the_same_answer(damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, expected = run()
     task = OfThreeLayers().task(0.3, floor=0)
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_answer(damaged: str, tmp_path: Path, m
     again: list[int] = []
     monkeypatch.setattr(module.Lineage, "keep", lambda self, state: (again.append(state.done), keep(self, state)))
     found = EvoPress(settings).run(task)
-    assert again == list(range(1 if damaged else 6, 9))
+    assert again == list(range(1 if damaged == "parent.json" else 6, 9))
     assert found.removed == expected.removed
     assert found.metrics == expected.metrics
 
