@@ -15,7 +15,7 @@ from secateur.evaluation import Divergence
 from secateur.keeping import keep_tensors, take_tensors
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.saliency import Saliency, SaliencyWeights
-from secateur.planning import Problem
+from secateur.planning import Problem, ranking
 from secateur.surgery import InputGates
 from secateur.types import Scores, Settings
 from secateur.walk import borrowed, calibration_for
@@ -96,14 +96,8 @@ class Bypass(Method):
 
 def _ranks(task: PruningTask, scores: Scores) -> torch.Tensor:
     """``[units of all groups]``: the place of each unit in the ranking of all, from 0 to 1."""
-    stacks = Problem.of(task.restricted, scores, task.budget).stacks.values()
-    by_unit = [
-        torch.empty(stack.left, dtype=torch.float64).index_copy_(0, stack.order, stack.scores) for stack in stacks
-    ]
-    values = torch.cat(by_unit)
-    places = torch.empty_like(values)
-    places[values.argsort(stable=True)] = torch.linspace(0, 1, len(values), dtype=torch.float64)
-    return places
+    places = torch.cat(list(ranking(Problem.of(task.restricted, scores, task.budget)).values()))
+    return torch.linspace(0, 1, len(places), dtype=torch.float64)[places]
 
 
 def antithetic(s: torch.Tensor, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
 from secateur.methods.gated import Gated, GateSteps
 from secateur.methods.saliency import Saliency, SaliencyWeights
-from secateur.planning import Problem
+from secateur.planning import Problem, ranking
 from secateur.surgery import InputGates, folded
 from secateur.training import Schedule, attach_lora, train
 from secateur.training.quantised import BaseWeights, check_quantisable, quantised_base
@@ -135,20 +135,18 @@ class DDP(Method):
         would remove, and from there to ``highest`` among the others."""
         settings = self.settings
         scores = Saliency(settings.saliency).first_scores(task)
-        stacks = list(Problem.of(task.restricted, scores, task.budget).stacks.values())
-        values = torch.cat([stack.scores for stack in stacks])
-        removed = task.allocate(scores)
-        gone = torch.cat([torch.isin(stack.order, torch.tensor(removed.get(stack.group.name, []))) for stack in stacks])
-        gates = torch.empty(len(values))
+        ranks, removed = ranking(Problem.of(task.restricted, scores, task.budget)), task.allocate(scores)
+        places, sizes = torch.cat(list(ranks.values())), [len(units) for units in ranks.values()]
+        gone = torch.zeros(len(places), dtype=torch.bool)
+        for name, part in zip(ranks, gone.split(sizes), strict=True):
+            part[removed.get(name, [])] = True
+        gates = torch.empty(len(places))
         highest = settings.highest if settings.amplify else min(settings.highest, 1.0)
         for units, first, last in ((gone, settings.lowest, _BOUNDARY), (~gone, _BOUNDARY, highest)):
-            order = units.nonzero().flatten()[values[units].argsort(stable=True)]
+            order = units.nonzero().flatten()[places[units].argsort()]
             gates[order] = torch.linspace(first, last, len(order))
-        parts = gates.split([stack.left for stack in stacks])
-        return {
-            stack.group.name: torch.empty(stack.left).index_copy_(0, stack.order, part)
-            for stack, part in zip(stacks, parts, strict=True)
-        }
+        # checkpoints do not hold parts of a larger tensor
+        return {name: part.clone() for name, part in zip(ranks, gates.split(sizes), strict=True)}
 
     def _adapted(self, task: PruningTask, stack: ExitStack) -> PeftModel | None:
         """Adapters on the task's model until the stack ends; None when there are none to train."""

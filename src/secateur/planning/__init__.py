@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secateur.planning.allocate import allocate, solve
 from secateur.planning.budget import Budget, restrict
-from secateur.planning.order import extend, removed_before
+from secateur.planning.order import extend, ranking, removed_before
 from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
@@ -24,6 +24,7 @@ __all__ = [
     "describe_plan",
     "extend",
     "make_plan",
+    "ranking",
     "removed_before",
     "restrict",
     "solve",

@@ -30,8 +30,9 @@ def extend(
         problem: the one that the cut solved.
         chosen: all units that are removed now.
     """
-    extended = {}
-    for name, place in _places(problem).items():
+    extended, units = {}, sum(stack.left for stack in problem.stacks.values())
+    for name, places in ranking(problem).items():
+        place = places.double() / units
         goes = torch.zeros(len(place), dtype=torch.bool)
         goes[torch.tensor(chosen.get(name, []), dtype=torch.long)] = True
         gone = torch.zeros_like(goes)
@@ -64,17 +65,15 @@ def removed_at(scores: Scores, ratio: float) -> tuple[dict[str, list[int]], bool
     return removed_before(scores.values, whole), abs(done - whole) <= _SAME
 
 
-def _places(problem: Problem) -> dict[str, torch.Tensor]:
-    """Place of each remaining unit in the ranking of all, as a fraction of them: group name → ``[size]``, float64.
+def ranking(problem: Problem) -> dict[str, torch.Tensor]:
+    """Place of each remaining unit in the ranking of all, from 0 on: group name → ``[size]``, int64.
 
-    Removed units have 0.
+    A unit is behind those of its group that go before it (``Stack.order``), whatever its score. Removed units have 0.
     """
     stacks = list(problem.stacks.values())
     prices = torch.cat([stack.scores.cummax(0).values for stack in stacks])  # a unit waits for those below it
-    place = torch.empty(len(prices), dtype=torch.float64)
-    place[prices.argsort(stable=True)] = torch.arange(len(prices), dtype=torch.float64) / len(prices)
-    places = {}
-    for stack, part in zip(stacks, place.split([stack.left for stack in stacks]), strict=True):
-        places[stack.group.name] = torch.zeros(stack.group.size, dtype=torch.float64)
-        places[stack.group.name][stack.order] = part
-    return places
+    places = prices.argsort(stable=True).argsort()
+    return {
+        stack.group.name: torch.zeros(stack.group.size, dtype=torch.long).index_copy_(0, stack.order, part)
+        for stack, part in zip(stacks, places.split([stack.left for stack in stacks]), strict=True)
+    }

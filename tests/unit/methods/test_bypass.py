@@ -15,7 +15,7 @@ from secateur.methods import bypass as module
 from secateur.methods.bypass import Bypass, BypassSettings, Policy, antithetic
 from secateur.surgery import masked
 from secateur.testing.method_contract import MethodContract
-from secateur.types import Cut
+from secateur.types import Cut, Scores
 
 SETTINGS = BypassSettings(steps=6, windows=2, learning_rate=0.1, saliency={"magnitude": 1.0})
 
@@ -65,6 +65,16 @@ def test_the_gradient_points_to_units_that_matter() -> None:
         total += policy.gradient(masks, [float((weight * (1 - mask)).sum()) for mask in masks]) / 1500
     torch.testing.assert_close(total.float(), -weight, atol=0.06, rtol=0)
     assert not policy.gradient(masks, [1.0, float("nan")]).any()
+
+
+def test_it_starts_from_the_ranking_of_all_units() -> None:
+    task = TestBypass().task(0.2)
+    scores = Scores({group.name: torch.randn(group.size) for group in task.prunable}, on_one_scale=True)
+    scores["layers.0.mlp"][5] = scores["layers.1.mlp"][3]  # of equal ones, the earlier group goes first
+    values = torch.cat([scores[group.name] for group in task.prunable])
+    expected = torch.empty(len(values), dtype=torch.float64)
+    expected[values.argsort(stable=True)] = torch.linspace(0, 1, len(values), dtype=torch.float64)
+    assert torch.equal(module._ranks(task, scores), expected)
 
 
 def test_the_expected_size_meets_the_budget() -> None:

@@ -16,6 +16,7 @@ from secateur.methods.gated import Gated, GateSteps, kept_score, threshold_at
 from secateur.surgery import InputGates
 from secateur.testing.method_contract import MethodContract
 from secateur.training import TrainingSettings
+from secateur.types import Scores
 
 QUICK = DDPSettings(steps=6, saliency={"magnitude": 1.0})
 
@@ -61,6 +62,20 @@ def test_the_model_is_as_it_was() -> None:
     assert all(module.training for module in task.model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in task.model.parameters())
     assert not any(module._forward_pre_hooks for module in task.model.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"amplify": False, "highest": 1.5}])
+def test_gates_start_by_the_rank_of_a_score(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = OfFamily(lowest=0.2, **settings)
+    task = case.task(0.3)
+    scores = Scores({group.name: torch.randn(group.size) for group in task.prunable}, on_one_scale=True)
+    monkeypatch.setattr("secateur.methods.saliency.Saliency.scores", lambda *_: scores)
+    found, removed = DDP(case.settings)._start(task), task.allocate(scores)
+    units = sorted((float(scores[name][unit]), name, unit) for name in scores for unit in range(len(scores[name])))
+    for goes, first, last in ((True, 0.2, 0.7), (False, 0.7, 1.0)):
+        part = [(name, unit) for _, name, unit in units if (unit in removed.get(name, ())) == goes]
+        gates = [float(found[name][unit]) for name, unit in part]
+        assert gates == torch.linspace(first, last, len(part)).tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, {"settle": 0.0}])

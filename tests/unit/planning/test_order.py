@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from secateur.errors import PlanError
-from secateur.planning import Budget, Problem, allocate, by_period, extend, removed_before, restrict, solve
+from secateur.planning import Budget, Problem, allocate, by_period, extend, ranking, removed_before, restrict, solve
 from secateur.planning.shapes import legal_counts
 from secateur.testing.graphs import llama_graph
 from secateur.types import Cut, DependencyGraph, Scores
@@ -83,6 +83,18 @@ def test_between_two_cuts_the_next_cut_has_begun(seed: int, normalise: Any) -> N
         assert len(different) * min(costs) <= max(costs)
         others += bool(different)
     assert others < 2 * CUTS
+
+
+def test_the_place_of_a_unit_is_that_in_which_it_goes() -> None:
+    graph, budget = uneven_graph(3), Budget(ratio=0.2)
+    problem = at_cut(graph, 3, 0, {"layers.1.mlp": [4, 7]}, budget)
+    places = ranking(problem)
+    left = {name: sorted(set(range(len(units))) - problem.removed.get(name, set())) for name, units in places.items()}
+    values = torch.cat([stack.scores[stack.order.argsort()] for stack in problem.stacks.values()])
+    found = torch.cat([places[name][units] for name, units in left.items()])
+    assert torch.equal(values.argsort(stable=True), found.argsort())
+    assert found.sort().values.tolist() == list(range(sum(map(len, left.values()))))
+    assert places["layers.1.mlp"][[4, 7]].tolist() == [0, 0]
 
 
 def test_a_ratio_beyond_the_end_is_refused() -> None:

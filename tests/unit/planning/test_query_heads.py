@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from secateur.errors import PlanError
-from secateur.planning import Budget, allocate, make_plan, restrict
+from secateur.planning import Budget, Problem, allocate, make_plan, ranking, restrict
 from secateur.planning.shapes import legal_counts
 from secateur.planning.stacks import build_stack
 from secateur.testing.graphs import llama_graph
@@ -173,3 +173,10 @@ def test_the_plan_is_small_json_and_counts_what_goes(graph: DependencyGraph) -> 
     gone = sum(len(again.removed(name)) for name in again.kept)
     query: NodeGroup = graph["layers.0.attention.query"]
     assert again.parameters_before - again.parameters_after == gone * graph.unit_cost(query) == gone * 2 * 12 * 48
+
+
+def test_in_the_ranking_a_head_waits_for_those_that_go_before_it(graph: DependencyGraph) -> None:
+    budget = Budget(ratio=0.05, kinds=("query", "ffn"))
+    problem = Problem.of(restrict(graph, budget), scores(graph), budget)
+    for name, places in ranking(problem).items():
+        assert (places[problem.stacks[name].order].diff() > 0).all()
