@@ -74,7 +74,7 @@ class DDP(Method):
 
         budget: {ratio: 0.2}
         method: {name: ddp, steps: 40}
-        recovery: {steps: 70}
+        recovery: {steps: 180}
     """
 
     name: ClassVar[str] = "ddp"

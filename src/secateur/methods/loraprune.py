@@ -51,8 +51,8 @@ class LoRAPrune(Method):
     ::
 
         budget: {ratio: 0.2, protect_first: 0.1, protect_last: 1}
-        method: {name: loraprune, steps: 40}
-        recovery: {steps: 70}
+        method: {name: loraprune, steps: 80}
+        recovery: {steps: 140}
     """
 
     name: ClassVar[str] = "loraprune"

@@ -56,7 +56,7 @@ class LoRAShear(Method):
 
         budget: {ratio: 0.2}
         method: {name: lorashear, periods: 1, period_steps: 80, saliency: {fisher: 1.0}}
-        recovery: {steps: 70}
+        recovery: {steps: 140}
     """
 
     name: ClassVar[str] = "lorashear"
