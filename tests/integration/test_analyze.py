@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from letters import write_letters
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -29,11 +30,7 @@ FILES = {"analysis.json", "analysis.csv", "heatmap.png", "SHA256SUMS"}
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    words = "the letter came late and nobody in the house had asked who wrote it".split()
-    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(60))
-    file = tmp_path / "letters.txt"
-    file.write_text("\n\n".join(paragraphs))
-    return file
+    return write_letters(tmp_path)
 
 
 def _recipe(text: Path, *more: str) -> Any:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from letters import call
 
 from secateur import inspection
-from secateur.cli import app
 from secateur.config import dump, load_recipe
 from secateur.data import read_ids
 from secateur.evaluation import perplexity
 from secateur.inspection import evaluate
 from secateur.loading import load
-from secateur.testing.tiny import build
-from secateur.testing.tokenizer import tiny_tokenizer
 from secateur.types import PruningPlan
 
 ARTEFACTS = {"SHA256SUMS", "graph.json", "metrics.json", "plan.json", "recipe.yaml", "run.jsonl", "verification.json"}
@@ -29,19 +25,9 @@ evaluation: {text: letters.txt, window: 32, tokens: 512}
 """
 
 
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model that reads characters, a text, and a recipe for both."""
-    place = tmp_path_factory.mktemp("cli")
-    tiny_tokenizer().save_pretrained(place / "tiny")
-    build("llama-gqa").save_pretrained(place / "tiny")
-    words = "the letter came late and nobody in the house had asked who wrote it".split()
-    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
-    (place / "letters.txt").write_text("\n\n".join(paragraphs))
+def place(place: Path) -> Path:
+    """With a recipe for its model and its text."""
     (place / "small.yaml").write_text(SMALL)
     return place
 

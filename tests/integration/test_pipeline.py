@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from letters import write_letters
 
 import secateur
 from secateur import inspection, pipeline
@@ -46,10 +47,7 @@ class _KilledError(BaseException):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    words = "the letter came late and nobody in the house had asked who wrote it".split()
-    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
-    text = tmp_path / "letters.txt"
-    text.write_text("\n\n".join(paragraphs))
+    text = write_letters(tmp_path)
     sources = [f"{section}.text={text}" for section in ("calibration", "recovery", "evaluation")]
     windows = [f"{section}.window=16" for section in ("calibration", "recovery", "evaluation")]
     return load_recipe(None, [*SETTINGS, *sources, *windows])

@@ -10,19 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from letters import call
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import secateur
 from secateur import pipeline
-from secateur.cli import app
 from secateur.config import Recipe, load_recipe, revise
 from secateur.errors import InputError, PlanError
 from secateur.inspection import plans
 from secateur.methods.gisp import GISP
 from secateur.stages import STAGES, order
-from secateur.testing.tiny import TINY, build
-from secateur.testing.tokenizer import tiny_tokenizer
+from secateur.testing.tiny import TINY
 from secateur.types import PruningPlan
 
 SMALL = """
@@ -36,19 +34,9 @@ training: {precision: fp32}
 RATIOS = "0.1,0.2"
 
 
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, a text, and a recipe for both."""
-    place = tmp_path_factory.mktemp("ratios")
-    tiny_tokenizer().save_pretrained(place / "tiny")
-    build("llama-gqa").save_pretrained(place / "tiny")
-    words = "the letter came late and nobody in the house had asked who wrote it".split()
-    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
-    (place / "letters.txt").write_text("\n\n".join(paragraphs))
+def place(place: Path) -> Path:
+    """With a recipe for its model and its text."""
     (place / "small.yaml").write_text(SMALL)
     return place
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from letters import write_letters
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -54,9 +55,7 @@ def call(*arguments: object) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    words = "the letter came late and nobody in the house had asked who wrote it".split()
-    paragraphs = (" ".join(words[i % 13 :] + words[: i % 13] + [str(i)]) * 24 for i in range(80))
-    (tmp_path / "letters.txt").write_text("\n\n".join(paragraphs))
+    write_letters(tmp_path)
     (tmp_path / "few.yaml").write_text(FEW_STEPS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
