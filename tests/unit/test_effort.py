@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from secateur.config import Recipe, load_recipe
 from secateur.effort import CAPS, Part, count_of, divide, seconds_of
 from secateur.errors import InputError
-from secateur.stages import is_sized, sized
-from secateur.stages.sizing import Pace
+from secateur.stages import is_sized, sized, sizing
 from secateur.testing import tiny
 
 LEAST: dict[Part, int] = {"calibration": 1000, "repair": 500, "recovery": 2000}
@@ -63,14 +62,23 @@ def test_no_number_is_enough() -> None:
         divide(float("nan"), {"recovery": 1.0}, LEAST, "effort.tokens=1")
 
 
-def speed(forward: float) -> Any:
-    return lambda recipe, model: Pace(forward, 3 * forward)
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Gives the machine so many seconds for a token, and three times as many for training on it."""
+
+    def give(forward: float) -> None:
+        monkeypatch.setattr(sizing, "measure_speed", lambda recipe, model: sizing.Pace(forward, 3 * forward))
+
+    return give
 
 
-def test_a_faster_machine_reads_more() -> None:
+def test_a_faster_machine_reads_more(speed: Callable[[float], None]) -> None:
     model = tiny.build("llama-gqa")
     recipe = load_recipe(None, flags={"effort.within": "30m", "method": "fisher", "recovery.repair": True})
-    slow, fast = (sized(recipe, model, speed(one)) for one in (1e-3, 1e-5))
+    speed(1e-3)
+    slow = sized(recipe, model)
+    speed(1e-5)
+    fast = sized(recipe, model)
     assert fast.recovery.steps > 10 * slow.recovery.steps
     assert slow.calibration.tokens < fast.calibration.tokens <= CAPS["calibration"]
     assert fast.recovery.repair_tokens == CAPS["repair"]
@@ -102,9 +110,10 @@ def test_one_limit_at_a_time() -> None:
         load_recipe(None, flags={"effort.within": "30m", "effort.tokens": "1M"})
 
 
-def test_too_little_is_refused() -> None:
+def test_too_little_is_refused(speed: Callable[[float], None]) -> None:
+    speed(1e-3)
     with pytest.raises(InputError, match=r"effort\.within=2s is too little"):
-        sized(load_recipe(None, flags={"effort.within": "2s"}), tiny.build("llama-gqa"), speed(1e-3))
+        sized(load_recipe(None, flags={"effort.within": "2s"}), tiny.build("llama-gqa"))
 
 
 def test_without_a_limit_nothing_changes() -> None:

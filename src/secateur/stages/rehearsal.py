@@ -32,7 +32,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
     plan = plan_for(graph, recipe, task.allocate(scores))
-    if recipe.recovery.repair:
+    if recipe.recovery.repair and "repair" in recipe.recovery.model_fields_set:  # a default: ``with_possible_repair``
         check_refittable(model, graph, plan.kept)
     if recipe.recovery.reconstruct:
         check_reconstructable(model, graph, plan.kept)

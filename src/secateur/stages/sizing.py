@@ -50,14 +50,13 @@ class Pace:
     """Of a training step, its optimiser included."""
 
 
-def sized(recipe: Recipe, model: PreTrainedModel, speed: Callable[..., Pace] | None = None) -> Recipe:
+def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """The recipe with its ``effort`` turned into amounts; unchanged when it names none.
 
     Amounts that the recipe names itself stay. The result has no ``effort``: it repeats the run on any machine.
 
     Args:
         model: the dense one; its speed is measured, and it is restored.
-        speed: measures ``Pace`` from a recipe and a model; for tests.
 
     Raises InputError when the limit is too small, or when no amount is left to choose.
     """
@@ -72,7 +71,7 @@ def sized(recipe: Recipe, model: PreTrainedModel, speed: Callable[..., Pace] | N
             "or does not need them. Leave out the keys, or leave out effort (--within, --tokens)."
         )
     if effort.within is not None:
-        measured = (speed or measure_speed)(recipe, model)
+        measured = measure_speed(recipe, model)
         costs = {part: _seconds(part, recipe, measured) for part in parts}
         given, total = f"effort.within={effort.within}", seconds_of(effort.within) - _fixed_seconds(recipe, measured)
         say(f"This machine reads {1 / measured.forward:,.0f} tokens a second and trains {1 / measured.training:,.0f}.")
