@@ -45,9 +45,11 @@ from secateur.stages import (
     rehearse_output,
     save,
     sized,
+    spare_texts,
     take_up,
     texts_of,
     with_possible_repair,
+    with_text,
 )
 from secateur.surgery import checked_trace
 from secateur.types import PruningPlan, Scores
@@ -151,7 +153,8 @@ def _prune(
     graph = checked_trace(model, recipe.budget.kinds)
     limited = recipe.effort.given
     recipe = _sized(with_possible_repair(recipe, model, graph), model, folder)
-    texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed)
+    texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed, spare_texts([recipe]))
+    recipe = with_text(recipe, texts)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 import secateur
 from secateur import pipeline
+from secateur.config import Recipe
+from secateur.data import split_of, texts
 from secateur.endings import _advice
-from secateur.errors import InputError, SecateurError
+from secateur.errors import DataError, InputError, SecateurError
 from secateur.export.words import _written
 from secateur.loading import load
 from secateur.stages import making, refuse_what_cannot_work
@@ -74,6 +76,34 @@ def test_a_result_that_could_not_be_saved_is_refused_first(
         with pytest.raises(SecateurError, match=said):
             pipeline.prune(model, words, method="magnitude", recipe=recipe, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("asked", [{}, {"repair": True}, {"repair": False, "reconstruct": True}])
+def test_too_little_text_to_repair_with_costs_only_a_repair_that_nobody_asked_for(
+    asked: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven windows are enough for the scores, which ask for six; repair reads eight or more."""
+    documents = [f"{number:x}".rjust(111, "a") for number in range(200)]  # of seven windows each, with their end
+    first = next(text for text in documents if split_of(text) == "calibration")
+    others = [text for text in documents if split_of(text) == "evaluation"]
+    lines = [json.dumps({"text": text}) for text in (first, *others)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    keys = {"text": [str(tmp_path / "text.jsonl")], "window": 16, "tokens": 96}
+    recipe = {"calibration": keys, "evaluation": keys, "recovery": {"steps": 0, **asked}, "method": "taylor"}
+    said: list[str] = []
+    monkeypatch.setattr(texts, "say", said.append)
+
+    def dry() -> Recipe:
+        model = TINY["llama-gqa"]()
+        return pipeline.prune(model, tiny_tokenizer(), recipe=recipe, output=tmp_path / "out", dry_run=True).recipe
+
+    if asked:
+        switch = "reconstruct" if "reconstruct" in asked else "repair"
+        with pytest.raises(DataError, match=rf"Too little text for calibration.* Or set recovery\.{switch}=false\."):
+            dry()
+    else:
+        assert not dry().recovery.repair
+        assert [line.partition(":")[0] for line in said] == ["Without repair"]
 
 
 def test_generation_settings_of_the_source_that_transformers_calls_invalid_travel(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def compare(
     check_tasks(tasks)
     result, graphs, recipes = _rehearse(recipe, recipes)
     texts = _read_texts(result.model, result.tokenizer, recipes, graphs)
+    recipes = [stages.with_text(row, texts) for row in recipes]
     rows_folder = open_folder(output, identity)
     dense = _measure_dense(result, texts, tasks, rows_folder)
     comparison = _leaderboard(recipe, result.recipe, dense)
@@ -339,7 +340,7 @@ def _read_texts(
     trained_on = [name for name in evaluation.text if any(same_file(name, other) for other in elsewhere)]
     whole = load_whole(evaluation, tokenizer, recipes[0].seed, evaluation.tokens, trained_on)
     check_blocks(whole, model, tokenizer)
-    found = read_texts(model, tokenizer, wanted, recipes[0].seed)
+    found = read_texts(model, tokenizer, wanted, recipes[0].seed, stages.spare_texts(recipes))
     return Texts(**{**vars(found), "evaluation": whole})
 
 

@@ -56,6 +56,10 @@ class TextSettings(Settings):
         return self
 
 
+class TooLittleTextError(DataError):
+    """The sources have too little text for a split."""
+
+
 def load_blocks(
     settings: TextSettings,
     split: Split,
@@ -80,7 +84,8 @@ def load_blocks(
             are read only when there is too little other text, with a message. Text that is read here is added.
 
     Raises:
-        DataError: no tokenizer, a source that cannot be read, or too little text.
+        DataError: no tokenizer, or a source that cannot be read.
+        TooLittleTextError: too little text.
     """
     tokenizer = _needed(tokenizer)
     check_sources(settings)
@@ -257,14 +262,14 @@ def _proportional(blocks: int, weights: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def _too_little(packers: Mapping[str, Packer], settings: TextSettings, split: Split) -> DataError:
+def _too_little(packers: Mapping[str, Packer], settings: TextSettings, split: Split) -> TooLittleTextError:
     blocks = settings.tokens // settings.window if settings.weights else _FEWEST_BLOCKS
     wanted = _proportional(blocks, settings.weights) if settings.weights else dict.fromkeys(packers, blocks)
     short = [name for name, packer in packers.items() if packer.available(wanted[name]) < wanted[name]]
     have = ", ".join(f"{name} {packers[name].tokens:,}" for name in short)
     least = "" if settings.weights else f" (at least {min(_FEWEST_BLOCKS, settings.tokens // settings.window)} windows)"
     what = "these shares of " if settings.weights else ""
-    return DataError(
+    return TooLittleTextError(
         f"Too little text for {split}: {what}{settings.tokens:,} tokens in windows of {settings.window}{least} were "
         f"asked for, and there are: {have}. {SHARES[split]:.0%} of the documents of every source are for {split}, and "
         "copies count once. Ask for fewer tokens or a smaller window, or name more text; built in are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.blocks import TokenBlocks, check_blocks
 from secateur.data.builtin import SOURCES
-from secateur.data.mixture import TextSettings, check_sources, check_window, load_blocks
+from secateur.data.mixture import TextSettings, TooLittleTextError, check_sources, check_window, load_blocks
 from secateur.data.own_text import write_own_text
 from secateur.data.sources import OWN_TEXT
 from secateur.data.splits import SHARES, Split
+from secateur.errors import DataError
 from secateur.progress import say
 
 _MARGIN = 1.2
@@ -41,6 +42,8 @@ _SECTIONS: Mapping[Purpose, str] = {
     "validation": "recovery",
 }
 """Purpose → section of the recipe, where their names differ."""
+_SWITCHES: Mapping[Purpose, str] = {"repair": "recovery.repair", "reconstruct": "recovery.reconstruct"}
+"""Purpose → the key that switches off what needs the text."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ def read_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: Mapping[Purpose, TextSettings],
     seed: int,
+    spare: Collection[Purpose] = (),
 ) -> Texts:
     """Token blocks for each purpose in ``wanted``; none without a tokenizer.
 
     Everything is checked before anything is read. ``model`` is the dense one; it writes the text of the source
-    ``self``. Raises DataError and InputError as ``load_blocks`` and ``check_window`` do.
+    ``self``. A purpose in ``spare`` with too little text is left out, with a message. Raises DataError and InputError
+    as ``load_blocks`` and ``check_window`` do.
     """
     if tokenizer is None:
         return Texts()
@@ -82,19 +87,20 @@ def read_texts(
     written = write_own_text(model, tokenizer, own, seed) if own else []
     taken: set[str] = set()  # by calibration: recovery is measured on other text, which is read afterwards
     first = sorted(wanted, key=lambda purpose: purpose != "calibration")
-    blocks = {
-        purpose: load_blocks(
-            wanted[purpose],
-            _SPLITS[purpose],
-            tokenizer,
-            seed,
-            written,
-            taken if _SPLITS[purpose] == "calibration" else None,
-        )
-        for purpose in first
-    }
-    for found in blocks.values():
+    blocks: dict[str, TokenBlocks] = {}
+    for purpose in first:
+        split = _SPLITS[purpose]
+        others = taken if split == "calibration" else None
+        try:
+            found = load_blocks(wanted[purpose], split, tokenizer, seed, written, others)
+        except TooLittleTextError as error:
+            if purpose in spare:
+                say(f"Without {purpose}: {error}")
+                continue
+            switch = f" Or set {_SWITCHES[purpose]}=false." if purpose in _SWITCHES else ""
+            raise DataError(f"{error}{switch}") from error
         check_blocks(found, model, tokenizer)
+        blocks[purpose] = found
     return Texts(**blocks)
 
 

@@ -40,7 +40,7 @@ class RecoverySettings(TextSettings):
     repair: bool | None = None
     """Refit the weights that consume the kept units in closed form, before any training, and also without training. It
     changes nothing after lorashear, because the removed units are already zero there. `null`: on for methods that
-    neither train nor compensate, where the model and the kinds to cut allow it."""
+    neither train nor compensate, where the model and the kinds to cut allow it, and the text is enough."""
     repair_tokens: int | None = Field(default=None, ge=10)
     """Calibration tokens for repair. `null`: 20 for each input of the widest matrix that is refitted; fewer fit the
     noise."""

@@ -19,7 +19,7 @@ from secateur.stages.order import STAGES, Stage, make, take_up
 from secateur.stages.refusals import refuse_what_cannot_work
 from secateur.stages.rehearsal import contents, rehearse, rehearse_output
 from secateur.stages.result import Baseline, Measured, Metrics, Result, plan_for
-from secateur.stages.sizing import is_sized, sized, texts_of, with_possible_repair
+from secateur.stages.sizing import is_sized, sized, spare_texts, texts_of, with_possible_repair, with_text
 
 __all__ = [
     "STAGES",
@@ -47,7 +47,9 @@ __all__ = [
     "save",
     "size",
     "sized",
+    "spare_texts",
     "take_up",
     "texts_of",
     "with_possible_repair",
+    "with_text",
 ]

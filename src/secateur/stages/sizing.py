@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secateur.compensation import EVERY, check_refittable
 from secateur.config import Recipe, revise
-from secateur.data import Purpose, TextSettings
+from secateur.data import Purpose, Texts, TextSettings
 from secateur.effort import Part, divide, seconds_of
 from secateur.errors import InputError, ModelError
 from secateur.methods import method_class
@@ -102,7 +102,7 @@ def texts_of(recipe: Recipe, graph: DependencyGraph) -> dict[Purpose, TextSettin
 
 def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: DependencyGraph) -> Recipe:
     """The recipe without repair where it is only a default, and this model does not allow it. Says so."""
-    if not recipe.recovery.repair or "repair" in recipe.recovery.model_fields_set:
+    if not _repairs_by_default(recipe):
         return recipe
     try:
         check_refittable(model, graph, [group.name for group in restrict(graph, recipe.budget).prunable])
@@ -110,6 +110,22 @@ def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: Dependen
         say(f"Without repair: {error}")
         return revise(recipe, {"recovery.repair": False})
     return recipe
+
+
+def spare_texts(recipes: Iterable[Recipe]) -> set[Purpose]:
+    """The purposes that these recipes can do without: repair, where it is only a default."""
+    repaired = [recipe for recipe in recipes if recipe.recovery.repair]
+    return {"repair"} if all(map(_repairs_by_default, repaired)) else set()
+
+
+def with_text(recipe: Recipe, texts: Texts) -> Recipe:
+    """The recipe without repair where it is only a default, and there is no text for it."""
+    without = texts.repair is None and _repairs_by_default(recipe)
+    return revise(recipe, {"recovery.repair": False}) if without else recipe
+
+
+def _repairs_by_default(recipe: Recipe) -> bool:
+    return bool(recipe.recovery.repair) and "repair" not in recipe.recovery.model_fields_set
 
 
 def is_sized(given: Recipe, written: Recipe) -> bool:
