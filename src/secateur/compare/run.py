@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import stages
@@ -29,6 +29,7 @@ from secateur.evaluation.memory import PeakMemory
 from secateur.evaluation.tasks import chance_levels, check_tasks, evaluate_tasks
 from secateur.export import check_finite
 from secateur.inputs import refuse_inputs
+from secateur.keeping import take
 from secateur.loading import load
 from secateur.lock import alone
 from secateur.methods import METHODS, method_class, method_source
@@ -270,7 +271,7 @@ def _rehearse(
 def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], folder: Path) -> Dense:
     """The numbers of the dense model, measured once. Raises InputError when the kept numbers are of another model."""
     kept, weights = folder / "dense.json", _identity_of(result.model)
-    dense = _kept(kept)
+    dense = take(kept, lambda file: Dense.model_validate(read_json(file)))
     if dense is None:
         chance = chance_levels(tasks) if tasks else {}  # first, because the data of the tasks may be missing
         say("Measuring the dense model")
@@ -284,17 +285,6 @@ def _measure_dense(result: stages.Result, texts: Texts, tasks: Sequence[str], fo
             f"for {folder.parent}. Restore the old ones, or name another folder."
         )
     return dense
-
-
-def _kept(file: Path) -> Dense | None:
-    """An earlier run's numbers of the dense model; None when there are none, or the file is damaged."""
-    if not file.exists():
-        return None
-    try:
-        return Dense.model_validate(read_json(file))
-    except (InputError, ValidationError):
-        say(f"{file} is damaged. The dense model is measured again.")
-        return None
 
 
 def _leaderboard(recipe: Recipe, row: Recipe, dense: Dense) -> Leaderboard:
