@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur import importance
 from secateur.importance import Criterion, criterion_class
-from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.base import Decision, Method, PruningTask, Reading
 from secateur.methods.bypass import Bypass
 from secateur.methods.ddp import DDP
 from secateur.methods.evopress import EvoPress
@@ -74,6 +74,7 @@ __all__ = [
     "PeriodSettings",
     "Periods",
     "PruningTask",
+    "Reading",
     "Saliency",
     "Transfer",
     "method_class",

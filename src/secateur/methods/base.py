@@ -88,6 +88,29 @@ class Decision:
     """Other facts worth keeping, JSON-able."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How much text a method reads while it chooses, beside its training (``Method.training_steps``)."""
+
+    forward: float = 0.0
+    """Passes over all calibration text without gradients."""
+    gradient: float = 0.0
+    """Passes over all calibration text with gradients."""
+    forward_windows: int = 0
+    """Single calibration windows without gradients, each time that one is read."""
+    gradient_windows: int = 0
+    """The same with gradients."""
+    dense_steps: int = 0
+    """Training steps whose text the dense model reads as well."""
+
+    @classmethod
+    def by(cls, criteria: Iterable[Criterion], passes: int = 1) -> Reading:
+        """That of ``passes`` scores by each of the criteria."""
+        needs = [criterion.needs for criterion in criteria]
+        forward, nothing = needs.count("activations"), needs.count("nothing")
+        return cls(forward=passes * forward, gradient=passes * (len(needs) - forward - nothing))
+
+
 class NoSettings(Settings):
     """This method has no settings of its own."""
 
@@ -122,6 +145,12 @@ class Method(ABC):
     def training_steps(self) -> int:
         """Optimiser steps of ``run``; a method that trains has at least one."""
         return 0
+
+    @property
+    def reading(self) -> Reading:
+        """The text that ``run`` reads beside its training, by which a limit in time or tokens is divided. By default
+        one pass with gradients over the calibration text, or nothing where it needs none."""
+        return Reading(gradient=0.0 if self.needs == "nothing" else 1.0)
 
     @property
     def compensates(self) -> bool:

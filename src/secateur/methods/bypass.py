@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from secateur import progress
 from secateur.evaluation import Divergence
 from secateur.keeping import keep_tensors, take_tensors
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, ranking
 from secateur.surgery import InputGates
@@ -58,6 +59,12 @@ class Bypass(Method):
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = BypassSettings
     settings: BypassSettings
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``: scores for the start, the dense model once, and two masks in each step."""
+        settings, start = self.settings, Saliency(self.settings.saliency).reading
+        return replace(start, forward=start.forward + 1, forward_windows=2 * settings.steps * settings.windows)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``. The scores are the probabilities."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.methods.gated import Gated, GateSteps
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, ranking
@@ -89,6 +90,12 @@ class DDP(Method):
     def training_steps(self) -> int:
         """See ``Method.training_steps``."""
         return self.settings.steps
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``: scores for the start, and the dense model's predictions in every step."""
+        dense = self.settings.steps if self.settings.distillation > 0 else 0
+        return replace(Saliency(self.settings.saliency).reading, dense_steps=dense)
 
     @property
     def compensates(self) -> bool:

@@ -15,7 +15,7 @@ from secateur import progress
 from secateur.errors import InputError, ModelError
 from secateur.evaluation import Divergence
 from secateur.keeping import keep, take
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Levels, Problem, Switches, solve
 from secateur.surgery import masked
@@ -76,6 +76,16 @@ class EvoPress(Method):
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = EvoPressSettings
     settings: EvoPressSettings
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``: scores, all candidates, and at the end the dense model and two candidates on all
+        text."""
+        settings, start = self.settings, Saliency(self.settings.saliency).reading
+        last = settings.windows[-1]
+        children = sum(many * each for many, each in zip(settings.children, settings.windows, strict=True))
+        windows = settings.generations * (children + last) + 2 * last
+        return replace(start, forward=start.forward + 3, forward_windows=windows)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

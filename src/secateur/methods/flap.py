@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateur.errors import InputError
 from secateur.importance.flap import Fluctuation, compensation
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.planning.shapes import needs_equal_widths
 from secateur.types import Settings
 
@@ -35,6 +35,11 @@ class FLAP(Method):
     needs: ClassVar[MethodNeeds] = "text"
     Settings: ClassVar[type[Settings]] = FLAPSettings
     settings: FLAPSettings
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``."""
+        return Reading(forward=1)
 
     @property
     def compensates(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secateur import progress
 from secateur.keeping import keep_tensors, take_tensors
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, by_period, extend, removed_before, solve
 from secateur.surgery import masked
@@ -56,6 +56,16 @@ class GISP(Method):
     def ranks(self) -> bool:
         """See ``Method.ranks``."""
         return True
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``: new scores before each cut."""
+        settings = self.settings
+        once = Saliency(settings.saliency).reading
+        if settings.windows is None:
+            return Reading(forward=settings.cuts * once.forward, gradient=settings.cuts * once.gradient)
+        windows = settings.cuts * settings.windows
+        return Reading(forward_windows=int(windows * once.forward), gradient_windows=int(windows * once.gradient))
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``. The scores are an order of removal (``planning.order``)."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from secateur import importance
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.planning import by_period
 from secateur.surgery import masked
 from secateur.types import Cut, Scores, Settings
@@ -34,6 +34,11 @@ class LLMPruner(Method):
     def ranks(self) -> bool:
         """See ``Method.ranks``."""
         return self.settings.rounds == 1
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``."""
+        return Reading(gradient=self.settings.rounds)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

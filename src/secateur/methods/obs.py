@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 
 from secateur.compensation import Target, check_removable, remove_and_compensate
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.types import Settings
 
@@ -42,6 +43,13 @@ class OBS(Method):
     def compensates(self) -> bool:
         """See ``Method.compensates``."""
         return True
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``: scores, and ``remove_and_compensate``, whose passes depend on how many groups lose
+        units."""
+        start = Saliency(self.settings.saliency).reading
+        return replace(start, forward=start.forward + (2.5 if self.settings.target == "own" else 4.5))
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateur.errors import InputError
 from secateur.importance import Criterion
-from secateur.methods.base import Decision, Method, PruningTask
+from secateur.methods.base import Decision, Method, PruningTask, Reading
 
 
 class OneShot(Method):
@@ -19,6 +19,11 @@ class OneShot(Method):
     def ranks(self) -> bool:
         """See ``Method.ranks``."""
         return True
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``."""
+        return Reading.by([self.settings])
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

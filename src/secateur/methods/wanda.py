@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from secateur import importance
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
 from secateur.progress import track
 from secateur.surgery import masked
 from secateur.types import Cut, NodeGroup, Scores, Settings
@@ -39,6 +39,11 @@ class Wanda(Method):
     def ranks(self) -> bool:
         """See ``Method.ranks``."""
         return self.settings.inputs == "dense"
+
+    @property
+    def reading(self) -> Reading:
+        """See ``Method.reading``."""
+        return Reading(forward=1 if self.settings.inputs == "dense" else 3)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
