@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializationInfo,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from secateur.analysis import Analysis
 from secateur.compensation import EVERY
@@ -62,8 +70,8 @@ class MethodChoice(Settings):
         return {"name": name, "settings": validate(method_class(name).Settings, own, "method")}
 
     @model_serializer
-    def _to_yaml(self) -> dict[str, Any]:
-        return {"name": self.name, **self.settings.model_dump(mode="json")}
+    def _to_yaml(self, info: SerializationInfo) -> dict[str, Any]:
+        return {"name": self.name, **self.settings.model_dump(mode="json", exclude_unset=bool(info.exclude_unset))}
 
 
 class Recipe(Settings):
@@ -145,6 +153,13 @@ class Recipe(Settings):
     def baseline(self) -> str | None:
         """The one-shot method to compare with; None when the run is one-shot itself."""
         return self.evaluation.baseline if method_class(self.method.name).needs == "training" else None
+
+    @property
+    def names_steps(self) -> bool:
+        """Whether it says how long the run trains: a limit, the steps of recovery, or those of the method."""
+        own = self.method.settings.model_fields_set
+        named = "steps" in self.recovery.model_fields_set or any(key.endswith("steps") for key in own)
+        return named or self.effort.given
 
     @property
     def texts(self) -> dict[Purpose, TextSettings]:

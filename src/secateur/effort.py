@@ -19,6 +19,9 @@ SHARES: Mapping[Part, float] = {"calibration": 0.2, "repair": 0.15, "reconstruct
 CAPS: Mapping[Part, int] = {"calibration": 131_072, "repair": 131_072, "reconstruction": 262_144}
 """Tokens beyond which a part gains little; what it does not use is recovery's."""
 
+ON_A_GPU = "30m"
+"""``within`` of a run on a device that is no CPU, where the recipe names neither a limit nor steps."""
+
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])", re.IGNORECASE)
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
@@ -30,7 +33,8 @@ class Effort(Settings):
 
     within: str | None = None
     """Time for the whole run, such as `30m`, `2h` or `90s`. A step is measured on this machine before the run, and the
-    time is divided between scoring, repair, reconstruction and recovery."""
+    time is divided between scoring, repair, reconstruction and recovery. `null`: no limit on a CPU, and 30m on any
+    other device, unless the recipe names tokens, recovery.steps or steps of the method."""
     tokens: int | None = Field(default=None, ge=1)
     """Tokens that all these stages read together, such as `1.6M`. At most one of the two."""
 
@@ -57,6 +61,14 @@ class Effort(Settings):
     def given(self) -> bool:
         """Whether there is a limit."""
         return self.within is not None or self.tokens is not None
+
+    @property
+    def twice(self) -> str:
+        """The option of the command line for twice as much."""
+        if self.within is None:
+            return f"--tokens {2 * (self.tokens or 0)}"
+        text = self.within.strip()
+        return f"--within {2 * float(text[:-1]):g}{text[-1].lower()}"
 
 
 def seconds_of(text: str) -> float:

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import Recipe, RecipeLike, dump, identity, load_recipe, recipe_of, revise
+from secateur.config import Recipe, RecipeLike, dump, identity, load_recipe, recipe_of, revise, validate
 from secateur.data import read_texts
+from secateur.effort import Effort
 from secateur.errors import InputError, PlanError
 from secateur.export import (
     ARTEFACTS,
@@ -38,6 +39,7 @@ from secateur.stages import (
     Stage,
     contents,
     cut,
+    effort_for,
     is_sized,
     make,
     refuse_what_cannot_work,
@@ -48,6 +50,7 @@ from secateur.stages import (
     spare_texts,
     take_up,
     texts_of,
+    with_more_time,
     with_possible_repair,
     with_text,
 )
@@ -77,7 +80,7 @@ def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     if not (written.is_file() and metrics.is_file() and (folder / "config.json").is_file()):
         return None
     try:
-        same = is_sized(recipe, load_recipe(written))
+        same = is_sized(recipe, load_recipe(written), _limit(metrics))
     except InputError:  # of another version, or edited since
         same = False
     if not same:
@@ -115,13 +118,20 @@ def prune(
             weights and text.
         dry_run: discover, check the budget and the text, and stop. The result's plan is by random scores.
 
+    On a device that is no CPU, a recipe that names neither a limit nor steps is limited to ``effort.ON_A_GPU``.
+
     Raises SecateurError for every fault that the caller can correct, as early as possible.
     """
     refuse_what_cannot_work(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise InputError(f"A {type(tokenizer).__name__} is no tokenizer. Give what secateur.load returns, or None.")
     recipe = _complete(None if recipe is None else recipe_of(recipe), ratio, method, model, tokenizer)
-    return _prune(model, tokenizer, recipe, output, resume=resume, dry_run=dry_run)
+    result = _prune(model, tokenizer, recipe, output, resume=resume, dry_run=dry_run)
+    # an interrupted recovery took longer than its last part
+    more = None if resume or dry_run else with_more_time(result)
+    if more is not None:
+        say(more)
+    return result
 
 
 def _prune(
@@ -151,10 +161,15 @@ def _prune(
         refuse_inputs(output, recipe)
         folder = Workspace.place(output, key, resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
+<<<<<<< HEAD
     limited = recipe.effort.given
     recipe = _sized(with_possible_repair(recipe, model, graph), model, folder)
     texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed, spare_texts([recipe]))
     recipe = with_text(recipe, texts)
+=======
+    recipe, effort = _sized(with_possible_repair(recipe, model, graph), model, folder)
+    texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed)
+>>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)
@@ -165,9 +180,10 @@ def _prune(
     if dry_run:
         return result
     work = Workspace.open(output, key, resume, contents(model, source, texts))
-    if limited:
+    if effort.given:
         work.write_text("sized.yaml", dump(recipe))
     take_up(result, work)
+    result.measured.effort = effort if effort.given else None
 
     @contextmanager
     def announced(stage: Stage) -> Iterator[None]:
@@ -296,14 +312,28 @@ def convert(recipe: Recipe, form: Form, output: Path) -> str:
         return FORMS[form].write(model, tokenizer, target, recipe.export)
 
 
-def _sized(recipe: Recipe, model: PreTrainedModel, folder: Path | None) -> Recipe:
-    """The recipe with amounts for its effort: those of an interrupted run in ``folder``, or by this machine's speed."""
+def _limit(metrics: Path) -> Effort:
+    """The limit by which a finished run chose its amounts. Raises InputError for a damaged file."""
+    found = read_json(metrics)
+    return validate(Effort, found.get("effort") or {}) if isinstance(found, dict) else Effort()
+
+
+def _sized(recipe: Recipe, model: PreTrainedModel, folder: Path | None) -> tuple[Recipe, Effort]:
+    """The recipe with amounts for its effort, and that: amounts of an interrupted run in ``folder``, or by this
+    machine's speed."""
     kept = None if folder is None else folder / "sized.yaml"
-    if recipe.effort.given and kept is not None and kept.is_file():
-        found = load_recipe(kept)
-        if is_sized(recipe, found):
-            return found
-    return sized(recipe, model)
+    if kept is not None and kept.is_file():  # by a default of another device than this one's, perhaps
+        found, effort = load_recipe(kept), effort_for(recipe, on_cpu=False)
+        if is_sized(recipe, found, effort):
+            return found, effort
+    effort = effort_for(recipe, on_cpu=model.device.type == "cpu")
+    if effort.given and not recipe.effort.given:
+        say(
+            f"On {model.device.type} a run takes about {effort.within} by default. --within and --tokens set another "
+            "limit, and --set recovery.steps=N sets the steps."
+        )
+        recipe = revise(recipe, {"effort.within": effort.within})
+    return sized(recipe, model), effort
 
 
 def _apply(

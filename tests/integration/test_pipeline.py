@@ -108,6 +108,49 @@ def test_a_run_within_a_time_keeps_its_amounts_when_it_is_resumed(
     assert pipeline.finished(revise(asked, {"seed": 5}), tmp_path / "out") is None
 
 
+def test_on_a_gpu_a_run_has_a_time_by_default_and_is_known_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed where there is no GPU, it keeps its amounts; other steps are another run."""
+    tree = _without(recipe, "recovery.steps", "recovery.tokens") | {"method": "magnitude"}
+    default = revise(recipe_of(tree), {"recovery.repair": False})
+    said: list[str] = []
+    monkeypatch.setattr(pipeline, "say", said.append)
+    monkeypatch.setattr(sizing, "measure_speed", lambda *_: sizing.Pace(0.5, 2.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "effort_for", lambda recipe, on_cpu: sizing.effort_for(recipe, on_cpu=False))
+        _kill_in("recovery", patch)
+        with pytest.raises(_KilledError):
+            _run(default, tmp_path / "out")
+    assert any("30m by default" in line for line in said)
+    resumed = _run(default, tmp_path / "out", resume=True)
+    steps = resumed.recipe.recovery.steps
+    assert 10 <= steps != Recipe().recovery.steps
+    metrics = json.loads((tmp_path / "out" / "secateur" / "metrics.json").read_text())
+    assert metrics["effort"] == {"within": "30m"}
+    asked = revise(default, {"model.name": resumed.recipe.model.name})
+    assert pipeline.finished(asked, tmp_path / "out") is not None
+    assert pipeline.finished(revise(asked, {"recovery.steps": steps + 1}), tmp_path / "out") is None
+    assert not any("Twice" in line for line in said), "an interrupted recovery is not timed whole"
+
+
+def test_a_run_says_once_what_more_steps_take(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pipeline, "say", said.append)
+    quick = revise(recipe_of(_without(recipe) | {"method": "magnitude"}), {"recovery.repair": False})
+    found = _run(quick, tmp_path / "out")
+    [line] = [line for line in said if "Twice" in line]
+    assert line.startswith("3 steps of recovery (48 tokens) took ")
+    assert line.endswith(" more: --set recovery.steps=6")
+    before, after = (list(found.metrics[state]["perplexity"].values()) for state in ("pruned", "recovered"))
+    assert f"perplexity {before[0]:.1f} → {after[0]:.1f}." in line
+    assert pipeline.finished(revise(quick, {"model.name": found.recipe.model.name}), tmp_path / "out") is not None
+    without = revise(quick, {"recovery.steps": 0})
+    said.clear()
+    _run(without, tmp_path / "none")
+    assert not any("Twice" in line for line in said)
+
+
 def _without(recipe: Recipe, *keys: str) -> dict[str, Any]:
     """The keys that a recipe sets, without these."""
     tree = recipe.model_dump(mode="json", exclude_unset=True)

@@ -7,10 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from secateur.config import Recipe, load_recipe
-from secateur.effort import CAPS, Part, count_of, divide, seconds_of
+from secateur.config import Recipe, load_recipe, revise
+from secateur.effort import CAPS, ON_A_GPU, Effort, Part, count_of, divide, seconds_of
 from secateur.errors import InputError
+<<<<<<< HEAD
 from secateur.stages import is_sized, sized, sizing
+=======
+from secateur.methods import method_class
+from secateur.stages import effort_for, is_sized, sized
+from secateur.stages.sizing import Pace
+>>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
 from secateur.testing import tiny
 
 LEAST: dict[Part, int] = {"calibration": 1000, "repair": 500, "recovery": 2000}
@@ -83,9 +89,11 @@ def test_a_faster_machine_reads_more(speed: Callable[[float], None]) -> None:
     assert slow.calibration.tokens < fast.calibration.tokens <= CAPS["calibration"]
     assert fast.recovery.repair_tokens == CAPS["repair"]
     assert not slow.effort.given
-    assert is_sized(recipe, slow)
-    assert is_sized(recipe, fast)
-    assert not is_sized(recipe, load_recipe(None, flags={"method": "fisher", "recovery.repair": True, "seed": 1}))
+    assert is_sized(recipe, slow, recipe.effort)
+    assert is_sized(recipe, fast, recipe.effort)
+    assert not is_sized(recipe, fast, Effort(within="31m"))
+    other = load_recipe(None, flags={"method": "fisher", "recovery.repair": True, "seed": 1})
+    assert not is_sized(recipe, other, recipe.effort)
 
 
 def test_tokens_are_those_that_are_read() -> None:
@@ -94,6 +102,96 @@ def test_tokens_are_those_that_are_read() -> None:
     read = recipe.calibration.tokens + (recipe.recovery.steps + 80) * step
     assert 1_600_000 - step <= read <= 1_600_000
     assert recipe.recovery.tokens >= recipe.recovery.steps * step
+
+
+@pytest.mark.parametrize("method", ["gisp", "evopress", "bypass"])
+def test_windows_of_a_search_count_and_each_is_in_the_text_once(method: str) -> None:
+    """A method that reads only windows gets as much text as it reads; nothing counts twice."""
+    recipe = sized(load_recipe(None, flags={"effort.tokens": "2M", "method": method}), tiny.build("llama-gqa"))
+    reading, window = method_class(method)(recipe.method.settings).reading, recipe.calibration.window
+    windows = (reading.forward_windows + reading.gradient_windows) * window
+    if method == "gisp":
+        assert recipe.calibration.tokens == windows == 24 * 8 * 512
+    else:
+        windows += recipe.calibration.tokens
+    step = recipe.training.batch_size * recipe.recovery.window
+    read = windows + (recipe.recovery.repair_tokens or 0) + recipe.recovery.steps * step
+    assert 2_000_000 - step <= read <= 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({"name": "gisp", "cuts": 40}, {"name": "gisp", "cuts": 4}),
+        ({"name": "evopress", "generations": 60}, {"name": "evopress", "generations": 5}),
+        ({"name": "bypass", "steps": 400}, {"name": "bypass", "steps": 20}),
+        ({"name": "llm-pruner", "rounds": 9}, {"name": "llm-pruner"}),
+        ({"name": "ddp", "steps": 40}, {"name": "ddp", "steps": 40, "distillation": 0.0}),
+        ({"name": "lorashear", "period_steps": 200}, {"name": "lorashear", "period_steps": 20}),
+        ({"name": "wanda", "inputs": "pruned"}, {"name": "wanda"}),
+    ],
+)
+def test_a_method_that_reads_more_has_less_text_in_the_same_time(more: dict[str, Any], less: dict[str, Any]) -> None:
+    def text(method: dict[str, Any]) -> int:
+        recipe = load_recipe(None, flags={"effort.within": "2h", "method": method, "recovery.repair": False})
+        found = sized(recipe, tiny.build("llama-gqa"), speed(1e-3))
+        return found.recovery.steps * 512 + found.calibration.tokens * (method["name"] != "gisp")
+
+    assert text(more) < text(less)
+
+
+def test_the_parts_of_a_time_take_that_time() -> None:
+    """Forward passes, gradients and training of a search, by hand."""
+    recipe = load_recipe(None, flags={"effort.within": "1h", "method": "evopress", "recovery.repair": False})
+    found = sized(recipe, tiny.build("llama-gqa"), speed(1e-4))
+    candidates = 30 * (8 * 1 + 2 * 4 + 4) + 2 * 4
+    read = 3 * recipe.evaluation.tokens + candidates * 512 + (3 + 3) * found.calibration.tokens
+    seconds = 60 + 1e-4 * read + 3e-4 * found.recovery.steps * 512
+    assert 3600 - 3e-4 * 512 <= seconds <= 3600
+
+
+@pytest.mark.parametrize("flags", [{}, {"method": "ddp"}, {"method.saliency": {"taylor": 1.0}, "method.name": "obs"}])
+def test_a_gpu_gets_a_time_where_nothing_is_said(flags: dict[str, Any]) -> None:
+    recipe = revise(load_recipe(None, flags=flags), {"budget.ratio": 0.3})
+    assert effort_for(recipe, on_cpu=False) == Effort(within=ON_A_GPU)
+    assert effort_for(recipe, on_cpu=True) == Effort()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"recovery.steps": 220},
+        {"effort.tokens": 10**6},
+        {"effort.within": "2h"},
+        {"method": {"name": "lorashear", "period_steps": 80}},
+        {"method": {"name": "bypass", "steps": 300}},
+    ],
+)
+def test_a_gpu_changes_nothing_that_is_said(flags: dict[str, Any]) -> None:
+    recipe = revise(load_recipe(None, flags=flags), {"budget.ratio": 0.3})
+    assert effort_for(recipe, on_cpu=False) == recipe.effort
+
+
+def test_other_steps_are_no_run_by_default() -> None:
+    """The record of the limit tells them apart."""
+    default, steps = Recipe(), revise(Recipe(), {"recovery.steps": 50})
+    assert is_sized(default, steps, Effort(within=ON_A_GPU))
+    assert not is_sized(default, steps, Effort())
+    assert is_sized(default, default, Effort())
+    named = revise(Recipe(), {"calibration.tokens": 8192})
+    assert not is_sized(named, revise(named, {"calibration.tokens": 4096}), Effort(within=ON_A_GPU))
+
+
+@pytest.mark.parametrize(
+    ("effort", "twice"),
+    [
+        (Effort(within="30m"), "--within 60m"),
+        (Effort(within="1.5 H"), "--within 3h"),
+        (Effort(tokens=1_600_000), "--tokens 3200000"),
+    ],
+)
+def test_twice_as_much(effort: Effort, twice: str) -> None:
+    assert effort.twice == twice
 
 
 def test_amounts_that_the_recipe_names_stay() -> None:
@@ -124,7 +222,9 @@ def test_the_speed_of_this_machine() -> None:
     """A real measurement: the model and its gradients are as before."""
     model = tiny.build("llama-gqa")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    recipe = load_recipe(None, flags={"effort.within": "3m", "recovery.window": 32, "method": "magnitude"})
+    recipe = load_recipe(
+        None, flags={"effort.within": "3m", "recovery.window": 32, "method": "magnitude", "evaluation.tokens": 512}
+    )
     found = sized(recipe, model)
     assert found.recovery.steps >= 10
     assert all(value.equal(model.state_dict()[name]) for name, value in before.items())

@@ -15,7 +15,7 @@ from secateur.export.huggingface import (
     standard_form,
     verify_saved,
 )
-from secateur.export.story import Comparison, Story, compare_states
+from secateur.export.story import Comparison, Story, compare_states, mean_perplexity
 from secateur.export.sums import SUMS, check_sums
 from secateur.export.verify import Verification, holds_only_our_code, needs_trust, verify_folder
 from secateur.export.weights import ExportSettings, written_bytes, written_dtype
@@ -40,6 +40,7 @@ __all__ = [
     "compare_states",
     "holds_only_our_code",
     "licence_of",
+    "mean_perplexity",
     "needs_trust",
     "read_scores",
     "rehearse_saving",

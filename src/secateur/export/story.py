@@ -106,7 +106,7 @@ def _quality(
             [show_number(column.get("perplexity", {}).get(source)) for column in columns.values()],
         )
     if len(counts) > 1:
-        means = (_mean_perplexity(column.get("perplexity", {}), counts) for column in columns.values())
+        means = (mean_perplexity(column.get("perplexity", {}), counts) for column in columns.values())
         yield "perplexity, all", [show_number(mean) for mean in means]
     for task, values in whole.get("tasks", {}).items():
         for metric in values:
@@ -126,7 +126,7 @@ def _cost(whole: Mapping[str, Any], columns: Mapping[str, Any]) -> Iterator[tupl
             yield label, [with_change(value, whole.get(key), show) for value in values]
 
 
-def _mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
+def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
     """Perplexity over all sources together: exp of the token-weighted mean loss; None when one is missing."""
     if not set(tokens) <= set(perplexity):
         return None

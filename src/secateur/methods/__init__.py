@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur import importance
 from secateur.importance import Criterion, criterion_class
-from secateur.methods.base import Decision, Method, PruningTask, Reading
+from secateur.methods.base import Decision, Method, PruningTask, TextRead
 from secateur.methods.bypass import Bypass
 from secateur.methods.ddp import DDP
 from secateur.methods.evopress import EvoPress
@@ -74,8 +74,8 @@ __all__ = [
     "PeriodSettings",
     "Periods",
     "PruningTask",
-    "Reading",
     "Saliency",
+    "TextRead",
     "Transfer",
     "method_class",
     "method_source",

@@ -89,7 +89,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextRead:
     """How much text a method reads while it chooses, beside its training (``Method.training_steps``)."""
 
     forward: float = 0.0
@@ -104,7 +104,7 @@ class Reading:
     """Training steps whose text the dense model reads as well."""
 
     @classmethod
-    def by(cls, criteria: Iterable[Criterion], passes: int = 1) -> Reading:
+    def by(cls, criteria: Iterable[Criterion], passes: int = 1) -> TextRead:
         """That of ``passes`` scores by each of the criteria."""
         needs = [criterion.needs for criterion in criteria]
         forward, nothing = needs.count("activations"), needs.count("nothing")
@@ -147,10 +147,10 @@ class Method(ABC):
         return 0
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """The text that ``run`` reads beside its training, by which a limit in time or tokens is divided. By default
         one pass with gradients over the calibration text, or nothing where it needs none."""
-        return Reading(gradient=0.0 if self.needs == "nothing" else 1.0)
+        return TextRead(gradient=0.0 if self.needs == "nothing" else 1.0)
 
     @property
     def compensates(self) -> bool:

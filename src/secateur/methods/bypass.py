@@ -14,7 +14,7 @@ from pydantic import Field
 from secateur import progress
 from secateur.evaluation import Divergence
 from secateur.keeping import keep_tensors, take_tensors
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, ranking
 from secateur.surgery import InputGates
@@ -61,7 +61,7 @@ class Bypass(Method):
     settings: BypassSettings
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: scores for the start, the dense model once, and two masks in each step."""
         settings, start = self.settings, Saliency(self.settings.saliency).reading
         return replace(start, forward=start.forward + 1, forward_windows=2 * settings.steps * settings.windows)

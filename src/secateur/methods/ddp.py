@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.gated import Gated, GateSteps
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, ranking
@@ -92,7 +92,7 @@ class DDP(Method):
         return self.settings.steps
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: scores for the start, and the dense model's predictions in every step."""
         dense = self.settings.steps if self.settings.distillation > 0 else 0
         return replace(Saliency(self.settings.saliency).reading, dense_steps=dense)

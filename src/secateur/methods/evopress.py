@@ -15,7 +15,7 @@ from secateur import progress
 from secateur.errors import InputError, ModelError
 from secateur.evaluation import Divergence
 from secateur.keeping import keep, take
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Levels, Problem, Switches, solve
 from secateur.surgery import masked
@@ -78,7 +78,7 @@ class EvoPress(Method):
     settings: EvoPressSettings
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: scores, all candidates, and at the end the dense model and two candidates on all
         text."""
         settings, start = self.settings, Saliency(self.settings.saliency).reading

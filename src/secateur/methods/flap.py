@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateur.errors import InputError
 from secateur.importance.flap import Fluctuation, compensation
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.planning.shapes import needs_equal_widths
 from secateur.types import Settings
 
@@ -37,9 +37,9 @@ class FLAP(Method):
     settings: FLAPSettings
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``."""
-        return Reading(forward=1)
+        return TextRead(forward=1)
 
     @property
     def compensates(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secateur import progress
 from secateur.keeping import keep_tensors, take_tensors
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Problem, by_period, extend, removed_before, solve
 from secateur.surgery import masked
@@ -58,14 +58,14 @@ class GISP(Method):
         return True
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: new scores before each cut."""
         settings = self.settings
         once = Saliency(settings.saliency).reading
         if settings.windows is None:
-            return Reading(forward=settings.cuts * once.forward, gradient=settings.cuts * once.gradient)
+            return TextRead(forward=settings.cuts * once.forward, gradient=settings.cuts * once.gradient)
         windows = settings.cuts * settings.windows
-        return Reading(forward_windows=int(windows * once.forward), gradient_windows=int(windows * once.gradient))
+        return TextRead(forward_windows=int(windows * once.forward), gradient_windows=int(windows * once.gradient))
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``. The scores are an order of removal (``planning.order``)."""

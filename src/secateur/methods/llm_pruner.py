@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from secateur import importance
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.planning import by_period
 from secateur.surgery import masked
 from secateur.types import Cut, Scores, Settings
@@ -36,9 +36,9 @@ class LLMPruner(Method):
         return self.settings.rounds == 1
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``."""
-        return Reading(gradient=self.settings.rounds)
+        return TextRead(gradient=self.settings.rounds)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
 from secateur.importance.lora import AdapterGradients, LoRA
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading, adapted_graph
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead, adapted_graph
 from secateur.methods.guided import GuidedPruning
 from secateur.planning import cubic
 from secateur.surgery.mask import require_maskable
@@ -69,9 +69,9 @@ class LoRAPrune(Method):
         return self.settings.steps
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: it trains, and reads no calibration text."""
-        return Reading()
+        return TextRead()
 
     def run(self, task: PruningTask) -> Decision:
         """Changes the weights of ``task.model`` in place (the adapters are merged), not their shapes."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from secateur.graph.twin import twin_of
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading, adapted_graph
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead, adapted_graph
 from secateur.methods.lhspg import Decay, HalfSpace, check_norms, still_consumed
 from secateur.methods.periods import Period, Periods, PeriodSettings
 from secateur.methods.saliency import Saliency, SaliencyWeights
@@ -73,9 +73,9 @@ class LoRAShear(Method):
         return self.settings.steps
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: each period has new scores."""
-        return Reading.by(self._saliency.criteria.values(), self.settings.periods)
+        return TextRead.by(self._saliency.criteria.values(), self.settings.periods)
 
     def run(self, task: PruningTask) -> Decision:
         """Algorithm 4. Changes the weights of ``task.model`` in place, not their shapes. The removed units are zero."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from secateur.compensation import Target, check_removable, remove_and_compensate
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.types import Settings
 
@@ -45,7 +45,7 @@ class OBS(Method):
         return True
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: scores, and ``remove_and_compensate``, whose passes depend on how many groups lose
         units."""
         start = Saliency(self.settings.saliency).reading

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateur.errors import InputError
 from secateur.importance import Criterion
-from secateur.methods.base import Decision, Method, PruningTask, Reading
+from secateur.methods.base import Decision, Method, PruningTask, TextRead
 
 
 class OneShot(Method):
@@ -21,9 +21,9 @@ class OneShot(Method):
         return True
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``."""
-        return Reading.by([self.settings])
+        return TextRead.by([self.settings])
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

@@ -15,7 +15,7 @@ from torch import nn
 from secateur.errors import InputError
 from secateur.importance import Criterion, criterion_class
 from secateur.keeping import keep, take
-from secateur.methods.base import PruningTask, Reading, adapted_graph
+from secateur.methods.base import PruningTask, TextRead, adapted_graph
 from secateur.reading import brief
 from secateur.types import DependencyGraph, Scores
 
@@ -50,9 +50,9 @@ class Saliency:
         return [name for name, criterion in self.criteria.items() if criterion.needs == "adapters"]
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``: one score by all criteria."""
-        return Reading.by(self.criteria.values())
+        return TextRead.by(self.criteria.values())
 
     def check_plain(self, task: PruningTask, method: str) -> None:
         """Raise the error that scoring would raise, for a method that trains no adapters: InputError when a criterion

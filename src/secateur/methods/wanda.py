@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from secateur import importance
-from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, Reading
+from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.progress import track
 from secateur.surgery import masked
 from secateur.types import Cut, NodeGroup, Scores, Settings
@@ -41,9 +41,9 @@ class Wanda(Method):
         return self.settings.inputs == "dense"
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> TextRead:
         """See ``Method.reading``."""
-        return Reading(forward=1 if self.settings.inputs == "dense" else 3)
+        return TextRead(forward=1 if self.settings.inputs == "dense" else 3)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""

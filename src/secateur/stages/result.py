@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import Recipe
+from secateur.effort import Effort
 from secateur.export import Architecture
 from secateur.planning import make_plan
 from secateur.recovery import CachedTeacher
@@ -71,6 +72,8 @@ class Metrics(BaseModel):
     seconds: dict[str, float] = {}
     """By stage."""
     machine: dict[str, Any] | None = None
+    effort: Effort | None = None
+    """The limit by which the amounts in the recipe were chosen."""
 
     def of(self, state: State) -> Measured | None:
         """The numbers of one state."""

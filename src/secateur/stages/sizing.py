@@ -12,13 +12,20 @@ from transformers import PreTrainedModel
 
 from secateur.compensation import EVERY, check_refittable
 from secateur.config import Recipe, revise
+<<<<<<< HEAD
 from secateur.data import Purpose, Texts, TextSettings
 from secateur.effort import Part, divide, seconds_of
+=======
+from secateur.data import Purpose, TextSettings
+from secateur.effort import CAPS, ON_A_GPU, Effort, Part, divide, seconds_of
+>>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
 from secateur.errors import InputError, ModelError
-from secateur.methods import method_class
+from secateur.export import mean_perplexity
+from secateur.methods import TextRead, method_class
 from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import say
+from secateur.stages.result import Measured, Metrics, Result
 from secateur.token_loss import TokenLoss
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph
@@ -31,9 +38,10 @@ _KEYS: Mapping[Part, str] = {
     "recovery": "recovery.steps",
 }
 """Part → the key of its amount."""
-_PASSES: Mapping[Part, float] = {"calibration": 3.0, "repair": 2.0, "reconstruction": 6.0}
-"""Cost of a token in forward passes: a gradient costs three, and repair two. Reconstruction reads three times, and
-trains."""
+_PASSES: Mapping[Part, float] = {"repair": 2.0, "reconstruction": 6.0}
+"""Cost of a token in forward passes. Reconstruction reads three times, and trains."""
+_GRADIENT = 3.0
+"""Cost of a pass with gradients in forward passes."""
 _TOKENS_PER_INPUT = 20
 _FEWEST_STEPS = 10
 _FEWEST_WINDOWS = 16
@@ -64,6 +72,10 @@ def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     if not effort.given:
         return recipe
     parts = _parts(recipe)
+    flags: dict[str, Any] = {}
+    if _by_windows(recipe) and "tokens" not in recipe.calibration.model_fields_set:
+        flags["calibration.tokens"] = _windows_text(recipe)
+        recipe = revise(recipe, flags)
     open_parts = [part for part in parts if not _is_set(recipe, _KEYS[part])]
     if not open_parts:
         raise InputError(
@@ -78,11 +90,13 @@ def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     else:
         assert effort.tokens is not None
         costs = dict.fromkeys(parts, 1.0)
+        if "calibration" in costs:
+            costs["calibration"] = 0.0 if _by_windows(recipe) else max(1.0, _reading(recipe).gradient)
         given, total = f"effort.tokens={effort.tokens}", float(effort.tokens) - _method_tokens(recipe)
     total -= sum(_amount(part, recipe) * costs[part] for part in parts if part not in open_parts)
     least = {part: _least(part, recipe) for part in open_parts}
     amounts = divide(total, {part: costs[part] for part in open_parts}, least, given)
-    flags = {_KEYS[part]: _value(part, tokens, recipe) for part, tokens in amounts.items()}
+    flags |= {_KEYS[part]: _value(part, tokens, recipe) for part, tokens in amounts.items()}
     if "recovery" in amounts and "tokens" not in recipe.recovery.model_fields_set:
         flags["recovery.tokens"] = max(recipe.recovery.tokens, amounts["recovery"])
     say("  " + ", ".join(f"{key} = {value:,}" for key, value in flags.items()))
@@ -112,6 +126,7 @@ def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: Dependen
     return recipe
 
 
+<<<<<<< HEAD
 def spare_texts(recipes: Iterable[Recipe]) -> set[Purpose]:
     """The purposes that these recipes can do without: repair, where it is only a default."""
     repaired = [recipe for recipe in recipes if recipe.recovery.repair]
@@ -131,13 +146,46 @@ def _repairs_by_default(recipe: Recipe) -> bool:
 def is_sized(given: Recipe, written: Recipe) -> bool:
     """Whether ``written`` is ``given`` with its effort turned into some amounts, and with or without repair where that
     is left to the model."""
+=======
+def effort_for(recipe: Recipe, *, on_cpu: bool) -> Effort:
+    """The recipe's effort; on a device that is no CPU ``ON_A_GPU``, unless the recipe says how long to train."""
+    return recipe.effort if on_cpu or recipe.names_steps else Effort(within=ON_A_GPU)
+
+
+def is_sized(given: Recipe, written: Recipe, effort: Effort) -> bool:
+    """Whether ``written`` is ``given`` with or without repair where that is left to the model, and with amounts by
+    ``effort``, where that is the one of ``given`` on some device."""
+>>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
     flags: dict[str, Any] = {}
     if "repair" not in given.recovery.model_fields_set:
         flags["recovery.repair"] = written.recovery.repair
-    if given.effort.given:
-        flags |= {key: _at(written, key) for key in [*_KEYS.values(), "recovery.tokens"]}
+    if effort.given and effort == effort_for(given, on_cpu=False):
+        keys = [*_KEYS.values(), "recovery.tokens"]
+        flags |= {key: _at(written, key) for key in keys if not _is_set(given, key)}
         flags |= {"effort.within": None, "effort.tokens": None}
     return revise(given, flags) == written
+
+
+def with_more_time(result: Result) -> str | None:
+    """What recovery took in this run, and how to give it twice as much; None when it was not run for all its steps."""
+    recipe, measured = result.recipe, result.measured
+    steps, seconds = recipe.recovery.steps, measured.seconds.get("recovery")
+    if measured.recovery is None or seconds is None or recipe.recovery.round_steps > 0:
+        return None
+    before, after = (_perplexity(one, measured) for one in (measured.pruned, measured.recovered))
+    gained = "" if before is None or after is None else f": perplexity {before:.1f} → {after:.1f}"
+    took = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    more = f"Twice the steps take about {took} more: --set recovery.steps={2 * steps}"
+    if measured.effort is not None:
+        more = f"Twice the limit: {measured.effort.twice}"
+    return f"{steps:,} steps of recovery ({steps * _step_tokens(recipe):,} tokens) took {took}{gained}. {more}"
+
+
+def _perplexity(state: Measured | None, measured: Metrics) -> float | None:
+    """Perplexity over all sources; None where it was not measured."""
+    if state is None or not state.perplexity or not measured.tokens:
+        return None
+    return mean_perplexity(state.perplexity, measured.tokens)
 
 
 def measure_speed(recipe: Recipe, model: PreTrainedModel) -> Pace:
@@ -174,8 +222,8 @@ def _seconds_for(work: Callable[[], object], tokens: int, device: torch.device) 
     for _ in range(2):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - started
     return seconds / tokens
 
@@ -224,6 +272,10 @@ def _least(part: Part, recipe: Recipe) -> int:
 
 def _seconds(part: Part, recipe: Recipe, speed: Pace) -> float:
     """Seconds for one token of a part."""
+    if part == "calibration":
+        readings = [_reading(recipe)] + ([method_class(recipe.baseline)().reading] if recipe.baseline else [])
+        passes = sum(reading.forward + _GRADIENT * reading.gradient for reading in readings)
+        return speed.forward * (passes if _by_windows(recipe) else max(1.0, passes))
     if part != "recovery":
         more = 1.0
         if part == "repair" and recipe.recovery.repair_target != "own":
@@ -234,14 +286,41 @@ def _seconds(part: Part, recipe: Recipe, speed: Pace) -> float:
     return speed.training + (speed.forward if recipe.recovery.teacher > 0 else 0.0)
 
 
-def _method_tokens(recipe: Recipe) -> int:
+def _reading(recipe: Recipe) -> TextRead:
+    return method_class(recipe.method.name)(recipe.method.settings).reading
+
+
+def _by_windows(recipe: Recipe) -> bool:
+    """Whether the method reads only single windows of the calibration text. Then a longer text costs nothing."""
+    reading = _reading(recipe)
+    return reading.forward == reading.gradient == 0 and reading.forward_windows + reading.gradient_windows > 0
+
+
+def _windows_text(recipe: Recipe) -> int:
+    """Calibration tokens with which such a method reads each window once, if that is not too much."""
+    reading = _reading(recipe)
+    windows = max(_FEWEST_WINDOWS, reading.forward_windows, reading.gradient_windows)
+    return min(windows * recipe.calibration.window, max(CAPS["calibration"], _least("calibration", recipe)))
+
+
+def _trained_tokens(recipe: Recipe) -> int:
     """Tokens that the method itself trains on."""
     method = method_class(recipe.method.name)(recipe.method.settings)
     return method.training_steps * _step_tokens(recipe)
 
 
+def _method_tokens(recipe: Recipe) -> int:
+    """Tokens that the method itself trains on, and those of single windows."""
+    reading = _reading(recipe)
+    windows = reading.forward_windows + reading.gradient_windows
+    return _trained_tokens(recipe) + windows * recipe.calibration.window
+
+
 def _fixed_seconds(recipe: Recipe, speed: Pace) -> float:
-    """Seconds of what the effort does not change: measuring, the baseline, the method's own training."""
+    """Seconds of what the effort does not change: measuring, the method's own training, and its single windows."""
     measured = 2 + (recipe.recovery.steps > 0) + (recipe.baseline is not None)
-    read = measured * recipe.evaluation.tokens + (recipe.calibration.tokens if recipe.baseline else 0)
-    return _REST + read * speed.forward + _method_tokens(recipe) * speed.training
+    reading = _reading(recipe)
+    windows = reading.forward_windows + _GRADIENT * reading.gradient_windows
+    read = measured * recipe.evaluation.tokens + windows * recipe.calibration.window
+    read += reading.dense_steps * _step_tokens(recipe)
+    return _REST + read * speed.forward + _trained_tokens(recipe) * speed.training

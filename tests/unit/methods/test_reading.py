@@ -29,7 +29,10 @@ SHORT: Mapping[str, list[dict[str, Any]]] = {
     "llm-pruner": [{}, {"rounds": 2, "form": "mixed"}],
     "obs": [{}, {"target": "own"}, {"target": "stream"}],
     "gisp": [{"cuts": 4}, {"windows": None, "cuts": 3}, {"cuts": 4, "saliency": {"fisher": 1.0, "wanda": 1.0}}],
-    "evopress": [{"generations": 4}, {"generations": 2, "children": [4], "windows": [9]}],
+    "evopress": [
+        {"generations": 4, "children": [4, 2], "windows": [1, 4]},
+        {"generations": 2, "children": [4], "windows": [9]},
+    ],
     "bypass": [{"steps": 30}, {"steps": 6, "windows": 7}],
 }
 """Settings of each method, where its defaults are not all that there is to count."""
@@ -80,5 +83,5 @@ def test_a_method_reads_what_it_says(name: str, settings: dict[str, Any]) -> Non
     forward = reading.forward * text + reading.forward_windows * WINDOW + reading.dense_steps * step
     gradient = reading.gradient * text + reading.gradient_windows * WINDOW + method.training_steps * step
     assert found[True] == pytest.approx(gradient, rel=0.01)
-    assert found[False] + 3 * found[True] == pytest.approx(forward + 3 * gradient, rel=0.15)
+    assert found[False] + 3 * found[True] == pytest.approx(forward + 3 * gradient, rel=0.2)
     assert found[False] == pytest.approx(forward, rel=0.2, abs=PROBES * text)
