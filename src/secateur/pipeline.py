@@ -161,15 +161,9 @@ def _prune(
         refuse_inputs(output, recipe)
         folder = Workspace.place(output, key, resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
-<<<<<<< HEAD
-    limited = recipe.effort.given
-    recipe = _sized(with_possible_repair(recipe, model, graph), model, folder)
+    recipe, effort = _sized(with_possible_repair(recipe, model, graph), model, folder)
     texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed, spare_texts([recipe]))
     recipe = with_text(recipe, texts)
-=======
-    recipe, effort = _sized(with_possible_repair(recipe, model, graph), model, folder)
-    texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed)
->>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
     plan = rehearse(model, graph, recipe)
     before, after = plan.parameters_before / 1e6, plan.parameters_after / 1e6
     count = len(restrict(graph, recipe.budget).prunable)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from secateur.config import Recipe, load_recipe, revise
 from secateur.effort import CAPS, ON_A_GPU, Effort, Part, count_of, divide, seconds_of
 from secateur.errors import InputError
-<<<<<<< HEAD
-from secateur.stages import is_sized, sized, sizing
-=======
 from secateur.methods import method_class
-from secateur.stages import effort_for, is_sized, sized
-from secateur.stages.sizing import Pace
->>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
+from secateur.stages import effort_for, is_sized, sized, sizing
 from secateur.testing import tiny
 
 LEAST: dict[Part, int] = {"calibration": 1000, "repair": 500, "recovery": 2000}
@@ -131,19 +127,24 @@ def test_windows_of_a_search_count_and_each_is_in_the_text_once(method: str) -> 
         ({"name": "wanda", "inputs": "pruned"}, {"name": "wanda"}),
     ],
 )
-def test_a_method_that_reads_more_has_less_text_in_the_same_time(more: dict[str, Any], less: dict[str, Any]) -> None:
+def test_a_method_that_reads_more_has_less_text_in_the_same_time(
+    more: dict[str, Any], less: dict[str, Any], speed: Callable[[float], None]
+) -> None:
+    speed(1e-3)
+
     def text(method: dict[str, Any]) -> int:
         recipe = load_recipe(None, flags={"effort.within": "2h", "method": method, "recovery.repair": False})
-        found = sized(recipe, tiny.build("llama-gqa"), speed(1e-3))
+        found = sized(recipe, tiny.build("llama-gqa"))
         return found.recovery.steps * 512 + found.calibration.tokens * (method["name"] != "gisp")
 
     assert text(more) < text(less)
 
 
-def test_the_parts_of_a_time_take_that_time() -> None:
+def test_the_parts_of_a_time_take_that_time(speed: Callable[[float], None]) -> None:
     """Forward passes, gradients and training of a search, by hand."""
+    speed(1e-4)
     recipe = load_recipe(None, flags={"effort.within": "1h", "method": "evopress", "recovery.repair": False})
-    found = sized(recipe, tiny.build("llama-gqa"), speed(1e-4))
+    found = sized(recipe, tiny.build("llama-gqa"))
     candidates = 30 * (8 * 1 + 2 * 4 + 4) + 2 * 4
     read = 3 * recipe.evaluation.tokens + candidates * 512 + (3 + 3) * found.calibration.tokens
     seconds = 60 + 1e-4 * read + 3e-4 * found.recovery.steps * 512

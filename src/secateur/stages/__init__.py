@@ -19,11 +19,16 @@ from secateur.stages.order import STAGES, Stage, make, take_up
 from secateur.stages.refusals import refuse_what_cannot_work
 from secateur.stages.rehearsal import contents, rehearse, rehearse_output
 from secateur.stages.result import Baseline, Measured, Metrics, Result, plan_for
-<<<<<<< HEAD
-from secateur.stages.sizing import is_sized, sized, spare_texts, texts_of, with_possible_repair, with_text
-=======
-from secateur.stages.sizing import effort_for, is_sized, sized, texts_of, with_more_time, with_possible_repair
->>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
+from secateur.stages.sizing import (
+    effort_for,
+    is_sized,
+    sized,
+    spare_texts,
+    texts_of,
+    with_more_time,
+    with_possible_repair,
+    with_text,
+)
 
 __all__ = [
     "STAGES",

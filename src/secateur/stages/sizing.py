@@ -12,13 +12,8 @@ from transformers import PreTrainedModel
 
 from secateur.compensation import EVERY, check_refittable
 from secateur.config import Recipe, revise
-<<<<<<< HEAD
 from secateur.data import Purpose, Texts, TextSettings
-from secateur.effort import Part, divide, seconds_of
-=======
-from secateur.data import Purpose, TextSettings
 from secateur.effort import CAPS, ON_A_GPU, Effort, Part, divide, seconds_of
->>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
 from secateur.errors import InputError, ModelError
 from secateur.export import mean_perplexity
 from secateur.methods import TextRead, method_class
@@ -126,7 +121,6 @@ def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: Dependen
     return recipe
 
 
-<<<<<<< HEAD
 def spare_texts(recipes: Iterable[Recipe]) -> set[Purpose]:
     """The purposes that these recipes can do without: repair, where it is only a default."""
     repaired = [recipe for recipe in recipes if recipe.recovery.repair]
@@ -143,10 +137,6 @@ def _repairs_by_default(recipe: Recipe) -> bool:
     return bool(recipe.recovery.repair) and "repair" not in recipe.recovery.model_fields_set
 
 
-def is_sized(given: Recipe, written: Recipe) -> bool:
-    """Whether ``written`` is ``given`` with its effort turned into some amounts, and with or without repair where that
-    is left to the model."""
-=======
 def effort_for(recipe: Recipe, *, on_cpu: bool) -> Effort:
     """The recipe's effort; on a device that is no CPU ``ON_A_GPU``, unless the recipe says how long to train."""
     return recipe.effort if on_cpu or recipe.names_steps else Effort(within=ON_A_GPU)
@@ -155,7 +145,6 @@ def effort_for(recipe: Recipe, *, on_cpu: bool) -> Effort:
 def is_sized(given: Recipe, written: Recipe, effort: Effort) -> bool:
     """Whether ``written`` is ``given`` with or without repair where that is left to the model, and with amounts by
     ``effort``, where that is the one of ``given`` on some device."""
->>>>>>> 4d71066 (Limits count what a method reads, a GPU gets a time by default, and a run says what more steps take)
     flags: dict[str, Any] = {}
     if "repair" not in given.recovery.model_fields_set:
         flags["recovery.repair"] = written.recovery.repair
