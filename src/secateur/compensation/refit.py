@@ -17,7 +17,7 @@ from torch import nn
 
 from secateur.compensation.gram import Gram, Solution, solve_refit
 from secateur.compensation.guard import EVERY, SKIPPED, Guarded, Target, check_inside, guarded, text_for
-from secateur.compensation.obs import removal_order
+from secateur.compensation.obs import removed_units
 from secateur.errors import ModelError
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
@@ -27,7 +27,7 @@ from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
 from secateur.walk import Calibration, EnoughError, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
 
-_KEY = "recovery.repair"
+KEY = "recovery.repair"
 _FALL_BACK = 0.3
 """A consumer with a shorter step towards the dense target is fitted to its own target, if that is better."""
 
@@ -82,7 +82,7 @@ def compensate(
         ModelError: as ``check_refittable``.
         DataError: there is no text.
     """
-    text = text_for(calibration, _KEY)
+    text = text_for(calibration, KEY)
     cut = Cut.keeping(graph, kept)
     stack = check_refittable(model, graph, cut)
     walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target, start or {})
@@ -99,18 +99,22 @@ def remove_and_compensate(
     counts: Mapping[str, int],
     calibration: Calibration | None,
     target: Target = "dense",
+    swaps: int = 0,
 ) -> tuple[Removed, Compensated]:
     """Choose ``counts`` units of each group by optimal brain surgery (``obs``), and compensate for them.
 
     Layer by layer: a group is chosen and its consumer refitted on the pruned and refitted layers before it. Otherwise
     as ``compensate``.
 
+    Args:
+        swaps: most tries to exchange removed units for others (``Elimination.swap``).
+
     Returns:
         The removed units by group, and the new values.
     """
     text = calibration_for(calibration, "optimal brain surgery")
     stack = check_removable(model, graph, counts)
-    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target)
+    walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target, swaps=swaps)
     removed: Removed = {}
     with borrowed(model), torch.no_grad(), Bar("removing", len(stack)) as bar:
         for layer in range(len(stack)):
@@ -120,12 +124,15 @@ def remove_and_compensate(
         return removed, walk.guarded(Cut.removing(graph, removed))
 
 
-def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str]) -> LayerStack:
-    """The layers. Raises ModelError unless ``remove_and_compensate`` can cut these groups."""
+def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str], key: str = KEY) -> LayerStack:
+    """The layers. Raises ModelError unless optimal brain surgery can cut these groups.
+
+    ``key`` is the key of the recipe that asks for it.
+    """
     names = list(names)
-    stack = check_refittable(model, graph, names)
+    stack = check_inside(model, graph, names, key)
     for name in names:
-        if len(_consumers(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
+        if len(consumers_of(model, graph, Cut.removing(graph, {name: [0]}))) != 1:
             raise ModelError(
                 f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. "
                 f'Choose another method, or protect the group with budget.protect=["{name}"].'
@@ -135,7 +142,7 @@ def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[st
 
 def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
     """The layers. Raises ModelError unless consumers of these groups can be refitted."""
-    return check_inside(model, graph, kept, _KEY)
+    return check_inside(model, graph, kept, KEY)
 
 
 @dataclass
@@ -148,27 +155,29 @@ class _Walk:
     pruned: Walker
     target: Target
     start: Updates = field(default_factory=dict)
+    swaps: int = 0
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
     refits: dict[str, Refit] = field(default_factory=dict)
 
     def refit_layer(self, layer: int, here: Mapping[str, Sequence[int]]) -> None:
         """Refit the consumers of this layer one by one, and move on."""
-        self._through(layer, _consumers(self.model, self.graph, here), lambda name, fit, rows: (rows, here), here)
+        self._through(layer, consumers_of(self.model, self.graph, here), lambda name, fit, rows: (rows, here), here)
 
     def remove_in_layer(self, layer: int, here: Mapping[str, int]) -> Removed:
         """Choose the units of this layer's groups, and refit their consumers; so many of each go."""
         removed: Removed = {}
         sample = {name: [0] for name in here}
-        consumers = _consumers(self.model, self.graph, Cut.removing(self.graph, sample))
+        consumers = consumers_of(self.model, self.graph, Cut.removing(self.graph, sample))
 
         def choose(name: str, fit: Gram, rows: Rows) -> tuple[Rows, Kept]:
-            [group] = [self.graph[one] for one in here if _consumes(self.graph, one, name)]
+            [group] = [self.graph[one] for one in here if consumes(self.graph, one, name)]
             [member] = [one for one in group.members if one.role == "in" and one.parameter == name]
-            free = [unit for unit in range(group.size) if unit not in {fixed for fixed, _ in group.fixed}]
-            order = removal_order(fit, _matrix(rows), member.rows(free), here[group.name])
-            removed[group.name] = sorted(free[place] for place in order)
+            columns = member.rows(range(group.size))
+            removed[group.name] = removed_units(
+                fit, matrix_of(rows), columns, here[group.name], group.runs, self.swaps
+            )
             kept = Cut.removing(self.graph, {group.name: removed[group.name]})
-            return _consumers(self.model, self.graph, kept)[name], kept
+            return consumers_of(self.model, self.graph, kept)[name], kept
 
         self._through(layer, consumers, choose, {})
         return removed
@@ -200,8 +209,8 @@ class _Walk:
             self.refits[name] = Refit(solution.before, solution.after, solution.ridge, solution.step, target)
             if solution.step > 0:
                 new[name] = _written(rows, solution.weight)
-            before.append((rows, _matrix(rows).clone()))
-            done |= {group: kept[group] for group in kept if _consumes(self.graph, group, name)}
+            before.append((rows, matrix_of(rows).clone()))
+            done |= {group: kept[group] for group in kept if consumes(self.graph, group, name)}
         if self.target != "own":
             self.dense.go_to(layer + 1)
         with updated(self.model, self._values(layer, new)), masked(self.model, self.graph, {**others, **done}):
@@ -226,7 +235,7 @@ class _Walk:
         self, before: list[tuple[Rows, torch.Tensor]], rows: Rows, new: Mapping[str, torch.Tensor], done: Kept
     ) -> tuple[Gram, Gram]:
         """Sums for fitting and for checking, a batch at a time."""
-        weight, values = _matrix(rows).clone(), self._values(self.pruned.layer, new)
+        weight, values = matrix_of(rows).clone(), self._values(self.pruned.layer, new)
         fit, check = (Gram.empty(weight.shape[0], weight.shape[1], weight.device) for _ in range(2))
         watch = [*(one for one, _ in before), rows] if self.target == "stream" else [rows]
         first, calls = 0, None  # after the first batch, a pass ends at the consumer's last use
@@ -271,12 +280,12 @@ class _Walk:
         for rows, old in before:
             drift = drift + seen[rows.name].values.float() @ old.float().T
             kept = rows.others.to(old.device)
-            drift = drift - now[rows.name].values.float()[:, kept] @ _matrix(rows).float()[:, kept].T
+            drift = drift - now[rows.name].values.float()[:, kept] @ matrix_of(rows).float()[:, kept].T
         return drift
 
     def _solution(self, rows: Rows, fit: Gram, check: Gram) -> tuple[Solution, Target]:
         """Towards the target that was asked for; towards the consumer's own where that leads nowhere."""
-        weight, kept = _matrix(rows), rows.others.to(rows.tensor.device)
+        weight, kept = matrix_of(rows), rows.others.to(rows.tensor.device)
         old = weight if rows.name not in self.start else self.start[rows.name].to(weight.device).movedim(rows.axis, -1)
         solution = solve_refit(fit, check, old, kept)
         if self.target != "own" and solution.step < _FALL_BACK:
@@ -287,17 +296,18 @@ class _Walk:
         return solution, self.target
 
 
-def _consumers(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[str, Rows]:
-    """The matrices that lose inputs, by name."""
+def consumers_of(model: nn.Module, graph: DependencyGraph, kept: Kept) -> dict[str, Rows]:
+    """The matrices that lose inputs in a cut to ``kept``, by name."""
     rows = removed_rows(model, graph, kept, role="in")
     return {item.name: item for item in rows if item.tensor.dim() == 2 and item.name.endswith(".weight")}
 
 
-def _consumes(graph: DependencyGraph, group: str, parameter: str) -> bool:
+def consumes(graph: DependencyGraph, group: str, parameter: str) -> bool:
+    """Whether ``parameter`` consumes the units of ``group``."""
     return any(member.role == "in" and member.parameter == parameter for member in graph[group].members)
 
 
-def _matrix(rows: Rows) -> torch.Tensor:
+def matrix_of(rows: Rows) -> torch.Tensor:
     """The consumer's weight as it is now, ``[outputs, inputs]``."""
     return rows.tensor.detach().movedim(rows.axis, -1)
 

@@ -20,6 +20,8 @@ class OBSSettings(Settings):
     """Criteria with their weights, as in lorashear. They determine how many units each group loses, not which ones."""
     target: Target = "dense"
     """See ``recovery.repair_target``."""
+    swaps: int = Field(default=0, ge=0)
+    """Most tries in each group to exchange removed units for others after the removal, as in OSSCAR, which has 20."""
 
 
 class OBS(Method):
@@ -56,9 +58,8 @@ class OBS(Method):
         self.check(task)
         scores = Saliency(self.settings.saliency).scores(task, {}, task.seed)
         counts = {name: len(units) for name, units in task.allocate(scores).items()}
-        removed, found = remove_and_compensate(
-            task.model, task.restricted, counts, task.calibration, self.settings.target
-        )
+        target, swaps = self.settings.target, self.settings.swaps
+        removed, found = remove_and_compensate(task.model, task.restricted, counts, task.calibration, target, swaps)
         return Decision(removed, scores, found.updates, found.facts)
 
     def check(self, task: PruningTask) -> None:
