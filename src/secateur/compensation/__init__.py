@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.compensation.database import Database
 from secateur.compensation.gram import Gram, Solution, solve_refit
 from secateur.compensation.guard import EVERY, Guarded, Target
 from secateur.compensation.reconstruct import Block, Reconstructed, Reconstruction, check_reconstructable, reconstruct
@@ -18,6 +19,7 @@ __all__ = [
     "EVERY",
     "Block",
     "Compensated",
+    "Database",
     "Gram",
     "Guarded",
     "Reconstructed",

@@ -66,8 +66,8 @@ class Elimination:
         """
         if not bool(torch.isfinite(gram.inputs).all()):
             raise ModelError(
-                "The inputs of a linear are NaN or infinite on the calibration text, and nothing can be compensated. Set "
-                "calibration.precision=fp32. If that does not help, the model's weights are damaged."
+                "The inputs of a linear are NaN or infinite on the calibration text, and nothing can be compensated. "
+                "Set calibration.precision=fp32. If that does not help, the model's weights are damaged."
             )
         self.hessian, self.columns, self.runs = gram.inputs.clone(), columns.to(gram.inputs.device), runs
         damping = DAMPING * float(self.hessian.diagonal().mean()) or 1.0

@@ -173,9 +173,7 @@ class _Walk:
             [group] = [self.graph[one] for one in here if consumes(self.graph, one, name)]
             [member] = [one for one in group.members if one.role == "in" and one.parameter == name]
             columns = member.rows(range(group.size))
-            removed[group.name] = removed_units(
-                fit, matrix_of(rows), columns, here[group.name], group.runs, self.swaps
-            )
+            removed[group.name] = removed_units(fit, matrix_of(rows), columns, here[group.name], group.runs, self.swaps)
             kept = Cut.removing(self.graph, {group.name: removed[group.name]})
             return consumers_of(self.model, self.graph, kept)[name], kept
 

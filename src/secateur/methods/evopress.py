@@ -12,13 +12,14 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from secateur import progress
+from secateur.compensation import Database, check_removable
 from secateur.errors import InputError, ModelError
 from secateur.evaluation import Divergence
 from secateur.keeping import keep, take
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.planning import Levels, Problem, Switches, solve
-from secateur.surgery import masked
+from secateur.surgery import masked, updated
 from secateur.types import Cut, Removed, Settings
 from secateur.walk import Calibration, borrowed, calibration_for
 
@@ -43,6 +44,9 @@ class EvoPressSettings(Settings):
     """Most switches between parent and child; the number is min(U{1..n}, U{1..n})."""
     level: float = Field(default=0.0625, gt=0, le=1)
     """Share of a group's units that a switch moves, at least one unit."""
+    compensated: bool = False
+    """Whether candidates are judged with compensated weights, from a database that one run of optimal brain surgery
+    makes first. It determines the order of the units too, in place of ``saliency``."""
 
     @model_validator(mode="after")
     def _stages(self) -> EvoPressSettings:
@@ -85,7 +89,7 @@ class EvoPress(Method):
         last = settings.windows[-1]
         children = sum(many * each for many, each in zip(settings.children, settings.windows, strict=True))
         windows = settings.generations * (children + last) + 2 * last
-        return replace(start, forward=start.forward + 3, forward_windows=windows)
+        return replace(start, forward=start.forward + 3 + settings.compensated, forward_windows=windows)
 
     def run(self, task: PruningTask) -> Decision:
         """See ``Method.run``."""
@@ -93,11 +97,14 @@ class EvoPress(Method):
         settings, text = self.settings, calibration_for(task.calibration, self.name)
         lineage, scores = Lineage(task.work), Saliency(settings.saliency).first_scores(task)
         problem = Problem.of(task.restricted, scores, task.budget)
-        switches = Switches(problem, _starts(problem), settings.level)
+        switches, database = Switches(problem, _starts(problem), settings.level), None
+        if settings.compensated:
+            database = _database(task, switches, text)
+            switches = switches.ordered(database.orders)
         if len(switches.lots) == 1:
             progress.say("  This budget cuts one group, and there is nothing to search.")
         with borrowed(task.model), progress.Bar("searching", settings.generations) as bar:
-            judge = _Judge(task, text, switches)
+            judge = _Judge(task, text, switches, database)
             state = lineage.state or _first(switches, judge, text.turn_rows(0, settings.windows[-1]))
             bar.advance(state.done)
             for number in range(state.done, settings.generations):
@@ -136,6 +143,16 @@ class EvoPress(Method):
                 "tokens. Leave vocab out of budget.kinds, or choose a method such as magnitude."
             )
         Saliency(self.settings.saliency).check_plain(task, self.name)
+        if self.settings.compensated:
+            check_removable(task.model, task.restricted, [group.name for group in task.prunable], _COMPENSATED)
+
+
+def _database(task: PruningTask, switches: Switches, text: Calibration) -> Database:
+    """Compensated weights for every number of units that a candidate may lose; kept on disk when there is a folder."""
+    folder = None if task.work is None else task.work / "database"
+    database = Database(task.model, task.restricted, switches.deepest, folder)
+    database.build(text, _COMPENSATED)
+    return database
 
 
 def _starts(problem: Problem) -> list[Removed]:
@@ -186,9 +203,10 @@ def _elected(state: State, judge: _Judge, rows: Sequence[int]) -> tuple[Levels, 
 
 
 class _Judge:
-    """Measures candidates: masks in the model, without compensation."""
+    """Measures candidates: masks in the model, with the weights of the database if there is one."""
 
-    def __init__(self, task: PruningTask, text: Calibration, switches: Switches) -> None:
+    def __init__(self, task: PruningTask, text: Calibration, switches: Switches, database: Database | None) -> None:
+        self._database = database
         self._model, self._graph, self._switches = task.model, task.graph, switches
         self._divergence, self._window = Divergence(text), text.ids.shape[1]
         self._tokens = 0
@@ -197,7 +215,10 @@ class _Judge:
         """KL(dense || candidate) on the windows ``rows``."""
         self._divergence.read(self._model, rows)
         self._tokens += len(rows) * self._window
-        with masked(self._model, self._graph, Cut.removing(self._graph, self._switches.removed(levels))):
+        removed = self._switches.removed(levels)
+        counts = {name: len(units) for name, units in removed.items()}
+        weights = self._database.weights(counts) if self._database is not None else {}
+        with updated(self._model, weights), masked(self._model, self._graph, Cut.removing(self._graph, removed)):
             return self._divergence.of(self._model, rows)
 
     def ranked(self, candidates: Iterable[Levels], rows: Sequence[int]) -> list[tuple[float, Levels]]:
@@ -221,3 +242,6 @@ class Lineage:
 
     def keep(self, state: State) -> None:
         keep(self.file, lambda scratch: scratch.write_text(state.model_dump_json()))
+
+
+_COMPENSATED = "method.compensated"

@@ -5,10 +5,11 @@ A switch removes a level more units from one place and restores as many paramete
 
 from __future__ import annotations
 
+import copy
 import random
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -81,6 +82,20 @@ class Switches:
         found = [levels for levels in map(self.levels, starts) if self._fits(levels)]
         self.starts = tuple(dict.fromkeys(found))
         """The starts as levels, without those that miss the target by more."""
+
+    @property
+    def deepest(self) -> dict[str, int]:
+        """Group name → the largest number of units that it may lose."""
+        return {name: lot.allowed[-1] for lot in self.lots for name in lot.units}
+
+    def ordered(self, orders: Mapping[str, Sequence[int]]) -> Switches:
+        """The same allocations with other units: each group loses them in its order, which has ``deepest`` units."""
+        found = copy.copy(self)
+        found.lots = tuple(
+            replace(lot, units={name: tuple(orders.get(name, units)) for name, units in lot.units.items()})
+            for lot in self.lots
+        )
+        return found
 
     def levels(self, removed: Removed) -> Levels:
         """The levels of an allocation that removes units in the order of the problem's scores."""
