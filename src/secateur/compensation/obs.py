@@ -95,11 +95,10 @@ class Elimination:
         Each try puts back the units that are worth most, and removes as many of the cheapest then. A quarter of the
         removed units at first; half as many after a try that did not lower the error and was undone.
         """
-        many = int(_FIRST_SWAPS * int((~self.alive).sum()) / self.runs)
+        many = -int(-_FIRST_SWAPS * len(self.removed) // self.runs)
         for _ in range(tries):
-            many = min(max(many, 0), int((~self.alive).sum()) // self.runs)
             if many == 0:
-                return
+                break
             before = self.alive.clone(), self.inverse.clone(), self.weight.clone()
             gain = self._put_back(self._lowest(-self._gains(), many * self.runs))
             price = sum(step.price for step in self.remove(many * self.runs))

@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.compensation import Database
 from secateur.errors import DataError, InputError, ModelError
 from secateur.evaluation import Divergence
 from secateur.methods import METHODS, Decision, PruningTask
 from secateur.methods import evopress as module
 from secateur.methods.evopress import EvoPress, EvoPressSettings
-from secateur.surgery import masked
+from secateur.surgery import masked, updated
+from secateur.surgery.updates import Updates
 from secateur.testing.method_contract import MethodContract
 from secateur.types import Cut
 
 SETTINGS = EvoPressSettings(generations=4, children=(5, 2), windows=(1, 3), saliency={"magnitude": 1.0})
+
+
+COMPENSATED = SETTINGS.model_copy(update={"compensated": True})
 
 
 class EvoPressContract(MethodContract):
@@ -44,6 +49,11 @@ class TestEvoPressUnderANormOverHeads(EvoPressContract):
     family = "olmo2"
 
 
+class TestEvoPressWithADatabase(EvoPressContract):
+    family = "qwen2"
+    settings = COMPENSATED
+
+
 class OfThreeLayers(EvoPressContract):
     family = "llama-odd"
 
@@ -53,13 +63,13 @@ def run(ratio: float = 0.3, generations: int = 8, **budget: Any) -> tuple[Prunin
     return task, EvoPress(SETTINGS.model_copy(update={"generations": generations})).run(task)
 
 
-def kl(task: PruningTask, removed: dict[str, list[int]], rows: list[int]) -> float:
+def kl(task: PruningTask, removed: dict[str, list[int]], rows: list[int], weights: Updates | None = None) -> float:
     """By the plain formula."""
     assert task.calibration is not None
     ids = task.calibration.ids[rows]
     with torch.no_grad():
         dense = task.model(ids).logits[:, :-1].log_softmax(-1)
-        with masked(task.model, task.graph, Cut.removing(task.graph, removed)):
+        with updated(task.model, weights or {}), masked(task.model, task.graph, Cut.removing(task.graph, removed)):
             found = task.model(ids).logits[:, :-1].log_softmax(-1)
     return float((dense.exp() * (dense - found)).sum(-1).mean())
 
@@ -150,6 +160,37 @@ def test_one_group_has_nothing_to_exchange() -> None:
     assert decision.metrics["improved"] == 0
 
 
+def compensated(task: PruningTask) -> Decision:
+    return EvoPress(COMPENSATED.model_copy(update={"generations": 3})).run(task)
+
+
+def test_candidates_are_judged_with_the_units_and_weights_of_the_database() -> None:
+    task = OfThreeLayers().task(0.3, floor=0)
+    decision = compensated(task)
+    deepest = {group.name: group.size - 1 for group in task.graph.prunable}
+    database = Database(task.model, task.graph, deepest, None)
+    database.build(task.calibration, "method.compensated")
+    counts = {name: len(units) for name, units in decision.removed.items()}
+    assert decision.removed == {name: sorted(database.orders[name][:count]) for name, count in counts.items()}
+    every = list(range(6))
+    found = kl(task, decision.removed, every, database.weights(counts))
+    assert decision.metrics["kl_after"] == pytest.approx(found, abs=1e-4)
+    assert found < kl(task, decision.removed, every)
+    assert not decision.updates, "repair compensates for the winner"
+
+
+def test_compensated_candidates_keep_legal_counts() -> None:
+    task = OfThreeLayers().task(0.3, floor=0.5, round_to={"ffn": 4})
+    removed = compensated(task).removed
+    for name, units in removed.items():
+        group = task.graph[name]
+        assert group.kind != "ffn" or (group.size - len(units)) % 4 == 0
+    equal = compensated(OfThreeLayers().task(0.2, runs_on="everywhere", kinds=("ffn",))).removed
+    assert len({len(units) for units in equal.values()}) == 1
+    shares = OfThreeLayers().task(0.2, floor=0, shares={"attention": 0.0})
+    assert {shares.graph[name].kind for name in compensated(shares).removed} == {"ffn"}
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
@@ -183,6 +224,38 @@ def test_a_killed_run_goes_on_to_the_same_answer(damaged: str, tmp_path: Path, m
     assert found.metrics == expected.metrics
 
 
+@pytest.mark.parametrize("killed_in", ["the database", "the search"])
+def test_a_killed_run_with_a_database_goes_on_to_the_same_answer(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = compensated(OfThreeLayers().task(0.3, floor=0))
+    task = OfThreeLayers().task(0.3, floor=0)
+    task.work = tmp_path / "method"
+    owner, name = (Database, "_keep") if killed_in == "the database" else (module.Lineage, "keep")
+    keep, kept = getattr(owner, name), list[Any]()
+
+    def killed(*args: Any) -> None:
+        if len(kept) == 2:
+            raise KilledError
+        kept.append(args[1])
+        keep(*args)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KilledError):
+        compensated(task)
+    again: list[int] = []
+    monkeypatch.setattr(owner, name, keep)
+    monkeypatch.setattr(
+        Database,
+        "_keep",
+        lambda self, layer, tensors, keep=Database._keep: (again.append(layer), keep(self, layer, tensors)),
+    )
+    found = compensated(task)
+    assert again == ([2] if killed_in == "the database" else [])
+    assert found.removed == expected.removed
+    assert found.metrics == expected.metrics
+
+
 def test_another_seed_searches_elsewhere() -> None:
     found = [EvoPress(SETTINGS).run(OfThreeLayers().task(0.3, seed=seed)) for seed in range(3)]
     assert len({str(decision.metrics) for decision in found}) > 1
@@ -199,6 +272,10 @@ def test_what_it_cannot_do_is_refused_early() -> None:
         EvoPress(EvoPressSettings(saliency={"lora": 1.0})).check(TestEvoPress().task())
     with pytest.raises(InputError, match="Leave vocab out"):
         EvoPress(SETTINGS).check(TestEvoPress().task(kinds=("vocab",)))
+    for task in (TestEvoPressOfAMixture().task(0.1), TestEvoPress().task(kinds=("ffn", "layer"))):
+        EvoPress(SETTINGS).check(task)
+        with pytest.raises(ModelError, match=r"needs one linear that consumes|method\.compensated=false"):
+            EvoPress(COMPENSATED).check(task)
     task = TestEvoPress().task()
     task.calibration = None
     with pytest.raises(DataError, match="'evopress' reads text"):

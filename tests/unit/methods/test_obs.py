@@ -9,7 +9,7 @@ import torch
 
 from secateur.compensation import Gram
 from secateur.compensation import obs as obs_module
-from secateur.compensation.obs import DAMPING, removal_order
+from secateur.compensation.obs import DAMPING, Elimination, removal_order, removed_units
 from secateur.errors import InputError, ModelError
 from secateur.methods import METHODS
 from secateur.methods.obs import OBS, OBSSettings
@@ -31,8 +31,8 @@ class TestOBS(MethodContract):
         assert by_norm.removed != by_obs.removed
 
 
-def _gram(inputs: int = 8, outputs: int = 5, tokens: int = 200) -> tuple[Gram, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _gram(inputs: int = 8, outputs: int = 5, tokens: int = 200, seed: int = 0) -> tuple[Gram, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
     weight = torch.randn(outputs, inputs, generator=generator)
     gram = Gram.empty(outputs, inputs, torch.device("cpu"))
@@ -85,6 +85,86 @@ def test_wide_consumers_lose_several_units_at_a_time(monkeypatch: pytest.MonkeyP
     assert len(set(order)) == 12
 
 
+def test_prefixes_of_the_steps_are_the_joint_solution_for_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram, weight = _gram(inputs=12)
+    for columns, pending in ((torch.arange(12).unsqueeze(1), 5), (torch.arange(12).view(4, 3), 64)):
+        monkeypatch.setattr(obs_module, "_PENDING", pending)
+        elimination = Elimination(gram, weight, columns)
+        start, gone = elimination.weight.clone(), list[int]()
+        for step in elimination.remove(len(columns) - 1):
+            start -= step.outputs.T @ step.inputs
+            gone += columns[step.units].flatten().tolist()
+            kept = [column for column in range(12) if column not in gone]
+            h, wanted = elimination.hessian, elimination.wanted
+            torch.testing.assert_close(start[:, kept], wanted[:, kept] @ torch.linalg.inv(h[kept][:, kept]))
+            assert float(start[:, gone].abs().max()) < 1e-9
+        torch.testing.assert_close(elimination.weight, start)
+
+
+def test_prices_are_the_rise_of_the_error() -> None:
+    gram, weight = _gram()
+    elimination, gone = Elimination(gram, weight, torch.arange(8).unsqueeze(1)), list[int]()
+    for step in elimination.remove(5):
+        rise = _cost(gram, weight, [*gone, *step.units]) - _cost(gram, weight, gone)
+        assert step.price == pytest.approx(0.5 * rise, rel=1e-6)
+        gone += step.units
+
+
+def test_each_run_loses_equally_many() -> None:
+    gram, weight = _gram()
+    order = removal_order(gram, weight, torch.arange(8).view(4, 2), 2, runs=2)
+    alone = [_cost(gram, weight, [2 * unit, 2 * unit + 1]) for unit in range(4)]
+    assert order == [min((0, 1), key=lambda unit: alone[unit]), min((2, 3), key=lambda unit: alone[unit])]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_swaps_lower_the_error_of_units_that_went_together(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end where the most valuable removed unit has no better place, and between the start and the best of all."""
+    monkeypatch.setattr(obs_module, "EXACT", 1)
+    monkeypatch.setattr(obs_module, "_ROUNDS", 1)
+    better = 0
+    for seed in range(8):
+        gram, weight = _gram(seed=seed, outputs=2)
+        columns = torch.arange(8).view(-1, width)
+        count, every = len(columns) // 2, range(len(columns))
+        costs = {
+            frozenset(units): _cost(gram, weight, columns[list(units)].flatten().tolist())
+            for many in (count - 1, count)
+            for units in combinations(every, many)
+        }
+        together, swapped = (frozenset(removed_units(gram, weight, columns, count, swaps=tries)) for tries in (0, 40))
+        assert len(swapped) == count
+        assert costs[swapped] <= costs[together]
+        better += swapped != together
+        fewer = min((swapped - {unit} for unit in swapped), key=lambda units: costs[units])
+        assert costs[swapped] == min(costs[fewer | {unit}] for unit in every if unit not in fewer)
+        assert min(cost for units, cost in costs.items() if len(units) == count) <= costs[swapped]
+    assert better
+
+
+def test_swapped_weights_are_the_joint_solution() -> None:
+    gram, weight = _gram(inputs=12, outputs=2, seed=3)
+    elimination = Elimination(gram, weight, torch.arange(12).unsqueeze(1))
+    list(elimination.remove(6))
+    elimination.swap(20)
+    kept = [unit for unit in range(12) if unit not in elimination.removed]
+    assert len(kept) == 6
+    h = elimination.hessian
+    expected = elimination.wanted[:, kept] @ torch.linalg.inv(h[kept][:, kept])
+    torch.testing.assert_close(elimination.weight[:, kept], expected)
+
+
+def test_the_method_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obs_module, "EXACT", 1)
+    monkeypatch.setattr(obs_module, "_ROUNDS", 1)
+    task = TestOBS().task(0.5)
+    without, with_swaps = (OBS(OBSSettings(saliency={"magnitude": 1.0}, swaps=tries)).run(task) for tries in (0, 20))
+    assert {name: len(units) for name, units in without.removed.items()} == {
+        name: len(units) for name, units in with_swaps.removed.items()
+    }
+    assert without.removed != with_swaps.removed
+
+
 def test_what_it_cannot_do_is_refused_before_anything_is_measured() -> None:
     class OfExperts(MethodContract):
         method = OBS
@@ -94,6 +174,10 @@ def test_what_it_cannot_do_is_refused_before_anything_is_measured() -> None:
         OBS().check(OfExperts().task(0.1))
     with pytest.raises(InputError, match="trains no adapters"):
         OBS(OBSSettings(saliency={"lora": 1.0})).check(TestOBS().task())
+    gram, weight = _gram()
+    gram.inputs[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        removal_order(gram, weight, torch.arange(8).unsqueeze(1), 1)
 
 
 def test_the_answer_says_what_compensation_was_worth() -> None:
