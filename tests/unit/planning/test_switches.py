@@ -139,3 +139,20 @@ def test_the_same_draw_gives_the_same_child() -> None:
     switches = Switches(problem, [solve(problem)], 0.1)
     assert walked(switches, 4) == walked(switches, 4)
     assert walked(switches, 4) != walked(switches, 5)
+
+
+def test_another_order_changes_which_units_go_and_not_how_many() -> None:
+    problem = problem_of(uneven_graph(0), 0, floor=0.0)
+    switches = Switches(problem, [solve(problem)], 0.1)
+    draw = random.Random(0)
+    orders = {name: draw.sample(range(problem.graph[name].size), many) for name, many in switches.deepest.items()}
+    other = switches.ordered(orders)
+    assert other.starts == switches.starts
+    for levels in walked(switches, 0):
+        before, after = switches.removed(levels), other.removed(levels)
+        assert {name: len(units) for name, units in before.items()} == {n: len(units) for n, units in after.items()}
+        assert after == {name: sorted(orders[name][: len(units)]) for name, units in before.items()}
+        assert other.parameters(levels) == switches.parameters(levels)
+    assert walked(other, 0) == walked(switches, 0)
+    for lot, deepest in zip(switches.lots, switches.deepest.values(), strict=True):
+        problem.choose({name: problem.graph[name].size - deepest for name in lot.units})  # legal
