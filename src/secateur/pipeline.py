@@ -128,7 +128,7 @@ def prune(
     recipe = _complete(None if recipe is None else recipe_of(recipe), ratio, method, model, tokenizer)
     result = _prune(model, tokenizer, recipe, output, resume=resume, dry_run=dry_run)
     # an interrupted recovery took longer than its last part
-    more = None if resume or dry_run else with_more_time(result)
+    more = None if dry_run or result.resumed else with_more_time(result)
     if more is not None:
         say(more)
     return result

@@ -150,6 +150,7 @@ def take_up(result: Result, work: Workspace) -> None:
     found = work.read_json("metrics.json", _Finished)
     if found is not None:
         result.done, result.measured = found.done, found.measured
+        result.resumed = bool(found.done)
     result.events = work.events
 
 

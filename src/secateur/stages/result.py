@@ -114,6 +114,8 @@ class Result:
     measured: Metrics = field(default_factory=Metrics)
     done: list[str] = field(default_factory=list)
     """Stages whose outcome is kept (``stages.STAGES``)."""
+    resumed: bool = False
+    """Whether stages that an earlier call finished were taken over (``stages.take_up``)."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What happened when, as in ``run.jsonl``."""
 
