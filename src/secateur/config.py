@@ -149,6 +149,33 @@ class Recipe(Settings):
             self.__dict__["recovery"] = recovery
         return self
 
+    @model_validator(mode="after")
+    def _rounds_of_the_method(self) -> Recipe:
+        """A round ends with a cut: the method must not train, and the groups must stay what they are."""
+        rounds, recovery = self.budget.rounds, self.recovery
+        if rounds == 1:
+            return self
+        lost = [kind for kind in self.budget.kinds if kind not in MASKABLE]
+        if lost:
+            raise ValueError(
+                f"budget.rounds is {rounds} and budget.kinds has {', '.join(lost)}; only {', '.join(MASKABLE)} can be "
+                "cut in several rounds, so set budget.rounds=1, or prune the result again in a second run"
+            )
+        if not _leaves_the_model(method_class(self.method.name)):
+            able = ", ".join(name for name, method in METHODS.items() if _leaves_the_model(method))
+            raise ValueError(
+                f"budget.rounds is {rounds} and {self.method.name} trains while it prunes, which has its own periods; "
+                f"set budget.rounds=1, or choose a method that does not train ({able})"
+            )
+        last = recovery.of_round(rounds, rounds)
+        if last.links > max(1, last.steps) or (last.instructions and last.steps == 1):
+            raise ValueError(
+                f"recovery.between={recovery.between:g} leaves {last.steps} steps of recovery after the last of "
+                f"{rounds} rounds, fewer than recovery.links or recovery.instructions need; set a smaller "
+                "recovery.between, or more recovery.steps"
+            )
+        return self
+
     @property
     def baseline(self) -> str | None:
         """The one-shot method to compare with; None when the run is one-shot itself."""

@@ -242,6 +242,11 @@ def prune_ratios(
 
 def _require_ranking(recipe: Recipe) -> None:
     """Raise InputError unless one run of the recipe's method answers several ratios."""
+    if recipe.budget.rounds > 1:
+        raise InputError(
+            f"budget.rounds is {recipe.budget.rounds}: every round scores another model, and one run cannot answer "
+            "several ratios. Prune to each ratio alone, or set budget.rounds=1."
+        )
     method = method_class(recipe.method.name)(recipe.method.settings)
     if method.ranks:
         return

@@ -233,6 +233,17 @@ class DependencyGraph:
             ),
         )
 
+    def protected_as(self, other: DependencyGraph) -> DependencyGraph:
+        """The same graph, in which every group may be cut, or not, as its namesake in ``other``."""
+        groups = ((group, other[group.name]) for group in self.groups)
+        return replace(
+            self,
+            groups=tuple(
+                replace(group, protected=like.protected, on_request=like.on_request, fixed=like.fixed)
+                for group, like in groups
+            ),
+        )
+
     def parameters_of(self, group: NodeGroup) -> list[str]:
         """The parameters that are cut or removed with units of ``group``."""
         if group.modules:

@@ -103,6 +103,10 @@ class Workspace:
             space.events = read_json_lines(folder / "run.jsonl")
         return space
 
+    def inside(self, name: str) -> Workspace:
+        """A workspace of its own for a part of the run, in the folder ``name`` of this one."""
+        return _Part(self, name)
+
     def path(self, name: str) -> Path | None:
         """Path of a stage's file or folder, or None when nothing is kept on disk."""
         return None if self.folder is None else self.folder / name
@@ -177,6 +181,20 @@ class Workspace:
         written = folder / "recipe.yaml"
         if folder.is_dir() and (not written.exists() or read_text(written) == recipe):
             remove(folder)
+
+
+class _Part(Workspace):
+    """The files of a part of a run. Its events are events of the run."""
+
+    def __init__(self, whole: Workspace, name: str) -> None:
+        super().__init__(whole.path(name))
+        self.whole, self.name = whole, name
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """See ``Workspace.log``."""
+        self.whole.log({"part": self.name, **event})
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

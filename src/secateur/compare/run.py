@@ -112,6 +112,11 @@ def compare(
             "A comparison gives every method the same steps, and effort chooses them for one run. Set recovery.steps "
             "and calibration.tokens in place of effort."
         )
+    if recipe.budget.rounds > 1:
+        raise InputError(
+            f"budget.rounds is {recipe.budget.rounds}, and a comparison prunes in one round by every method, so that "
+            "all train for the same steps. Set budget.rounds=1."
+        )
     refuse_inputs(output, recipe, tasks)
     names = [FLOOR, *(name for name in dict.fromkeys(methods) if name != FLOOR)]
     recipes = schedule_of(recipe, names, ratios, settings or {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -182,10 +182,4 @@ class Method(ABC):
 
 def adapted_graph(adapted: PeftModel, task: PruningTask) -> DependencyGraph:
     """The graph of the task's model with adapters on, restricted as the task's own."""
-
-    def as_restricted(group: NodeGroup) -> NodeGroup:
-        plain = task.restricted[group.name]
-        return replace(group, protected=plain.protected, on_request=plain.on_request, fixed=plain.fixed)
-
-    traced = trace(adapted)
-    return replace(traced, groups=tuple(map(as_restricted, traced)))
+    return trace(adapted).protected_as(task.restricted)

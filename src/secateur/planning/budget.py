@@ -23,6 +23,10 @@ class Budget(Settings):
 
     ratio: float = 0.2
     """Fraction of all parameters to remove, strictly between 0 and 1."""
+    rounds: int = Field(default=1, ge=1, le=100)
+    """Rounds of choosing, repairing, cutting and recovering. Each removes an equal part of the parameters that go in
+    all, and scores the smaller and recovered model anew. For ffn, attention and query, and methods that do not train.
+    Scores are not kept."""
     kinds: tuple[Kind, ...] = ("ffn", "attention")
     """Which kinds of groups may be cut. ``ffn``: channels of feed-forward layers and of experts; ``attention``: KV
     heads with their query heads; ``query``, instead of ``attention``: query heads, equally many of each KV head;
@@ -30,7 +34,8 @@ class Budget(Settings):
     tokens (only without a tokenizer); ``state``: units of state-space layers."""
     floor: float = Field(default=0.8, ge=0, le=1)
     """Every group keeps at least this fraction of its size after an even cut to the same ratio, and at least one unit.
-    With 0, ranking may leave a group one unit. With 1, the cut is even."""
+    With 0, ranking may leave a group one unit. With 1, the cut is even. Every one of several rounds counts from the
+    size that the last one left."""
     ranking: Literal["global", "layer"] = "global"
     """``global``: units compete over the whole model, and widths differ between layers. ``layer``: every group of a
     kind (and size) loses the same number of units, and widths are equal."""

@@ -42,6 +42,8 @@ class RecoveryTask:
     """The dense model, or its predictions (``keep_predictions``), for recovery with a teacher."""
     checkpoints: Path | None = None
     """Folder for checkpoints, from which an interrupted recovery resumes; None keeps nothing."""
+    begin: int | None = None
+    """Steps of earlier recoveries in the same order of reading, which goes on after them; None for one recovery."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def recover(
     """
     blocks = _together(task)
     curriculum = _curriculum(task, blocks, settings, training, seed)
-    order = curriculum.order if curriculum is not None else _order(blocks, settings, seed)
+    order, before = (curriculum.order, 0) if curriculum is not None else _order(blocks, settings, seed, task.begin)
     log: list[dict[str, float]] = []
     for link in range(settings.links):
         begin, end = (settings.steps * place // settings.links for place in (link, link + 1))
@@ -93,7 +95,7 @@ def recover(
                 seed=seed,
                 description="recovering",
                 callbacks=[curriculum] if curriculum is not None else [],
-                order=None if order is None else _from(order, begin * training.batch_size),
+                order=None if order is None else _from(order, (before + begin) * training.batch_size),
                 loss=_distillation(model, task, settings, training, begin),
                 checkpoints=None if task.checkpoints is None else task.checkpoints / f"link-{link + 1}",
             )
@@ -153,7 +155,7 @@ def keep_predictions(
     With rounds or two stages these may be all windows of the text. ``folder`` is that of ``CachedTeacher.make``.
     """
     blocks = _together(task)
-    order = _order(blocks, settings, seed)
+    order, _ = _order(blocks, settings, seed)
     rows = list(range(len(blocks)))
     if order is not None and not settings.changes_shares:
         rows = sorted({order(position) for position in range(settings.steps * training.batch_size)})
@@ -167,11 +169,14 @@ def keep_predictions(
     )
 
 
-def _order(blocks: TokenBlocks, settings: RecoverySettings, seed: int) -> ReadingOrder | None:
-    """An order of reading that is known before the training; None where the training may choose its own."""
-    if settings.teacher_cache == 0 and settings.links == 1:
-        return None
-    return ReadingOrder(("all",) * len(blocks), {"all": 1.0}, seed)
+def _order(
+    blocks: TokenBlocks, settings: RecoverySettings, seed: int, begin: int | None = None
+) -> tuple[ReadingOrder | None, int]:
+    """An order of reading that is known before the training, and the step of it to begin at; no order where the
+    training may choose its own."""
+    if settings.teacher_cache == 0 and settings.links == 1 and begin is None:
+        return None, 0
+    return ReadingOrder(("all",) * len(blocks), {"all": 1.0}, seed), begin or 0
 
 
 def _together(task: RecoveryTask) -> TokenBlocks:

@@ -27,6 +27,10 @@ class RecoverySettings(TextSettings):
     steps: int = Field(default=220, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""
 
+    between: float = Field(default=0.3, ge=0, lt=1)
+    """Share of the steps between several rounds of pruning (budget.rounds), equally many after each round but the last.
+    They train with constant shares, in one stage and one link. With 0, there is no training before the last cut."""
+
     finetuning: Literal["lora", "full"] = "lora"
     """``lora``: adapters train, and are merged at the end. ``full``: all weights train, embeddings, output head and
     norms included. Gradients and the two moments of AdamW then take three times the memory of the small model."""
@@ -148,6 +152,18 @@ class RecoverySettings(TextSettings):
                 f"at 1 / {sources} all shares are equal"
             )
         return self
+
+    def steps_between(self, rounds: int) -> int:
+        """Steps after each but the last of so many rounds of pruning."""
+        return 0 if rounds == 1 else int(self.steps * self.between + 1e-9) // (rounds - 1)
+
+    def of_round(self, number: int, rounds: int) -> Self:
+        """The recovery after the cut of round ``number``, from 1 on, of ``rounds``."""
+        between = self.steps_between(rounds)
+        if number < rounds:
+            plain = {"links": 1, "round_steps": 0, "instructions": []}
+            return self.model_copy(update={"steps": between, **plain})
+        return self.model_copy(update={"steps": self.steps - (rounds - 1) * between})
 
     def schedule(self, training: TrainingSettings) -> TrainingSettings:
         """``training`` with the learning rate of recovery."""

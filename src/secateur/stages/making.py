@@ -38,7 +38,7 @@ from secateur.export import (
 )
 from secateur.lock import alone
 from secateur.methods import Decision, Method, PruningTask, method_class
-from secateur.planning import allocate, describe_plan
+from secateur.planning import allocate, countable, describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.reading import brief, is_json
@@ -111,12 +111,17 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     of parameters."""
     recipe = result.recipe
     method = method_class(recipe.method.name)(recipe.method.settings)
-    if result.given is None:
-        decision = _run(method, _task(result, texts, work))
-    else:
+    task = _task(result, texts, work)
+    if result.given is not None:
         decision = Decision(allocate(result.graph, result.given, recipe.budget), result.given)
-    result.plan = plan_for(result.graph, recipe, decision.removed)
-    result.scores, result.updates = decision.scores, decision.updates
+    elif task.budget.ratio <= 0:  # earlier rounds removed all that is asked for
+        decision = Decision({})
+    else:
+        decision = _run(method, task)
+    result.plan = plan_for(result.graph, recipe, result.here.removed(decision.removed))
+    # scores of a round are of the units that were left
+    result.scores = decision.scores if recipe.budget.rounds == 1 else None
+    result.updates = decision.updates
     result.measured.method = decision.metrics
     if result.scores is not None:
         work.write_scores("scores.safetensors", result.scores)
@@ -183,8 +188,8 @@ def repair_weights(result: Result, texts: Texts, work: Workspace) -> None:
     recipe = result.recipe
     found = compensate(
         result.model,
-        result.graph,
-        result.plan.kept,
+        result.here.graph,
+        result.here.here(result.plan.kept),
         recipe.calibration.of(texts.repair),
         recipe.recovery.repair_target,
         start=result.updates,
@@ -201,8 +206,8 @@ def reconstruct_weights(result: Result, texts: Texts, work: Workspace) -> None:
     recipe = result.recipe
     found = reconstruct(
         result.model,
-        result.graph,
-        result.plan.kept,
+        result.here.graph,
+        result.here.here(result.plan.kept),
         recipe.calibration.of(texts.reconstruct),
         recipe.recovery.reconstruction,
         start=result.updates,
@@ -235,11 +240,9 @@ def cut(result: Result) -> None:
     biases.
     Raises ModelError when the result is to be saved and no config describes it.
     """
-    before = parameter_count(result.model)
+    before = countable(result.graph).parameter_count()
     result.dense = Architecture(type(result.model), result.model.config)
-    apply_updates(result.model, result.updates)
-    result.updates = {}
-    slice_model(result.model, result.graph, result.plan.kept)
+    remove_units(result)
     after = parameter_count(result.model)
     counts = {"parameters_before": before, "parameters_after": after, "ratio_reached": 1 - after / before}
     result.plan = result.plan.model_copy(update=counts)
@@ -251,20 +254,29 @@ def cut(result: Result) -> None:
             raise
 
 
+def remove_units(result: Result) -> None:
+    """Write the new values, and slice the model by the plan. Its config does not change."""
+    apply_updates(result.model, result.updates)
+    result.updates = {}
+    slice_model(result.model, result.here.graph, result.here.here(result.plan.kept))
+
+
 def recover_weights(result: Result, texts: Texts, work: Workspace) -> None:
-    """Recover by fine-tuning. A teacher is released afterwards."""
-    recipe = result.recipe
+    """Recover by fine-tuning, with the steps of this round. A teacher is released afterwards."""
+    recipe, done, rounds = result.recipe, result.here.done, result.recipe.budget.rounds
+    settings = recipe.recovery.of_round(done + 1, rounds)
     assert texts.recovery is not None
     task = RecoveryTask(
         text=texts.recovery,
-        instructions=texts.instructions,
+        instructions=texts.instructions if settings.instructions else None,
         validation=texts.validation,
         reference=result.measured.reference or {},
         teacher=result.teacher,
         checkpoints=work.path("recovery"),
+        begin=None if rounds == 1 else done * recipe.recovery.steps_between(rounds),
     )
-    done = recover(result.model, task, recipe.recovery, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
-    result.measured.recovery = {"log": done.log, "rounds": done.rounds}
+    found = recover(result.model, task, settings, lora=recipe.lora, training=recipe.training, seed=recipe.seed)
+    result.measured.recovery = {"log": found.log, "rounds": found.rounds}
     result.teacher = None
     work.write_weights("recovered.safetensors", result.model)
 
@@ -352,8 +364,8 @@ def _task(result: Result, texts: Texts, work: Workspace) -> PruningTask:
     return PruningTask(
         model=result.model,
         tokenizer=result.tokenizer,
-        graph=result.graph,
-        budget=recipe.budget,
+        graph=result.here.graph,
+        budget=result.here.budget(recipe.budget),
         calibration=recipe.calibration.of(texts.calibration),
         training_blocks=texts.recovery,
         lora=recipe.lora,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from secateur.data import Texts
-from secateur.stages import making
+from secateur.stages import making, rounds
 from secateur.stages.result import Metrics, Result
 from secateur.workspace import Workspace
 
@@ -67,6 +67,15 @@ STAGES: tuple[Stage, ...] = (
         lambda result, texts, work: making.measure_baseline(result, texts),
         wanted=lambda result, texts: texts.evaluation is not None and result.recipe.baseline is not None,
         numbers=("baseline",),
+    ),
+    Stage(
+        "rounds",
+        "Pruning in rounds",
+        lambda result, texts, work: rounds.prune_in_rounds(result, texts, work, _make_round),
+        wanted=lambda result, texts: result.recipe.budget.rounds > 1,
+        restore=rounds.take_rounds,
+        numbers=("rounds",),
+        files=("rounds",),
     ),
     Stage(
         "decide",
@@ -159,14 +168,16 @@ def make(
     texts: Texts,
     work: Workspace,
     around: Callable[[Stage], AbstractContextManager[Any]],
+    stages: Sequence[Stage] | None = None,
 ) -> None:
     """Run every stage that is wanted and not finished, in order.
 
     Args:
         result: contains the finished stages in ``done`` (``take_up``); the stages fill it.
         around: returns a context in which each stage runs.
+        stages: ``STAGES`` by default.
     """
-    wanted = [stage for stage in STAGES if stage.wanted(result, texts)]
+    wanted = [stage for stage in (STAGES if stages is None else stages) if stage.wanted(result, texts)]
     for index, stage in enumerate(wanted):
         if stage.restore is not None:
             if stage.name in result.done and stage.restore(result, work):
@@ -184,6 +195,23 @@ def make(
         work.log({"stage": stage.name, "seconds": seconds})
         if stage.scratch:
             work.discard(stage.scratch)
+
+
+def _make_round(
+    result: Result, texts: Texts, work: Workspace, around: Callable[[Stage], AbstractContextManager[Any]]
+) -> None:
+    """Run the stages of a round that is not the last one. What it measures is for the record alone."""
+    by_name = {stage.name: stage for stage in STAGES}
+    recovers = result.recipe.recovery.steps_between(result.recipe.budget.rounds) > 0
+    own = [
+        by_name["decide"],
+        by_name["repair"],
+        by_name["reconstruct"],
+        replace(by_name["cut"], make=lambda result, texts, work: making.remove_units(result)),
+        *([by_name["recovery"]] if recovers else []),
+    ]
+    take_up(result, work)
+    make(result, texts, work, around, own)
 
 
 def _forget(result: Result, work: Workspace, stages: list[Stage]) -> None:

@@ -18,6 +18,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance import Random
 from secateur.methods import PruningTask, method_class
 from secateur.stages.result import Result, plan_for
+from secateur.stages.rounds import rehearse_rounds
 from secateur.training import attach_lora
 from secateur.types import DependencyGraph, PruningPlan
 
@@ -31,7 +32,8 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     scores = Random().score(model, task.restricted, None, recipe.seed)
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
-    plan = plan_for(graph, recipe, task.allocate(scores))
+    removed = task.allocate(scores) if recipe.budget.rounds == 1 else rehearse_rounds(model, graph, recipe)
+    plan = plan_for(graph, recipe, removed)
     if recipe.recovery.repair and "repair" in recipe.recovery.model_fields_set:  # a default: ``with_possible_repair``
         check_refittable(model, graph, plan.kept)
     if recipe.recovery.reconstruct:
@@ -68,6 +70,7 @@ def rehearse_output(result: Result, output: Path) -> None:
     in_memory = sum(weight.nbytes for weight in result.model.parameters())
     stages = float(method_class(recipe.method.name).changes_weights)
     stages += 2.0 * recipe.recovery.reconstruct  # of each layer, and of all together
+    stages += 2.0 * (recipe.budget.rounds > 1)  # after a round, and in the next one
     if recipe.recovery.steps > 0:
         stages += plan.parameters_after / plan.parameters_before
     consumers = {member.parameter for name in plan.kept for member in result.graph[name].members if member.role == "in"}

@@ -15,6 +15,7 @@ from secateur.effort import Effort
 from secateur.export import Architecture
 from secateur.planning import make_plan
 from secateur.recovery import CachedTeacher
+from secateur.stages.position import Position
 from secateur.types import DependencyGraph, PruningPlan, Removed, Scores
 
 State = Literal["dense", "pruned", "recovered"]
@@ -62,6 +63,8 @@ class Metrics(BaseModel):
     """``blocks`` by consumer; the rest as in ``repair``."""
     recovery: dict[str, Any] | None = None
     """``log`` of the steps, and ``rounds``."""
+    rounds: list[dict[str, Any]] | None = None
+    """The numbers of every round before the last (``budget.rounds``), with the ``parameters`` after it."""
     speed: dict[str, Any] | None = None
     """See ``evaluation.compare_speed``."""
     window: int | None = None
@@ -95,7 +98,7 @@ class Result:
     tokenizer: PreTrainedTokenizerBase | None
     plan: PruningPlan
     graph: DependencyGraph
-    """Of the model before the cut."""
+    """Of the model before the first cut. The plan contains its units."""
     recipe: Recipe
     output: Path | None = None
     """Folder to save the result to at the end; None when it is not saved."""
@@ -106,7 +109,9 @@ class Result:
     """Scores of a run of the same method to a larger ratio. The units are chosen by them, and the method is not run."""
     updates: dict[str, torch.Tensor] = field(default_factory=dict)
     """New values of parameters from the method (``Decision.updates``), repair and reconstruction; ``cut`` writes and
-    releases them. Until then the model is the dense one."""
+    releases them. Until then the model is that of ``here``."""
+    position: Position | None = None
+    """Where the model in memory stands after the first rounds; None for the dense model."""
     teacher: PreTrainedModel | CachedTeacher | None = None
     """The dense model, or its predictions, while recovery still needs them (``recovery.teacher``)."""
     unsavable: str | None = None
@@ -118,6 +123,11 @@ class Result:
     """Whether stages that an earlier call finished were taken over (``stages.take_up``)."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """What happened when, as in ``run.jsonl``."""
+
+    @property
+    def here(self) -> Position:
+        """The model in memory, as ``decide`` and the stages up to ``cut`` act on it."""
+        return self.position or Position(self.graph, self.graph)
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -79,14 +79,14 @@ def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
         )
     if effort.within is not None:
         measured = measure_speed(recipe, model)
-        costs = {part: _seconds(part, recipe, measured) for part in parts}
+        costs = {part: _times(part, recipe) * _seconds(part, recipe, measured) for part in parts}
         given, total = f"effort.within={effort.within}", seconds_of(effort.within) - _fixed_seconds(recipe, measured)
         say(f"This machine reads {1 / measured.forward:,.0f} tokens a second and trains {1 / measured.training:,.0f}.")
     else:
         assert effort.tokens is not None
-        costs = dict.fromkeys(parts, 1.0)
+        costs = {part: float(_times(part, recipe)) for part in parts}
         if "calibration" in costs:
-            costs["calibration"] = 0.0 if _by_windows(recipe) else max(1.0, _reading(recipe).gradient)
+            costs["calibration"] *= 0.0 if _by_windows(recipe) else max(1.0, _reading(recipe).gradient)
         given, total = f"effort.tokens={effort.tokens}", float(effort.tokens) - _method_tokens(recipe)
     total -= sum(_amount(part, recipe) * costs[part] for part in parts if part not in open_parts)
     least = {part: _least(part, recipe) for part in open_parts}
@@ -159,7 +159,7 @@ def with_more_time(result: Result) -> str | None:
     """What recovery took in this run, and how to give it twice as much; None when it was not run for all its steps."""
     recipe, measured = result.recipe, result.measured
     steps, seconds = recipe.recovery.steps, measured.seconds.get("recovery")
-    if measured.recovery is None or seconds is None or recipe.recovery.round_steps > 0:
+    if measured.recovery is None or seconds is None or recipe.recovery.round_steps > 0 or recipe.budget.rounds > 1:
         return None
     before, after = (_perplexity(one, measured) for one in (measured.pruned, measured.recovered))
     gained = "" if before is None or after is None else f": perplexity {before:.1f} → {after:.1f}"
@@ -224,6 +224,11 @@ def _parts(recipe: Recipe) -> list[Part]:
     found += ["repair"] if "repair" in texts else []
     found += ["reconstruction"] if recipe.recovery.reconstruct else []
     return [*found, "recovery"] if recipe.recovery.steps > 0 else found
+
+
+def _times(part: Part, recipe: Recipe) -> int:
+    """How often a part reads its text: in every round, while the rounds share the steps of recovery."""
+    return 1 if part == "recovery" else recipe.budget.rounds
 
 
 def _is_set(recipe: Recipe, key: str) -> bool:
@@ -301,7 +306,7 @@ def _trained_tokens(recipe: Recipe) -> int:
 def _method_tokens(recipe: Recipe) -> int:
     """Tokens that the method itself trains on, and those of single windows."""
     reading = _reading(recipe)
-    windows = reading.forward_windows + reading.gradient_windows
+    windows = recipe.budget.rounds * (reading.forward_windows + reading.gradient_windows)
     return _trained_tokens(recipe) + windows * recipe.calibration.window
 
 
@@ -309,7 +314,7 @@ def _fixed_seconds(recipe: Recipe, speed: Pace) -> float:
     """Seconds of what the effort does not change: measuring, the method's own training, and its single windows."""
     measured = 2 + (recipe.recovery.steps > 0) + (recipe.baseline is not None)
     reading = _reading(recipe)
-    windows = reading.forward_windows + _GRADIENT * reading.gradient_windows
+    windows = recipe.budget.rounds * (reading.forward_windows + _GRADIENT * reading.gradient_windows)
     read = measured * recipe.evaluation.tokens + windows * recipe.calibration.window
     read += reading.dense_steps * _step_tokens(recipe)
     return _REST + read * speed.forward + _trained_tokens(recipe) * speed.training
