@@ -100,6 +100,17 @@ def test_tokens_are_those_that_are_read() -> None:
     assert recipe.recovery.tokens >= recipe.recovery.steps * step
 
 
+@pytest.mark.parametrize("method", ["fisher", "gisp"])
+def test_every_round_reads_its_text_again(method: str) -> None:
+    flags = {"effort.tokens": "2M", "method": method, "budget.rounds": 4, "recovery.repair": True}
+    recipe = sized(load_recipe(None, flags=flags), tiny.build("llama-gqa"))
+    reading = method_class(method)(recipe.method.settings).reading
+    once = int(reading.gradient) * recipe.calibration.tokens
+    once += reading.gradient_windows * recipe.calibration.window + (recipe.recovery.repair_tokens or 0)
+    steps = recipe.recovery.steps * recipe.training.batch_size * recipe.recovery.window
+    assert 1_990_000 < 4 * once + steps <= 2_000_000
+
+
 @pytest.mark.parametrize("method", ["gisp", "evopress", "bypass"])
 def test_windows_of_a_search_count_and_each_is_in_the_text_once(method: str) -> None:
     """A method that reads only windows gets as much text as it reads; nothing counts twice."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from secateur.planning.allocate import allocate, solve
+from secateur.planning.allocate import SmallRatioError, allocate, solve
 from secateur.planning.budget import Budget, restrict
 from secateur.planning.order import extend, ranking, removed_before
 from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
+from secateur.planning.shares import matches
 from secateur.planning.switches import Levels, Switches
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Counts",
     "Levels",
     "Problem",
+    "SmallRatioError",
     "Switches",
     "allocate",
     "by_period",
@@ -24,6 +26,7 @@ __all__ = [
     "describe_plan",
     "extend",
     "make_plan",
+    "matches",
     "ranking",
     "removed_before",
     "restrict",

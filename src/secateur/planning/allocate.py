@@ -16,6 +16,10 @@ from secateur.planning.shares import shared_counts
 from secateur.types import DependencyGraph, Scores
 
 
+class SmallRatioError(PlanError):
+    """The ratio is smaller than the smallest step."""
+
+
 def allocate(
     graph: DependencyGraph,
     scores: Scores,
@@ -75,7 +79,7 @@ def solve(problem: Problem, ratio: float | None = None) -> dict[str, list[int]]:
         counts = strategy(problem, ratio)
     answer = problem.choose(counts, on_the_way=ratio is not None)
     if not answer and ratio is None:
-        raise PlanError(
+        raise SmallRatioError(
             f"Removing {problem.ratio:.4g} of all parameters is less than the smallest step within the floor of every "
             f"group; one step is {_smallest_step(problem) / problem.count.total:.4g}. Ask for a larger ratio, or lower "
             "budget.floor."

@@ -67,7 +67,12 @@ def shared_counts(problem: Problem, ratio: float | None, strategy: Strategy) -> 
 def share_of(problem: Problem, group: NodeGroup) -> str | None:
     """The pattern of ``budget.shares`` that ``group`` belongs to: the first that names it. None for no pattern."""
     shares = problem.budget.shares
-    return next((pattern for pattern in shares if pattern == group.kind or fnmatchcase(group.name, pattern)), None)
+    return next((pattern for pattern in shares if matches(pattern, group)), None)
+
+
+def matches(pattern: str, group: NodeGroup) -> bool:
+    """Whether a pattern of ``budget.shares`` names ``group``, perhaps after another pattern that does."""
+    return pattern == group.kind or fnmatchcase(group.name, pattern)
 
 
 def _shares(problem: Problem) -> list[Share]:

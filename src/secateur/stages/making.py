@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from secateur.export import (
 )
 from secateur.lock import alone
 from secateur.methods import Decision, Method, PruningTask, method_class
-from secateur.planning import allocate, countable, describe_plan
+from secateur.planning import SmallRatioError, allocate, countable, describe_plan
 from secateur.precision import autocast_dtype
 from secateur.progress import say
 from secateur.reading import brief, is_json
@@ -111,13 +112,10 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     of parameters."""
     recipe = result.recipe
     method = method_class(recipe.method.name)(recipe.method.settings)
-    task = _task(result, texts, work)
-    if result.given is not None:
-        decision = Decision(allocate(result.graph, result.given, recipe.budget), result.given)
-    elif task.budget.ratio <= 0:  # earlier rounds removed all that is asked for
-        decision = Decision({})
+    if result.given is None:
+        decision = _decision(method, _task(result, texts, work), recipe.budget.rounds)
     else:
-        decision = _run(method, task)
+        decision = Decision(allocate(result.graph, result.given, recipe.budget), result.given)
     result.plan = plan_for(result.graph, recipe, result.here.removed(decision.removed))
     # scores of a round are of the units that were left
     result.scores = decision.scores if recipe.budget.rounds == 1 else None
@@ -149,6 +147,15 @@ def take_decision(result: Result, work: Workspace) -> bool:
     plan.check(result.graph)
     result.plan, result.scores, result.updates = plan, scores, updates
     return True
+
+
+def _decision(method: Method, task: PruningTask, rounds: int) -> Decision:
+    """The method's decision; of several rounds, one may have nothing to remove."""
+    if rounds == 1:
+        return _run(method, task)
+    with suppress(SmallRatioError):
+        return _run(method, task) if task.budget.ratio > 0 else Decision({})
+    return Decision({})
 
 
 def _run(method: Method, task: PruningTask) -> Decision:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.planning import Budget, countable, restrict
-from secateur.types import Cut, DependencyGraph, Kept, Removed
+from secateur.planning import Budget, countable, matches, restrict
+from secateur.types import Cut, DependencyGraph, Kept, NodeGroup, Removed
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Position:
         """The units of the model in memory that a plan for the dense model keeps."""
         found = {}
         for name, units in kept.items():
-            places = {unit: place for place, unit in enumerate(self.kept[name])} if name in self.kept else None
-            found[name] = list(units) if places is None else [places[unit] for unit in units]
+            places = {unit: place for place, unit in enumerate(self.kept.get(name, range(self.dense[name].size)))}
+            if len(units) < len(places):  # a group that loses nothing may be no group any more
+                found[name] = [places[unit] for unit in units]
         return found
 
     def removed(self, now: Removed) -> Removed:
@@ -55,29 +56,44 @@ class Position:
             return budget
         before, after = self.done / budget.rounds, (self.done + 1) / budget.rounds
         goal = (1 - budget.ratio * after) * countable(self.dense).parameter_count()
-        return budget.model_copy(
-            update={
-                "ratio": 1 - goal / countable(self.graph).parameter_count(),
-                "shares": {name: 1 - (1 - own * after) / (1 - own * before) for name, own in budget.shares.items()},
-                "protect_from": None if self.done else budget.protect_from,  # ``graph`` has its reasons
-                "rounds": 1,
-            }
-        )
+        own: dict[str, Any] = {
+            "ratio": 1 - goal / countable(self.graph).parameter_count(),
+            "shares": {name: 1 - (1 - share * after) / (1 - share * before) for name, share in budget.shares.items()},
+            "rounds": 1,
+        }
+        if self.done:
+            cuttable = self.graph.prunable
+            kinds = tuple(kind for kind in budget.kinds if any(kind == group.kind for group in cuttable))
+            shares = {name: own["shares"][name] for name in budget.shares if any(matches(name, g) for g in cuttable)}
+            # ``graph`` has the reasons of an analysis, which is one of the dense model
+            own |= {"kinds": kinds or budget.kinds, "shares": shares, "protect_from": None}
+        return budget.model_copy(update=own)
 
     def after_round(self, model: PreTrainedModel, kept: Kept, budget: Budget) -> Self:
         """The position after one more round, in which ``model`` was cut down to the dense units ``kept``.
 
-        The model is traced anew. What the budget protects in the dense model stays protected. Raises ModelError when
-        the groups are not those of the dense model.
+        The model is traced anew. What the budget protects in the dense model stays protected, and so does the last unit
+        of a group. Raises ModelError when the groups are not those of the dense model.
         """
-        found, cut = trace(model), Cut.keeping(self.dense, kept)
-        sizes = {group.name: len(cut[group.name]) if group.name in cut else group.size for group in self.dense}
-        inner = {group.name for group in self.dense if group.within in cut}  # they shrink with the units around them
-        for group in self.dense:
-            if group.name not in found or (group.name not in inner and found[group.name].size != sizes[group.name]):
-                raise ModelError(
-                    f"{group.name} is another group after a cut, and a second round cannot go on from there. Set "
-                    "budget.rounds=1, and prune the result again."
-                )
+        cut = Cut.keeping(self.dense, kept)
+        left = {group.name: len(cut[group.name]) if group.name in cut else group.size for group in self.dense}
+        found = trace(model)
+        found = replace(found, groups=tuple(group for group in found if group.name in self.dense))
         graph = found.protected_as(restrict(self.dense, budget))
-        return replace(self, graph=graph, kept=dict(cut), done=self.done + 1)
+        groups = tuple(_as_before(group, left[group.name]) for group in graph)
+        return replace(self, graph=replace(graph, groups=groups), kept=dict(cut), done=self.done + 1)
+
+
+def _as_before(group: NodeGroup, left: int) -> NodeGroup:
+    """``group``, protected when its units are no longer those of the dense model, of which so many are ``left``.
+
+    The units of a layer with one KV head are its query heads.
+    """
+    if group.size == left or group.protected is not None:
+        return group
+    if left > 1:
+        raise ModelError(
+            f"{group.name} has {group.size} units after a cut to {left}, and a second round cannot go on from there. "
+            "Set budget.rounds=1, and prune the result in a second run."
+        )
+    return replace(group, protected="one unit of the dense model is left", on_request=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from secateur.graph.twin import twin_of
 from secateur.importance import Random
 from secateur.keeping import keep_tensors, take_tensors
 from secateur.methods import PruningTask
+from secateur.planning import SmallRatioError
 from secateur.progress import say
 from secateur.stages.position import Position
 from secateur.stages.result import Result
@@ -46,15 +47,21 @@ def rehearse_rounds(model: PreTrainedModel, graph: DependencyGraph, recipe: Reci
     budget, twin = recipe.budget, cast(PreTrainedModel, twin_of(model))
     here = Position(graph, graph)
     while True:
-        removed, own = here.removed({}), here.budget(budget)
-        if own.ratio > 0:
-            task = PruningTask(twin, None, here.graph, own, seed=recipe.seed)
-            removed = here.removed(task.allocate(Random().score(twin, task.restricted, None, recipe.seed)))
+        removed = here.removed(_by_chance(twin, here, recipe))
         if here.done == budget.rounds - 1:
             return removed
         kept = Cut.removing(graph, removed)
         slice_model(twin, here.graph, here.here(kept))
         here = here.after_round(twin, kept, budget)
+
+
+def _by_chance(model: PreTrainedModel, here: Position, recipe: Recipe) -> Removed:
+    """Units that the next round removes by random scores; none when its part is smaller than a unit."""
+    task = PruningTask(model, None, here.graph, here.budget(recipe.budget), seed=recipe.seed)
+    with suppress(SmallRatioError):
+        if task.budget.ratio > 0:
+            return task.allocate(Random().score(model, task.restricted, None, recipe.seed))
+    return {}
 
 
 def prune_in_rounds(result: Result, texts: Texts, work: Workspace, make: Make) -> None:
@@ -79,16 +86,10 @@ def prune_in_rounds(result: Result, texts: Texts, work: Workspace, make: Make) -
 
 
 def take_rounds(result: Result, work: Workspace) -> bool:
-    """Go to the position after the last kept round; whether no round but the last of all is left to do.
-
-    Rounds with nothing to remove are passed over.
-    """
-    budget = result.recipe.budget
+    """Go to the position after the last kept round; whether only the last of all rounds is left to do."""
     if result.position is None:
         result.position = _kept_position(result, work)
-    while result.here.done < budget.rounds - 1 and result.here.budget(budget).ratio <= 0:
-        result.position = replace(result.here, done=result.here.done + 1)
-    return result.here.done == budget.rounds - 1
+    return result.here.done == result.recipe.budget.rounds - 1
 
 
 def _kept_position(result: Result, work: Workspace) -> Position:
