@@ -63,7 +63,8 @@ class Position:
         }
         if self.done:
             cuttable = self.graph.prunable
-            kinds = tuple(kind for kind in budget.kinds if any(kind == group.kind for group in cuttable))
+            able = {"ffn", "attention", *(group.kind for group in cuttable)}  # of these two a budget needs none
+            kinds = tuple(kind for kind in budget.kinds if kind in able)
             shares = {name: own["shares"][name] for name in budget.shares if any(matches(name, g) for g in cuttable)}
             # ``graph`` has the reasons of an analysis, which is one of the dense model
             own |= {"kinds": kinds or budget.kinds, "shares": shares, "protect_from": None}
