@@ -1,4 +1,4 @@
-"""The next-token loss with its gradient. Logits are computed for a few positions at a time.
+"""The next-token loss with its gradient, and logits without one. Logits are computed for a few positions at a time.
 
 Logits are the largest tensors of a small model: 512 tokens of a vocabulary of 49,152 are 100 MB, and the loss needs
 them three times (logits, log-softmax, gradient). They depend on the hidden state of their own position only, therefore
@@ -19,6 +19,8 @@ from transformers.utils import ModelOutput
 
 _LOGITS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, 43 positions of a vocabulary of 49,152."""
+_READ = 1 << 25
+"""Logits in one piece without gradients: 134 MB in fp32, 128 positions of a vocabulary of 262,144."""
 _TRIAL = 4
 """Tokens of the test whether a model can be split."""
 
@@ -79,6 +81,48 @@ def split_model(model: nn.Module, ids: torch.Tensor) -> Split | None:
         pieces = [halves.logits(few, output, piece) for piece in output.last_hidden_state.split(1, dim=1)]
         error = (torch.cat(pieces, dim=1) - logits).abs().max()
         return halves if bool(error <= 0.01 * logits.abs().max()) else None
+
+
+Use = Callable[[slice, slice, torch.Tensor], object]
+"""What is done with a piece: numbers of its windows, its positions, its logits ``[windows, positions, vocabulary]``."""
+
+
+class LogitReader:
+    """The logits of a causal LM for a few positions at a time, for reading without gradients.
+
+    Decided once, on the first tokens of ``ids``: a model that ``split_model`` can split computes its head in pieces.
+    Any other runs one window after the other, and its logits are made fp32 in pieces.
+    """
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor) -> None:
+        """``ids``: ``[batch, window]``, on the device of the input embedding."""
+        self.model, self.split = model, split_model(model, ids[:1, :_TRIAL])
+
+    def read(self, ids: torch.Tensor, use: Use) -> None:
+        """Call ``use`` for all positions with a next token of the windows ``ids`` ([batch, window]), a piece at a time.
+
+        ``use`` receives the windows and the positions of a piece, and its logits in fp32.
+        """
+        with torch.no_grad():
+            if self.split is not None:
+                self._read(self.split, ids, use)
+                return
+            for row in range(len(ids)):
+                logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
+                for here in _pieces(1, ids.shape[1], logits.shape[-1]):
+                    use(slice(row, row + 1), here, logits[:, here].float())
+
+    def _read(self, split: Split, ids: torch.Tensor, use: Use) -> None:
+        output = split.states(ids)
+        for here in _pieces(*ids.shape, split.vocabulary):
+            use(slice(0, len(ids)), here, split.logits(ids, output, output.last_hidden_state[:, here]).float())
+
+
+def _pieces(batch: int, window: int, vocabulary: int) -> Iterator[slice]:
+    """The positions of a window that have a next token, in pieces of at most ``_READ`` logits."""
+    step = max(1, _READ // (batch * vocabulary))
+    for start in range(0, window - 1, step):
+        yield slice(start, min(start + step, window - 1))
 
 
 class TokenLoss:

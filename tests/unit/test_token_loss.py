@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur import token_loss
 from secateur.testing.tiny import TINY, VOCAB
-from secateur.token_loss import TokenLoss, split_model
+from secateur.token_loss import LogitReader, TokenLoss, split_model
 from secateur.training import LoraSettings, attach_lora
 from secateur.walk import borrowed, recomputed
 
@@ -127,3 +127,25 @@ def test_no_more_logits_than_one_chunk_are_there_at_a_time(monkeypatch: pytest.M
     loss.backward(ids())
     assert max(seen) <= token_loss._LOGITS
     assert sum(seen) >= 11 * 3 * VOCAB  # all of them, the last position of a window apart, and one more trial
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt2", "llama-tied"])
+def test_pieces_without_gradients_are_the_models_own_logits(
+    family: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_loss, "_READ", 3 * VOCAB * 4)
+    model = built(family)
+    reader = LogitReader(model, ids())
+    assert reader.split is not None
+    if whole:
+        reader.split = None
+    found = torch.full((3, 11, VOCAB), torch.nan)
+
+    def put(rows: slice, here: slice, logits: torch.Tensor) -> None:
+        assert logits.numel() <= token_loss._READ
+        found[rows, here] = logits
+
+    reader.read(ids(), put)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids()).logits[:, :-1], rtol=1e-4, atol=1e-5)

@@ -12,8 +12,9 @@ from torch import nn
 from secateur.errors import ModelError
 from secateur.surgery import masked, updated
 from secateur.surgery.mask import MASKABLE
+from secateur.token_loss import LogitReader
 from secateur.types import Cut, DependencyGraph
-from secateur.walk import Calibration, LayerStack, calibration_for, input_device
+from secateur.walk import Calibration, LayerStack, calibration_for
 
 Target = Literal["dense", "stream", "own"]
 """The target output of a part of the pruned model. ``dense``: its output in the dense model; ``stream``: the output
@@ -62,9 +63,10 @@ def guarded(
         new: path of a parameter → its new values, of the shape before the cut.
         start: the same for the pruned model before the changes, where its values differ from the dense ones.
     """
-    check = text.ids[EVERY - 1 :: EVERY]
+    check = text.rows(range(EVERY - 1, len(text), EVERY))
+    reader = check.reader(model)
     with torch.no_grad(), updated(model, start), masked(model, graph, cut):
-        before = _loss(model, check, text)
+        before = _loss(reader, check)
     parameters = dict(model.named_parameters())
     for step in _STEPS if new else ():
         updates = {}
@@ -72,7 +74,7 @@ def guarded(
             old = (start[name] if name in start else parameters[name]).detach()
             updates[name] = old.to(values.device, values.dtype).lerp(values, step)
         with torch.no_grad(), updated(model, {**start, **updates}), masked(model, graph, cut):
-            loss = _loss(model, check, text)
+            loss = _loss(reader, check)
         if loss < before:
             return Guarded(updates, step, before, loss)
     return Guarded({}, 0.0, before, before)
@@ -116,14 +118,14 @@ def check_inside(model: nn.Module, graph: DependencyGraph, kept: Iterable[str], 
     return stack
 
 
-def _loss(model: nn.Module, ids: torch.Tensor, text: Calibration) -> float:
-    """Mean next-token loss of these windows."""
-    device = input_device(model)
+def _loss(reader: LogitReader, text: Calibration) -> float:
+    """Mean next-token loss of all windows."""
     total = 0.0
-    for some in ids.split(text.batch_size):
-        with text.autocast(model):
-            logits = model(input_ids=some.to(device), use_cache=False).logits[:, :-1]
-        targets = some[:, 1:].to(device)
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        total += float(losses)
-    return total / (ids.numel() - len(ids))
+
+    def add(rows: slice, here: slice, logits: torch.Tensor) -> None:
+        nonlocal total
+        targets = text.ids[rows, here.start + 1 : here.stop + 1].to(logits.device)
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+
+    text.read(reader, add)
+    return total / (text.ids.numel() - len(text))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.token_loss import LogitReader, Use
 from secateur.walk import Calibration
 
 _LIKELIEST = 512
-_POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
 
 
 class Divergence:
@@ -28,32 +28,45 @@ class Divergence:
         self.text, self.likeliest = text, likeliest
         self._dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Window → log-probabilities ``[window - 1, k + 1]`` and tokens ``[window - 1, k]``."""
+        self._reader: LogitReader | None = None
 
     def read(self, model: nn.Module, rows: Sequence[int]) -> None:
         """Let the dense model read those of the windows ``rows`` that it has not read yet."""
-        for row, parts in self._parts(model, [row for row in rows if row not in self._dense]):
-            found = [_top(z.log_softmax(-1), self.likeliest) for z in parts]
-            log_p, tokens = (torch.cat(pieces).cpu() for pieces in zip(*found, strict=True))
-            self._dense[row] = log_p, tokens.int()
+        new = [row for row in dict.fromkeys(rows) if row not in self._dense]
+        found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {row: [] for row in new}
+
+        def keep(some: slice, here: slice, logits: torch.Tensor) -> None:
+            log_p, tokens = _top(logits.log_softmax(-1), self.likeliest)
+            for row, pair in zip(new[some], zip(log_p.cpu(), tokens.cpu().int(), strict=True), strict=True):
+                found[row].append(pair)
+
+        self._each(model, new, keep)
+        for row, pairs in found.items():
+            log_p, tokens = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            self._dense[row] = log_p, tokens
 
     def of(self, model: nn.Module, rows: Sequence[int]) -> float:
         """The KL on the windows ``rows``, which the dense model has read. Infinite where the model gives NaN."""
         total = 0.0
-        for row, parts in self._parts(model, rows):
-            kept = (tensor.split(_POSITIONS_PER_CHUNK) for tensor in self._dense[row])
-            for z, log_p, tokens in zip(parts, *kept, strict=True):
-                own = z.gather(-1, tokens.to(z.device).long()) - z.logsumexp(-1, keepdim=True)
-                total += float(divergence(log_p.to(z.device), with_remainder(own)))
+
+        def add(some: slice, here: slice, logits: torch.Tensor) -> None:
+            nonlocal total
+            kept = zip(*(self._dense[row] for row in rows[some]), strict=True)
+            log_p, tokens = (torch.stack([one[here] for one in each]).to(logits.device) for each in kept)
+            own = logits.gather(-1, tokens.long()) - logits.logsumexp(-1, keepdim=True)
+            total += float(divergence(log_p, with_remainder(own)))
+
+        self._each(model, rows, add)
         mean = total / (len(rows) * (self.text.ids.shape[1] - 1))
         return mean if math.isfinite(mean) else math.inf
 
-    def _parts(self, model: nn.Module, rows: Sequence[int]) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-        """Each window, with its fp32 logits ``[positions, vocabulary]`` in parts."""
+    def _each(self, model: nn.Module, rows: Sequence[int], use: Use) -> None:
+        """``Calibration.read`` for the windows ``rows``; ``use`` receives places in ``rows``."""
         if not rows:
             return
-        found = (logits for batch in self.text.rows(rows).logits(model) for logits in batch)
-        for row, logits in zip(rows, found, strict=True):
-            yield row, tuple(part.float() for part in logits[:-1].split(_POSITIONS_PER_CHUNK))
+        if self._reader is None or self._reader.model is not model:
+            self._reader = self.text.reader(model)
+        self.text.rows(rows).read(self._reader, use)
 
 
 def with_remainder(log_p: torch.Tensor) -> torch.Tensor:

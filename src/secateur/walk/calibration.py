@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from secateur.data import TextSettings, TokenBlocks
 from secateur.errors import DataError
 from secateur.precision import Precision, autocast
 from secateur.progress import track
-from secateur.token_loss import TokenLoss
+from secateur.token_loss import LogitReader, TokenLoss, Use
 from secateur.walk.borrow import input_device
 
 
@@ -88,6 +89,19 @@ class Calibration:
                 logits: torch.Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
             yield logits
 
+    def reader(self, model: nn.Module) -> LogitReader:
+        """The reader of ``model`` for ``read``."""
+        return LogitReader(model, self.ids[:1].to(input_device(model)))
+
+    def read(self, reader: LogitReader, use: Use) -> None:
+        """``LogitReader.read`` for all windows: never more logits in memory than those of a piece, or of a window where
+        the model cannot be split. The windows that ``use`` receives are numbers of this text."""
+        first = 0
+        for ids in self.batches():
+            with self.autocast(reader.model):
+                reader.read(ids.to(input_device(reader.model)), partial(_use_at, use, first))
+            first += len(ids)
+
     def run(self, model: nn.Module, description: str) -> None:
         """Run all windows through the model, for collectors of statistics (``watched``, hooks)."""
         for _ in track(self.logits(model), description, self.passes):
@@ -112,6 +126,10 @@ class Calibration:
             yield
             for parameter in parameters:
                 parameter.grad = None
+
+
+def _use_at(use: Use, first: int, rows: slice, here: slice, logits: torch.Tensor) -> None:
+    use(slice(first + rows.start, first + rows.stop), here, logits)
 
 
 def calibration_for(calibration: Calibration | None, reader: str) -> Calibration:
