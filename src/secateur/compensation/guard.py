@@ -80,18 +80,22 @@ def guarded(
     return Guarded({}, 0.0, before, before)
 
 
-def text_for(calibration: Calibration | None, key: str) -> Calibration:
+def text_for(calibration: Calibration | None, key: str, advice: str | None = None) -> Calibration:
     """``calibration``, with enough windows to leave out those for checking.
+
+    Args:
+        key: the key of the recipe that asks for it, or the name of the method.
+        advice: a sentence on what to do about too little text; None to switch ``key`` off.
 
     Raises:
         DataError: there is no text.
-        ModelError: it has fewer than ``EVERY`` windows. ``key`` is the key of the recipe that asks for it.
+        ModelError: it has fewer than ``EVERY`` windows.
     """
     text = calibration_for(calibration, key)
     if len(text) < EVERY:
         raise ModelError(
-            f"{key} needs at least {EVERY} windows, of which one is for checking, and the text has {len(text)}. Give "
-            f"more calibration tokens, or set {key}=false."
+            f"{key} needs at least {EVERY} windows, of which one is for checking, and the text has {len(text)}. "
+            + (advice or f"Give more calibration tokens, or set {key}=false.")
         )
     return text
 

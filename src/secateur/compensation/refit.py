@@ -25,9 +25,11 @@ from secateur.surgery.rows import removed_rows
 from secateur.surgery.updates import Updates
 from secateur.types import Cut, DependencyGraph, Kept, Removed
 from secateur.units import Rows
-from secateur.walk import Calibration, EnoughError, Inputs, LayerStack, Walker, borrowed, calibration_for, watched
+from secateur.walk import Calibration, EnoughError, Inputs, LayerStack, Walker, borrowed, watched
 
 KEY = "recovery.repair"
+MORE_WINDOWS = "Raise calibration.tokens, or lower calibration.window."
+"""What to do about too little text for a method that compensates."""
 _FALL_BACK = 0.3
 """A consumer with a shorter step towards the dense target is fitted to its own target, if that is better."""
 
@@ -111,9 +113,13 @@ def remove_and_compensate(
 
     Returns:
         The removed units by group, and the new values.
+
+    Raises:
+        ModelError: the text has fewer than ``EVERY`` windows, or as ``check_removable``.
+        DataError: there is no text.
     """
-    text = calibration_for(calibration, "optimal brain surgery")
-    stack = check_removable(model, graph, counts)
+    text = text_for(calibration, "Optimal brain surgery", MORE_WINDOWS)
+    stack = check_removable(model, graph, counts, target=target)
     walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target, swaps=swaps)
     removed: Removed = {}
     with borrowed(model), torch.no_grad(), Bar("removing", len(stack)) as bar:

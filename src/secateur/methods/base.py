@@ -135,6 +135,8 @@ class Method(ABC):
     """Whether ``recovery.repair`` may start from the decision's ``updates``: they are no refit, and add no bias."""
     kinds: ClassVar[tuple[Kind, ...]] = ()
     """The kinds of groups that it can cut, if not all. They become the default of ``budget.kinds``."""
+    fewest_windows: ClassVar[int] = 0
+    """Calibration windows without which ``run`` fails."""
     Settings: ClassVar[type[Settings]] = NoSettings
     """Its own settings."""
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from secateur.compensation import Target, check_removable, remove_and_compensate
+from secateur.compensation import EVERY, Target, check_removable, remove_and_compensate
 from secateur.methods.base import Decision, Method, MethodNeeds, PruningTask, TextRead
 from secateur.methods.saliency import Saliency, SaliencyWeights
 from secateur.types import Settings
@@ -38,6 +38,7 @@ class OBS(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.04089"
     summary: ClassVar[str] = "one shot: units for which other weights can compensate, layer by layer (ZipLM, SlimGPT)"
     needs: ClassVar[MethodNeeds] = "text"
+    fewest_windows: ClassVar[int] = EVERY
     Settings: ClassVar[type[Settings]] = OBSSettings
     settings: OBSSettings
 

@@ -50,6 +50,13 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
             "recovery.repair=false, or switch compensation off in the method (flap: method.compensate=false)."
         )
     method.check(task)
+    windows = recipe.calibration.tokens // recipe.calibration.window
+    if windows < method.fewest_windows:
+        raise InputError(
+            f"{method.name} needs at least {method.fewest_windows} windows of calibration text, and calibration.tokens="
+            f"{recipe.calibration.tokens} are {windows} of {recipe.calibration.window} tokens. Raise "
+            "calibration.tokens, or lower calibration.window."
+        )
     if recipe.baseline:
         try:
             method_class(recipe.baseline)().check(task)

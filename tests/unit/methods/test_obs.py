@@ -7,13 +7,17 @@ from itertools import combinations
 import pytest
 import torch
 
-from secateur.compensation import Gram
+from secateur.compensation import Gram, remove_and_compensate
 from secateur.compensation import obs as obs_module
 from secateur.compensation.obs import DAMPING, Elimination, removal_order, removed_units
+from secateur.config import load_recipe
 from secateur.errors import InputError, ModelError
+from secateur.graph import trace
 from secateur.methods import METHODS
 from secateur.methods.obs import OBS, OBSSettings
+from secateur.stages import rehearse
 from secateur.testing.method_contract import MethodContract, noise
+from secateur.testing.tiny import build
 from secateur.walk import Calibration
 
 
@@ -186,3 +190,13 @@ def test_the_answer_says_what_compensation_was_worth() -> None:
     decision = OBS(OBSSettings(saliency={"magnitude": 1.0})).run(task)
     assert decision.metrics["loss_after"] <= decision.metrics["loss_before"]
     assert set(decision.updates) <= set(decision.metrics["refits"])
+
+
+def test_too_little_text_is_refused_with_the_key_to_raise() -> None:
+    model = build("llama-gqa")
+    graph = trace(model)
+    with pytest.raises(ModelError, match=r"at least 5 windows.* the text has 4\. Raise calibration\.tokens"):
+        remove_and_compensate(model, graph, {"layers.0.mlp": 3}, Calibration(noise(4, 0)))
+    flags = {"method": "obs", "calibration.tokens": 2047, "recovery.repair": False}
+    with pytest.raises(InputError, match=r"at least 5 windows .* 3 of 512 tokens"):
+        rehearse(model, graph, load_recipe(None, flags=flags))
