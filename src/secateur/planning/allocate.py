@@ -37,7 +37,8 @@ def allocate(
     Args:
         graph: of the model, plain or with adapters.
         scores: of every group that the budget may cut (``restrict(graph, budget).prunable``). An order of removal
-            (``planning.order``) answers as the method would that made it.
+            (``planning.order``) answers as the method would that made it; under a budget that forbids its cuts, it is
+            taken as scores.
         budget: how much to remove, and from where.
         removed: units that are already removed; they count towards the ratio.
         ratio: a smaller target on the way to ``budget.ratio``, for progressive methods; None for the final one. Before
@@ -49,24 +50,45 @@ def allocate(
     Raises:
         PlanError: the ratio cannot be reached (the message has the largest one), or no legal shape is near it.
     """
-    whole, exact = _whole_cuts(scores, budget, budget.ratio if ratio is None else ratio)
+    restricted = restrict(graph, budget)
+    whole, exact = _whole_cuts(restricted, scores, budget, ratio)
     if exact and not removed:
         return {group.name: whole[group.name] for group in graph if group.name in whole}
     gone = {name: {*whole.get(name, ()), *(removed or {}).get(name, ())} for name in {*whole, *(removed or {})}}
-    return solve(Problem.of(restrict(graph, budget), scores, budget, gone), ratio)
+    return solve(Problem.of(restricted, scores, budget, gone), ratio)
 
 
-def _whole_cuts(scores: Scores, budget: Budget, ratio: float) -> tuple[dict[str, list[int]], bool]:
-    """``order.removed_at`` for an order of removal; nothing for other scores.
+def _whole_cuts(
+    graph: DependencyGraph, scores: Scores, budget: Budget, ratio: float | None
+) -> tuple[dict[str, list[int]], bool]:
+    """``order.removed_at`` for an order of removal; nothing for other scores, and where this budget forbids the cuts.
 
-    Between the ends of the order, cuts have no legal widths for a budget of equal ones. It takes the order alone.
+    Between the ends of the order, cuts have no legal widths for a budget of equal ones. It takes the order alone, and
+    so does a budget of shares.
     """
     if scores.reach is None:
         return {}, False
-    whole, exact = removed_at(scores, ratio)
-    if budget.equal_widths and ratio < scores.reach:
+    at = budget.ratio if ratio is None else ratio
+    whole, exact = removed_at(scores, at)
+    if budget.shares or (budget.equal_widths and at < scores.reach):
         return {}, False
-    return whole, exact
+    return (whole, exact) if _allows(Problem.of(graph, scores, budget), whole, at) else ({}, False)
+
+
+def _allows(problem: Problem, removed: Mapping[str, list[int]], ratio: float) -> bool:
+    """Whether the problem's budget allows to remove these units on the way to ``ratio``: groups, counts and floors."""
+    floors = problem.floors(problem.target(ratio))
+    for name, units in removed.items():
+        if name not in problem.stacks or not set(units) <= set(problem.graph[name].movable):
+            return False
+        kept = problem.graph[name].size - len(units)
+        if kept < floors[name] or kept not in problem.legal[name]:
+            return False
+    if not problem.budget.equal_widths:
+        return True
+    groups = [stack.group for stack in problem.stacks.values()]
+    widths = {(group.kind, group.size, group.size - len(removed.get(group.name, ()))) for group in groups}
+    return len(widths) == len({(group.kind, group.size) for group in groups})
 
 
 def solve(problem: Problem, ratio: float | None = None) -> dict[str, list[int]]:

@@ -134,3 +134,41 @@ def test_small_cuts_end_with_widths_that_the_runtime_supports(runs_on: Any, rati
     removed, _ = in_cuts(graph, 0, 24, ratio, runs_on=runs_on)
     for group in graph:
         assert group.size - len(removed.get(group.name, ())) in legal_counts(group, graph, runs_on, {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"protect": ("layers.1.*",)},
+        {"protect_last": 2},
+        {"kinds": ("ffn",)},
+        {"round_to": {"ffn": 16}},
+        {"floor": 1.0},
+        {"shares": {"attention": 0.05}},
+        {"ranking": "layer"},
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.1, 0.13, 0.2])
+def test_a_budget_is_obeyed_that_forbids_the_cuts_of_the_order(options: dict[str, Any], ratio: float) -> None:
+    """At the ends of cuts, and between two."""
+    graph = uneven_graph(2) if "ranking" not in options else llama_graph([200] * 4, [8] * 4, vocabulary=17)
+    _, order = in_cuts(graph, 2, 4, 0.2)
+    budget = Budget(ratio=ratio, **options)
+    removed = allocate(graph, order, budget)
+    problem = Problem.of(restrict(graph, budget), order, budget)
+    assert removed.keys() <= problem.stacks.keys()
+    kept = {name: graph[name].size - len(removed.get(name, ())) for name in problem.stacks}
+    assert all(kept[name] in problem.legal[name] for name in kept)
+    if "shares" in options:
+        heads = {group.name: range(kept[group.name]) for group in graph if group.kind == "attention"}
+        nothing = dict.fromkeys(heads, ())
+        gone, whole = (graph.parameter_count() - graph.parameter_count(cut) for cut in (heads, nothing))
+        assert gone / whole <= 0.05 + 1 / 15
+    else:
+        floors = problem.floors(problem.target())
+        assert all(kept[name] >= floors[name] for name in kept)
+    if "ranking" in options:
+        assert len({(graph[name].kind, kept[name]) for name in kept}) == 2
+    for name, units in removed.items():
+        first = order[name].argsort(stable=True)[: len(units)].tolist()
+        assert sorted(units) == sorted(first)
