@@ -32,3 +32,13 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def sums_device(device: torch.device) -> torch.device:
+    """Where sums in float64 of tensors on ``device`` are kept: there, or on the CPU for mps, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float64, on ``sums_device`` of its device."""
+    return x.to(sums_device(x.device)).double()

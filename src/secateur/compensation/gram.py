@@ -17,6 +17,8 @@ from functools import partial
 
 import torch
 
+from secateur.precision import in_float64, sums_device
+
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """λ as shares of the typical mean square of an input."""
 _SKEWED = 10.0
@@ -25,7 +27,7 @@ _SKEWED = 10.0
 
 @dataclass
 class Gram:
-    """Sums over tokens, float64."""
+    """Sums over tokens, float64, on ``sums_device`` of the model's device; whatever is solved with them is there."""
 
     inputs: torch.Tensor
     """H, ``[inputs, inputs]``."""
@@ -38,7 +40,7 @@ class Gram:
     @classmethod
     def empty(cls, outputs: int, inputs: int, device: torch.device) -> Gram:
         """Sums over no tokens."""
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device(device))
         return cls(zeros(inputs, inputs), zeros(outputs, inputs))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -47,20 +49,20 @@ class Gram:
         Products are computed in float32, which a pass of some thousand tokens stands, and summed up in float64.
         """
         x, y = x.float(), y.float()
-        self.inputs += (x.T @ x).double()
-        self.cross += (y.T @ x).double()
-        self.square += float(y.double().square().sum())
+        self.inputs += in_float64(x.T @ x)
+        self.cross += in_float64(y.T @ x)
+        self.square += float(in_float64(y).square().sum())
         self.tokens += len(x)
 
     def towards(self, weight: torch.Tensor) -> Gram:
         """The same inputs, with ``weight x'`` as the wanted outputs: the dense matrix on the pruned model's inputs."""
-        weight = weight.double()
+        weight = in_float64(weight)
         cross = weight @ self.inputs
         return Gram(self.inputs, cross, float((cross * weight).sum()), self.tokens)
 
     def error(self, weight: torch.Tensor, kept: torch.Tensor) -> float:
         """E of ``weight`` (``[outputs, kept]``) as a share of ``Σ y²``; 0 where nothing is wanted."""
-        weight = weight.double()
+        weight, kept = in_float64(weight), kept.to(self.inputs.device)
         product = weight @ self.inputs[kept][:, kept]
         total = self.square - 2 * float((weight * self.cross[:, kept]).sum()) + float((weight * product).sum())
         return max(total, 0.0) / self.square if self.square > 0 else 0.0
@@ -71,7 +73,7 @@ class Solution:
     """New weights of the kept inputs, or the old ones when no step lowers the error."""
 
     weight: torch.Tensor
-    """float64, ``[outputs, kept]``."""
+    """float64, ``[outputs, kept]``, on the device of the sums."""
     ridge: float
     """λ as a share (``RIDGES``)."""
     step: float
@@ -91,7 +93,8 @@ def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor
 
     The step is where the error on ``check`` is smallest along the way, clipped to [0, 1]; it never rises there.
     """
-    old = weight.double()[:, kept]
+    kept = kept.to(fit.inputs.device)
+    old = in_float64(weight)[:, kept]
     before = check.error(old, kept)
     best = Solution(old, 0.0, 0.0, before, before)
     gram = fit.inputs[kept][:, kept]

@@ -19,6 +19,7 @@ from torch.linalg import solve_triangular
 
 from secateur.compensation.gram import Gram
 from secateur.errors import ModelError
+from secateur.precision import in_float64
 
 DAMPING = 1e-2
 """λ as a share of the mean of H's diagonal, as in ZipLM."""
@@ -72,7 +73,7 @@ class Elimination:
         self.hessian, self.columns, self.runs = gram.inputs.clone(), columns.to(gram.inputs.device), runs
         damping = DAMPING * float(self.hessian.diagonal().mean()) or 1.0
         self.hessian.diagonal().add_(damping)
-        self.wanted = gram.cross + damping * weight.double()
+        self.wanted = gram.cross + damping * in_float64(weight)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
         self.weight = self.wanted @ self.inverse
         """The present weights, as those of ``inverse``: removed columns are zero once nothing is pending."""

@@ -319,5 +319,5 @@ def matrix_of(rows: Rows) -> torch.Tensor:
 def _written(rows: Rows, weight: torch.Tensor) -> torch.Tensor:
     """A copy of the consumer's whole weight with ``weight`` (``[outputs, kept]``) in the columns of the kept inputs."""
     new = rows.tensor.detach().clone()
-    values = weight.to(new.dtype)
+    values = weight.to(new.dtype).to(new.device)
     return new.index_copy_(rows.axis, rows.others.to(new.device), values if rows.axis == 1 else values.T)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.precision import in_float64
 from secateur.types import Member
 from secateur.units import stored_weight
 
@@ -40,8 +41,7 @@ class Moments:
 
     def add(self, x: torch.Tensor, matrix: int = 0) -> None:
         """See ``Statistic``."""
-        x = x.detach().flatten(0, -2)
-        x = (x.cpu() if x.device.type == "mps" else x).double()  # mps has no float64
+        x = in_float64(x.detach().flatten(0, -2))
         if self._total.device != x.device:
             self._total, self._squares = self._total.to(x.device), self._squares.to(x.device)
         self.tokens[matrix] += len(x)

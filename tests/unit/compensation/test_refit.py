@@ -10,10 +10,12 @@ import torch
 
 from secateur.compensation import Gram, Target, compensate, solve_refit
 from secateur.compensation import gram as gram_module
+from secateur.compensation import obs as obs_module
 from secateur.compensation.gram import RIDGES
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.graph import trace
+from secateur.precision import in_float64, sums_device
 from secateur.surgery import apply_updates, slice_model
 from secateur.testing.tiny import TINY
 from secateur.walk import Calibration
@@ -204,3 +206,35 @@ def test_a_refit_starts_from_the_pruned_model_and_not_from_the_dense_one(target:
     assert found.loss_before != pytest.approx(plain.loss_before, rel=1e-3)
     first = "model.layers.0.self_attn.o_proj.weight"
     assert found.refits[first].before != pytest.approx(plain.refits[first].before, rel=1e-3)
+
+
+def test_sums_are_on_the_cpu_where_a_device_has_no_float64() -> None:
+    """No such device is needed: the sums are made before anything is on it."""
+    gram = Gram.empty(3, 5, torch.device("mps"))
+    assert gram.inputs.device.type == gram.cross.device.type == "cpu"
+    assert sums_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert in_float64(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
+
+
+def test_sums_and_solutions_use_no_float64_on_the_devices_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the model passes ``in_float64``; in its absence they would become float64 where they are."""
+    seen: list[torch.dtype] = []
+
+    def double(self: torch.Tensor) -> torch.Tensor:
+        assert self.dtype == torch.float64, "made float64 where it was"
+        return self
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.dtype)
+        return x.to(torch.float64)
+
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    for module in (gram_module, obs_module):
+        monkeypatch.setattr(module, "in_float64", noted)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 6, generator=draw), torch.randn(4, 6, generator=draw)
+    gram = Gram.empty(4, 6, torch.device("cpu"))
+    gram.add(x, x @ weight.T)
+    solve_refit(gram.towards(weight), gram, weight, torch.tensor([0, 2, 3]))
+    obs_module.removal_order(gram, weight, torch.arange(6).unsqueeze(1), 2)
+    assert torch.float32 in seen
