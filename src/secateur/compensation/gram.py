@@ -84,6 +84,13 @@ class Solution:
     """Error of the new weights on the same windows."""
 
 
+def typical(squares: torch.Tensor) -> float:
+    """The typical of these sums of squares (``[inputs]``): their mean, or their median where the mean is more than ten
+    times as large, because of few inputs."""
+    mean, median = float(squares.mean()), float(squares.median())
+    return median if 0 < median * _SKEWED < mean else mean
+
+
 def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor) -> Solution:
     """Fit on some windows; choose λ and the step on the others.
 
@@ -101,8 +108,7 @@ def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor
     diagonal = gram.diagonal()
     if not float(diagonal.sum()) > 0:
         return best  # the kept inputs are zero on this text: no refit is possible
-    mean, median = float(diagonal.mean()), float(diagonal.median())
-    scale = median if 0 < median * _SKEWED < mean else mean
+    scale = typical(diagonal)
     values, vectors = torch.linalg.eigh(gram)
     missing = (fit.cross[:, kept] - old @ gram) @ vectors
     there = check.inputs[kept][:, kept]

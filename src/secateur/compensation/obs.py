@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch.linalg import solve_triangular
 
-from secateur.compensation.gram import Gram
+from secateur.compensation.gram import Gram, typical
 from secateur.errors import ModelError
 from secateur.precision import in_float64
 
 DAMPING = 1e-2
-"""λ as a share of the mean of H's diagonal, as in ZipLM."""
+"""λ as a share of the mean of H's diagonal, as in ZipLM, or of its median (``gram.typical``)."""
 EXACT = 4096
 """Up to so many inputs units are removed one by one; wider consumers lose a sixteenth of the count at a time."""
 _ROUNDS = 16
@@ -71,7 +71,7 @@ class Elimination:
                 "Set calibration.precision=fp32. If that does not help, the model's weights are damaged."
             )
         self.hessian, self.columns, self.runs = gram.inputs.clone(), columns.to(gram.inputs.device), runs
-        damping = DAMPING * float(self.hessian.diagonal().mean()) or 1.0
+        damping = DAMPING * typical(self.hessian.diagonal()) or 1.0
         self.hessian.diagonal().add_(damping)
         self.wanted = gram.cross + damping * in_float64(weight)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))

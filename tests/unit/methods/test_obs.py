@@ -9,6 +9,7 @@ import torch
 
 from secateur.compensation import Gram, remove_and_compensate
 from secateur.compensation import obs as obs_module
+from secateur.compensation.gram import typical
 from secateur.compensation.obs import DAMPING, Elimination, removal_order, removed_units
 from secateur.config import load_recipe
 from secateur.errors import InputError, ModelError
@@ -78,6 +79,20 @@ def test_units_of_several_columns_are_priced_as_a_whole() -> None:
         if first in pair
     }
     assert set(min(both, key=lambda pair: both[pair])) == {first, second}
+
+
+def test_one_huge_input_does_not_damp_all_others() -> None:
+    """Both solvers take the median there."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 8, generator=draw), torch.randn(5, 8, generator=draw)
+    x[:, 3] *= 1e4
+    gram = Gram.empty(5, 8, torch.device("cpu"))
+    gram.add(x, x @ weight.T)
+    diagonal = gram.inputs.diagonal()
+    damping = Elimination(gram, weight, torch.arange(8).unsqueeze(1)).hessian.diagonal() - diagonal
+    torch.testing.assert_close(damping, torch.full_like(damping, DAMPING * float(diagonal.median())), rtol=1e-3, atol=0)
+    assert typical(diagonal) == float(diagonal.median())
+    assert typical(torch.arange(8.0)) == 3.5
 
 
 def test_wide_consumers_lose_several_units_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
