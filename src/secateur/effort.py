@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal, Self
@@ -88,22 +89,36 @@ def count_of(text: str) -> int:
     return count
 
 
-def divide(total: float, costs: Mapping[Part, float], least: Mapping[Part, int], given: str) -> dict[Part, int]:
+def divide(
+    total: float,
+    costs: Mapping[Part, float],
+    least: Mapping[Part, int],
+    given: str,
+    *,
+    unit: Literal["seconds", "tokens"] = "seconds",
+    taken: float = 0.0,
+    by: str = "the rest of the run",
+) -> dict[Part, int]:
     """Tokens for each part of a run, by ``SHARES``.
 
     Args:
-        total: seconds or tokens for all parts together.
+        total: the limit, in seconds or tokens.
         costs: part → what one of its tokens costs, in the unit of ``total``; only parts that the run has.
         least: the fewest tokens of each part.
         given: the limit in the user's words, for the message.
+        unit: that of ``total``, for the message.
+        taken: what is taken from ``total`` before the parts.
+        by: what takes it, for the message.
 
     Raises InputError when ``total`` does not suffice for the fewest tokens of all parts.
     """
     needed = sum(least[part] * cost for part, cost in costs.items())
+    total -= taken
     if not total >= needed:
+        takes = f"{by} takes {taken:,.0f} {unit}, and " if taken > 0 else ""
         raise InputError(
-            f"{given} is too little: {max(total, 0):.0f} are left for {', '.join(costs)}, and these need at least "
-            f"{needed:.0f}. Give more, or switch a part off (recovery.steps=0, recovery.repair=false)."
+            f"{given} is too little: {takes}{', '.join(costs)} need at least {needed:,.0f} {unit}. Give at least "
+            f"{_least_limit(taken + needed, unit)}, or switch a part off (recovery.steps=0, recovery.repair=false)."
         )
     amounts: dict[Part, int] = {}
     left = total - needed
@@ -115,3 +130,8 @@ def divide(total: float, costs: Mapping[Part, float], least: Mapping[Part, int],
     if "recovery" in costs:
         amounts["recovery"] = least["recovery"] + int(left / costs["recovery"])
     return amounts
+
+
+def _least_limit(amount: float, unit: str) -> str:
+    """The option of the command line for so much, rounded up."""
+    return f"--within {math.ceil(amount)}s" if unit == "seconds" else f"--tokens {math.ceil(amount)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -224,6 +225,26 @@ def test_too_little_is_refused(speed: Callable[[float], None]) -> None:
     speed(1e-3)
     with pytest.raises(InputError, match=r"effort\.within=2s is too little"):
         sized(load_recipe(None, flags={"effort.within": "2s"}), tiny.build("llama-gqa"))
+
+
+def test_the_least_limit_is_said_and_is_enough(speed: Callable[[float], None]) -> None:
+    """In the unit of the limit, with what takes the rest."""
+    speed(1e-3)
+    for key, given, rest in (
+        ("within", "2s", r"loading, measuring and saving .* takes [\d,]+ seconds"),
+        ("tokens", "9", r"what the method itself reads and trains takes [\d,]+ tokens"),
+    ):
+        flags = {"method": "lorashear", "recovery.repair": False}
+        with pytest.raises(InputError, match=rf"effort\.{key}={given} is too little: {rest}") as error:
+            sized(load_recipe(None, flags={**flags, f"effort.{key}": given}), tiny.build("llama-gqa"))
+        found = re.search(rf"--{key} (\d+)(s?)", str(error.value))
+        assert found is not None
+        least = int(found[1])
+        sized(load_recipe(None, flags={**flags, f"effort.{key}": f"{least}{found[2]}"}), tiny.build("llama-gqa"))
+        with pytest.raises(InputError, match="too little"):
+            sized(
+                load_recipe(None, flags={**flags, f"effort.{key}": f"{least - 1}{found[2]}"}), tiny.build("llama-gqa")
+            )
 
 
 def test_without_a_limit_nothing_changes() -> None:

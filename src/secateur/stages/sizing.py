@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -40,6 +40,10 @@ _GRADIENT = 3.0
 _TOKENS_PER_INPUT = 20
 _FEWEST_STEPS = 10
 _FEWEST_WINDOWS = 16
+_TAKERS: Mapping[str, str] = {
+    "seconds": "loading, measuring and saving the model, and what the method itself reads and trains,",
+    "tokens": "what the method itself reads and trains",
+}
 _REST = 60.0
 """Seconds for loading, timing, saving and verifying."""
 
@@ -80,17 +84,22 @@ def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     if effort.within is not None:
         measured = measure_speed(recipe, model)
         costs = {part: _times(part, recipe) * _seconds(part, recipe, measured) for part in parts}
-        given, total = f"effort.within={effort.within}", seconds_of(effort.within) - _fixed_seconds(recipe, measured)
+        given, total = f"effort.within={effort.within}", seconds_of(effort.within)
+        taken = _fixed_seconds(recipe, measured)
         say(f"This machine reads {1 / measured.forward:,.0f} tokens a second and trains {1 / measured.training:,.0f}.")
     else:
         assert effort.tokens is not None
         costs = {part: float(_times(part, recipe)) for part in parts}
         if "calibration" in costs:
             costs["calibration"] *= 0.0 if _by_windows(recipe) else max(1.0, _reading(recipe).gradient)
-        given, total = f"effort.tokens={effort.tokens}", float(effort.tokens) - _method_tokens(recipe)
-    total -= sum(_amount(part, recipe) * costs[part] for part in parts if part not in open_parts)
+        given, total = f"effort.tokens={effort.tokens}", float(effort.tokens)
+        taken = float(_method_tokens(recipe))
+    taken += sum(_amount(part, recipe) * costs[part] for part in parts if part not in open_parts)
     least = {part: _least(part, recipe) for part in open_parts}
-    amounts = divide(total, {part: costs[part] for part in open_parts}, least, given)
+    unit: Literal["seconds", "tokens"] = "tokens" if effort.within is None else "seconds"
+    by = _TAKERS[unit] + (", with the amounts that the recipe names," if len(open_parts) < len(parts) else "")
+    shares = {part: costs[part] for part in open_parts}
+    amounts = divide(total, shares, least, given, unit=unit, taken=taken, by=by)
     flags |= {_KEYS[part]: _value(part, tokens, recipe) for part, tokens in amounts.items()}
     if "recovery" in amounts and "tokens" not in recipe.recovery.model_fields_set:
         flags["recovery.tokens"] = max(recipe.recovery.tokens, amounts["recovery"])
