@@ -71,6 +71,12 @@ class Effort(Settings):
         text = self.within.strip()
         return f"--within {2 * float(text[:-1]):g}{text[-1].lower()}"
 
+    def shared(self, runs: int) -> Effort:
+        """The limit of each of so many runs that share this one."""
+        if self.within is not None:
+            return Effort(within=f"{max(seconds_of(self.within) / runs, 1.0):.10g}s")
+        return self if self.tokens is None else Effort(tokens=max(1, self.tokens // runs))
+
 
 def seconds_of(text: str) -> float:
     """Seconds in ``30m``, ``2h`` or ``90s``; ValueError for anything else, and for no time at all."""

@@ -203,6 +203,7 @@ def prune_ratios(
 
     The method runs for the largest ratio. The units for the other ratios are chosen by its scores
     (``planning.allocate``). Everything after that is done for each ratio as in ``prune``, on the model opened anew.
+    A limit in time or tokens is for all ratios together, and each has an equal part of it.
 
     Args:
         ratios: fractions of all parameters to remove. The recipe's own ratio is not used.
@@ -213,7 +214,9 @@ def prune_ratios(
     whose scores do not decide alone, and every error of ``prune``, before anything slow begins.
     """
     recipe, folder = recipe_of(recipe), place_of(output)
-    recipes = {ratio: revise(recipe, {"budget.ratio": ratio}) for ratio in sorted(set(ratios), reverse=True)}
+    limit = recipe.effort.shared(len(set(ratios)) or 1)
+    each = {"effort.within": limit.within, "effort.tokens": limit.tokens}
+    recipes = {ratio: revise(recipe, {**each, "budget.ratio": ratio}) for ratio in sorted(set(ratios), reverse=True)}
     if not recipes:
         raise InputError("There is no ratio to prune to. Name at least one.")
     _require_ranking(recipe)

@@ -90,6 +90,19 @@ def test_each_ratio_is_what_a_run_to_it_alone_gives(finished: Path) -> None:
         assert metrics["recovered"]["perplexity"] == alone.metrics["recovered"]["perplexity"]
 
 
+def test_a_limit_is_for_all_ratios_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[str | None] = []
+
+    def stop(recipes: list[Recipe]) -> None:
+        limits.extend(one.effort.within for one in recipes)
+        raise KilledError
+
+    monkeypatch.setattr(pipeline, "_rehearse_ratios", stop)
+    with pytest.raises(KilledError):
+        pipeline.prune_ratios(recipe(**{"effort.within": "30m"}), [0.1, 0.2, 0.1], "limited")
+    assert limits == ["900s", "900s"]
+
+
 class KilledError(BaseException):
     """Like a signal: nothing in the library catches it."""
 

@@ -262,3 +262,41 @@ def test_the_speed_of_this_machine() -> None:
     assert found.recovery.steps >= 10
     assert all(value.equal(model.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_several_runs_share_a_limit() -> None:
+    assert Effort(within="30m").shared(3) == Effort(within="600s")
+    assert Effort(tokens=1000).shared(3) == Effort(tokens=333)
+    assert Effort().shared(3) == Effort()
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapters", "full"),
+    [
+        ({"recovery.steps": 5}, 1, 0),
+        ({"recovery.steps": 5, "recovery.finetuning": "full"}, 0, 1),
+        ({"recovery.steps": 0}, 0, 0),
+        ({"recovery.steps": 0, "method": "lorashear"}, 1, 0),
+    ],
+)
+def test_the_step_that_is_timed_is_that_of_the_run(
+    flags: dict[str, Any], adapters: int, full: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"attach_lora": 0, "full_weights": 0}
+
+    def counted(name: str, work: Any) -> Any:
+        def count(*args: Any) -> Any:
+            counts[name] += 1
+            return work(*args)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(sizing, name, counted(name, getattr(sizing, name)))
+    model = tiny.build("llama-gqa")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pace = sizing.measure_speed(load_recipe(None, flags={"recovery.window": 16, "method": "fisher", **flags}), model)
+    assert pace.training > 0 < pace.forward
+    assert counts == {"attach_lora": adapters, "full_weights": full}
+    assert all(value.equal(model.state_dict()[name]) for name, value in before.items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

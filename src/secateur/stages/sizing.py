@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.compensation import EVERY, check_refittable
@@ -21,8 +23,8 @@ from secateur.planning import restrict
 from secateur.precision import autocast
 from secateur.progress import say
 from secateur.stages.result import Measured, Metrics, Result
-from secateur.token_loss import TokenLoss
-from secateur.training import attach_lora
+from secateur.token_loss import LogitReader, TokenLoss
+from secateur.training import attach_lora, full_weights
 from secateur.types import DependencyGraph
 from secateur.walk import borrowed
 
@@ -187,26 +189,51 @@ def _perplexity(state: Measured | None, measured: Metrics) -> float | None:
 
 
 def measure_speed(recipe: Recipe, model: PreTrainedModel) -> Pace:
-    """Time a forward pass and a training step of one micro-batch, each after one that warms up."""
+    """Time a forward pass and a training step of one micro-batch, each after one that warms up.
+
+    The step trains what the recipe trains: adapters, or all weights with an optimiser. Where nothing trains, it is not
+    tried, and counts as three forward passes.
+    """
     settings = recipe.training
     rows = min(settings.micro_batch_size, settings.batch_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (rows, recipe.recovery.window), generator=draw)
     ids = ids.to(model.device)
 
-    def forward() -> None:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-
     with borrowed(model), autocast(settings.precision, model.device):
-        read = _seconds_for(forward, ids.numel(), model.device)
-        adapted = attach_lora(model, recipe.lora, 0)
-        try:
-            loss = TokenLoss(adapted, ids)
-            trained = _seconds_for(lambda: _train_once(loss, ids), ids.numel(), model.device)
-        finally:
-            adapted.unload()
-    return Pace(read, trained)
+        reader = LogitReader(model, ids)
+        read = _seconds_for(lambda: reader.read(ids, _drop), ids.numel(), model.device)
+        if not _trains(recipe):
+            return Pace(read, _GRADIENT * read)
+        with _trainable(model, recipe) as trained:
+            loss = TokenLoss(trained, ids)
+            passes = _seconds_for(lambda: _train_once(loss, ids), ids.numel(), model.device)
+            weights = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(weights, lr=0.0)  # with this rate, weights keep their values
+            step = _seconds_for(optimizer.step, _step_tokens(recipe), model.device)
+    return Pace(read, passes + step)
+
+
+def _trains(recipe: Recipe) -> bool:
+    return recipe.recovery.steps > 0 or _trained_tokens(recipe) > 0
+
+
+@contextmanager
+def _trainable(model: PreTrainedModel, recipe: Recipe) -> Iterator[nn.Module]:
+    """What recovery trains, all weights or adapters; adapters where only the method trains. Restored at the end."""
+    if recipe.recovery.steps > 0 and recipe.recovery.finetuning == "full":
+        with full_weights(model):
+            yield model
+        return
+    adapted = attach_lora(model, recipe.lora, 0)
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+
+
+def _drop(*_: Any) -> None:
+    """No use is made of the logits: it is the time that counts."""
 
 
 def _train_once(loss: TokenLoss, ids: torch.Tensor) -> None:
