@@ -18,6 +18,7 @@ from torch import nn
 from secateur.compensation.gram import Gram, Solution, solve_refit
 from secateur.compensation.guard import EVERY, SKIPPED, Guarded, Target, check_inside, guarded, text_for
 from secateur.compensation.obs import removed_units
+from secateur.compensation.stream import check_adds_to_stream
 from secateur.errors import ModelError
 from secateur.progress import Bar
 from secateur.surgery import masked, updated
@@ -86,7 +87,7 @@ def compensate(
     """
     text = text_for(calibration, KEY)
     cut = Cut.keeping(graph, kept)
-    stack = check_refittable(model, graph, cut)
+    stack = check_refittable(model, graph, cut, target)
     walk = _Walk(model, graph, Walker(stack, text), Walker(stack, text), target, start or {})
     with borrowed(model), torch.no_grad(), Bar("repairing", len(stack)) as bar:
         for layer in range(len(stack)):
@@ -130,10 +131,12 @@ def remove_and_compensate(
         return removed, walk.guarded(Cut.removing(graph, removed))
 
 
-def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[str], key: str = KEY) -> LayerStack:
+def check_removable(
+    model: nn.Module, graph: DependencyGraph, names: Iterable[str], key: str = KEY, target: Target = "own"
+) -> LayerStack:
     """The layers. Raises ModelError unless optimal brain surgery can cut these groups.
 
-    ``key`` is the key of the recipe that asks for it.
+    ``key`` is the key of the recipe that asks for it, and ``target`` that of the refit.
     """
     names = list(names)
     stack = check_inside(model, graph, names, key)
@@ -143,12 +146,24 @@ def check_removable(model: nn.Module, graph: DependencyGraph, names: Iterable[st
                 f"Optimal brain surgery needs one linear that consumes a group's units, and {name} has more, or none. "
                 f'Choose another method, or protect the group with budget.protect=["{name}"].'
             )
+    _check_target(stack, graph, names, target)
     return stack
 
 
-def check_refittable(model: nn.Module, graph: DependencyGraph, kept: Iterable[str]) -> LayerStack:
-    """The layers. Raises ModelError unless consumers of these groups can be refitted."""
-    return check_inside(model, graph, kept, KEY)
+def check_refittable(
+    model: nn.Module, graph: DependencyGraph, kept: Iterable[str], target: Target = "own"
+) -> LayerStack:
+    """The layers. Raises ModelError unless consumers of these groups can be refitted, to this target."""
+    kept = list(kept)
+    stack = check_inside(model, graph, kept, KEY)
+    _check_target(stack, graph, kept, target)
+    return stack
+
+
+def _check_target(stack: LayerStack, graph: DependencyGraph, names: Iterable[str], target: Target) -> None:
+    if target == "stream":
+        sample = Cut.removing(graph, {name: [0] for name in names})
+        check_adds_to_stream(stack, consumers_of(stack.model, graph, sample))
 
 
 @dataclass

@@ -67,4 +67,5 @@ class OBS(Method):
         """See ``Method.check``: one linear consumes every group, layers run in order, no criterion needs adapters."""
         super().check(task)
         Saliency(self.settings.saliency).check_plain(task, self.name)
-        check_removable(task.model, task.restricted, [group.name for group in task.prunable])
+        names = [group.name for group in task.prunable]
+        check_removable(task.model, task.restricted, names, target=self.settings.target)

@@ -35,7 +35,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     removed = task.allocate(scores) if recipe.budget.rounds == 1 else rehearse_rounds(model, graph, recipe)
     plan = plan_for(graph, recipe, removed)
     if recipe.recovery.repair and "repair" in recipe.recovery.model_fields_set:  # a default: ``with_possible_repair``
-        check_refittable(model, graph, plan.kept)
+        check_refittable(model, graph, plan.kept, recipe.recovery.repair_target)
     if recipe.recovery.reconstruct:
         check_reconstructable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):

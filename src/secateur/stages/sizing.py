@@ -125,7 +125,8 @@ def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: Dependen
     if not _repairs_by_default(recipe):
         return recipe
     try:
-        check_refittable(model, graph, [group.name for group in restrict(graph, recipe.budget).prunable])
+        names = [group.name for group in restrict(graph, recipe.budget).prunable]
+        check_refittable(model, graph, names, recipe.recovery.repair_target)
     except ModelError as error:
         say(f"Without repair: {error}")
         return revise(recipe, {"recovery.repair": False})

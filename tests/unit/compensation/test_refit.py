@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.compensation import Gram, Target, compensate, solve_refit
+from secateur.compensation import Gram, Target, check_refittable, compensate, solve_refit
 from secateur.compensation import gram as gram_module
 from secateur.compensation import obs as obs_module
 from secateur.compensation.gram import RIDGES
@@ -66,6 +66,24 @@ def test_what_the_kept_units_can_carry_is_restored(target: Target, monkeypatch: 
     torch.testing.assert_close(_logits(model), dense, atol=2e-3, rtol=1e-3)
     assert len(found.refits) == 4
     assert all(refit.before > 1e-3 and refit.after < 1e-5 for refit in found.refits.values())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi", "cohere", "granite", "gemma2", "olmo2", "glm4"])
+def test_the_target_stream_is_for_layers_that_add_to_the_stream(name: str) -> None:
+    model = TINY[name]()
+    if name == "granite":
+        for layer in model.model.layers:
+            layer.residual_multiplier = 0.22
+    graph = trace(model)
+    groups = [group.name for group in graph.prunable]
+    check_refittable(model, graph, groups, "dense")
+    if name in ("granite", "gemma2", "olmo2", "glm4"):
+        with pytest.raises(ModelError, match=r"norm or a multiplier.* dense or own"):
+            check_refittable(model, graph, groups, "stream")
+        with pytest.raises(ModelError, match="norm or a multiplier"):
+            compensate(model, graph, {groups[0]: [0]}, _blocks(), "stream")
+    else:
+        check_refittable(model, graph, groups, "stream")
 
 
 @pytest.mark.parametrize("target", ["dense", "own"])
