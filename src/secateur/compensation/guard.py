@@ -115,7 +115,7 @@ def check_inside(model: nn.Module, graph: DependencyGraph, kept: Iterable[str], 
     try:
         stack = LayerStack.find(model, graph)
     except ModelError as error:
-        raise ModelError(f"{error} {key} needs layers that run one after the other. Set {key}=false.") from error
+        raise ModelError(f"{error} {key} runs the model layer by layer. Set {key}=false.") from error
     for name in kept:
         if not stack.inside(graph[name]):
             raise ModelError(f"{name} is not inside one layer, and {key} cannot compensate for it. Set {key}=false.")

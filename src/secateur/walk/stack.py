@@ -143,9 +143,21 @@ class LayerStack:
                             f"{difference:.1e}): its layers exchange more than hidden states."
                         )
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+                self._check_own_pass(ids)
                 raise ModelError(
                     f"A forward pass cannot be started between the layers of {self.path}: {error}"
                 ) from error
+
+    def _check_own_pass(self, ids: torch.Tensor) -> None:
+        """Raise ModelError when the model cannot run from beginning to end either."""
+        try:
+            with torch.no_grad():
+                self._run(ids)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            raise ModelError(
+                f"The model's own forward pass fails on {_PROBE_TOKENS} tokens: {error} Try another type of weights "
+                "(model.dtype=float32)."
+            ) from error
 
     def _watched(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits of a whole pass, and the inputs of each layer. Raises ModelError when layers do not run in order."""

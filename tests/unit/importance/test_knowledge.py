@@ -191,6 +191,18 @@ def test_layers_that_exchange_more_than_hidden_states_take_the_whole_way(capsys:
     assert [trial.kl for trial in trials] == [trial.kl for trial in slow]
 
 
+def test_a_model_that_cannot_run_is_no_fault_of_its_layers() -> None:
+    model = TINY["llama-gqa"]()
+    graph = trace(model)
+
+    def fails(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("strides should be multiple of 16 bytes.")
+
+    model.model.layers[1].mlp.forward = fails
+    with pytest.raises(ModelError, match=r"own forward pass fails .*strides .*model\.dtype=float32"):
+        LayerStack.find(model, graph)
+
+
 @pytest.mark.parametrize("ratios", [(), (0.0,), (1.0, 0.5)])
 def test_ratios_are_checked(ratios: tuple[float, ...]) -> None:
     model = TINY["llama-gqa"]()
