@@ -114,7 +114,7 @@ class LogitReader:
 
     def _read(self, split: Split, ids: torch.Tensor, use: Use) -> None:
         output = split.states(ids)
-        for here in _pieces(*ids.shape, split.vocabulary):
+        for here in _pieces(len(ids), ids.shape[1], split.vocabulary):
             use(slice(0, len(ids)), here, split.logits(ids, output, output.last_hidden_state[:, here]).float())
 
 
