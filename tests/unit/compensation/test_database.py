@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from secateur.compensation import Database
+from secateur.compensation.gram import typical
 from secateur.compensation.obs import DAMPING
 from secateur.data import TokenBlocks
 from secateur.errors import DataError, ModelError
@@ -59,7 +60,7 @@ def test_every_level_is_the_ridge_solution_for_the_kept_units(name: str) -> None
             weight, new = (each.movedim(member.axis, -1).double() for each in (dense, new))
             x = inputs_of(database, path)
             h = x.T @ x
-            h += DAMPING * h.diagonal().mean() * torch.eye(len(h))
+            h += DAMPING * typical(h.diagonal()) * torch.eye(len(h))
             gone = member.rows(order[:count]).flatten()
             kept = [column for column in range(len(h)) if column not in set(gone.tolist())]
             expected = (weight @ h)[:, kept] @ torch.linalg.inv(h[kept][:, kept])
