@@ -109,18 +109,18 @@ class LogitReader:
                 return
             for row in range(len(ids)):
                 logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
-                for here in _pieces(1, ids.shape[1], logits.shape[-1]):
+                for here in pieces(1, ids.shape[1], logits.shape[-1], _READ):
                     use(slice(row, row + 1), here, logits[:, here].float())
 
     def _read(self, split: Split, ids: torch.Tensor, use: Use) -> None:
         output = split.states(ids)
-        for here in _pieces(len(ids), ids.shape[1], split.vocabulary):
+        for here in pieces(len(ids), ids.shape[1], split.vocabulary, _READ):
             use(slice(0, len(ids)), here, split.logits(ids, output, output.last_hidden_state[:, here]).float())
 
 
-def _pieces(batch: int, window: int, vocabulary: int) -> Iterator[slice]:
-    """The positions of a window that have a next token, in pieces of at most ``_READ`` logits."""
-    step = max(1, _READ // (batch * vocabulary))
+def pieces(batch: int, window: int, vocabulary: int, most: int) -> Iterator[slice]:
+    """The positions of a window that have a next token, in pieces of at most ``most`` logits, at least one position."""
+    step = max(1, most // (batch * vocabulary))
     for start in range(0, window - 1, step):
         yield slice(start, min(start + step, window - 1))
 
@@ -156,14 +156,12 @@ class TokenLoss:
         output = self.split.states(ids)
         hidden: torch.Tensor = output.last_hidden_state
         gradient = torch.zeros_like(hidden)
-        batch, predicted = ids.shape[0], ids.shape[1] - 1
-        step = max(1, _LOGITS // (batch * self.split.vocabulary))
+        batch, window = ids.shape
         total = 0.0
-        for start in range(0, predicted, step):
-            here = slice(start, min(start + step, predicted))
+        for here in pieces(batch, window, self.split.vocabulary, _LOGITS):
             states = hidden[:, here].detach().requires_grad_(hidden.requires_grad)
             targets = ids[:, here.start + 1 : here.stop + 1]
-            total += _chunk(self.split, ids, output, states, targets, weight / (batch * predicted))
+            total += _chunk(self.split, ids, output, states, targets, weight / (batch * (window - 1)))
             if states.grad is not None:
                 gradient[:, here] = states.grad
         if hidden.requires_grad:

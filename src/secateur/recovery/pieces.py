@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.token_loss import Split, split_model
+from secateur.token_loss import Split, pieces, split_model
 
 _LOGITS = 1 << 23
 """Logits in one piece: 34 MB in fp32, 170 positions of a vocabulary of 49,152."""
@@ -35,9 +35,7 @@ class Reading:
     def pieces(self) -> Iterator[slice]:
         """The positions that have a next token, in pieces."""
         batch, window = self.states.shape[:2]
-        step = max(1, _LOGITS // (batch * self.vocabulary))
-        for start in range(0, window - 1, step):
-            yield slice(start, min(start + step, window - 1))
+        return pieces(batch, window, self.vocabulary, _LOGITS)
 
 
 class Reader:
