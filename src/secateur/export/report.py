@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.export.mixture_chart import mixture_charts
-from secateur.export.story import Story, Widths, compare_states, curves, widths
+from secateur.export.story import Story, Widths, compare_rounds, compare_states, curves, widths
 from secateur.pages import html_page
 
 _WIDTH, _HEIGHT, _MARGIN = 720, 160, 40
@@ -17,6 +17,7 @@ def html_report(story: Story) -> str:
     values = {
         "story": story,
         "comparison": compare_states(story.metrics),
+        "rounds": compare_rounds(story.metrics),
         "seconds": story.metrics.get("seconds", {}),
         "widths": [{"part": part, "bars": _bars(part)} for part in widths(story)],
         "curves": {name: _curve(points) for name, points in curves(story.metrics).items()},

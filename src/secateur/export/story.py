@@ -39,7 +39,8 @@ class Story:
     """As in ``metrics.json``; everything is optional. Per state (``dense``, ``pruned``, ``recovered``, and
     ``baseline``, which has a ``name``): ``perplexity`` by source, ``parameters``, ``bytes``, ``prefill_tokens_per_s``,
     ``decode_tokens_per_s``. ``tokens`` by source, ``window`` and ``windows`` (as ``evaluation.Windows``) describe the
-    text of perplexity, ``machine`` that of speed, ``seconds`` the time of each stage. Lists of ``{step, loss}``
+    text of perplexity, ``machine`` that of speed, ``seconds`` the time of each stage, ``rounds`` the numbers of each
+    round before the last. Lists of ``{step, loss}``
     anywhere below ``method`` and ``recovery`` are training curves."""
     licence: str | None = None
     """Licence of the base model, when it is known."""
@@ -63,11 +64,14 @@ class Story:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of the measurements in each state."""
+    """A table of measurements."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
     caption: str
+
+
+_BY_ROUND = ("parameters left", "loss by repair", "loss by reconstruction", "loss in recovery")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,36 @@ def _cost(whole: Mapping[str, Any], columns: Mapping[str, Any]) -> Iterator[tupl
             yield label, [with_change(value, whole.get(key), show) for value in values]
 
 
+def compare_rounds(metrics: Mapping[str, Any]) -> Comparison:
+    """What each round of pruning left, and the losses of its stages; without rows for a run of one round.
+
+    ``metrics`` is the content of ``metrics.json``: the numbers of the last round are those of the whole run.
+    """
+    earlier = metrics.get("rounds", [])
+    if not earlier:
+        return Comparison([], [], "")
+    last = {**metrics, "parameters": metrics.get("pruned", {}).get("parameters")}
+    cells = [_round(numbers) for numbers in (*earlier, last)]
+    shown = [place for place in range(len(_BY_ROUND)) if any(row[place] for row in cells)]
+    rows = [(str(number), [row[place] for place in shown]) for number, row in enumerate(cells, start=1)]
+    caption = (
+        "Losses are in nats. Repair and reconstruction are measured on the check windows of the calibration text, "
+        "before and after them; recovery on its training text, at its first and last logged step."
+    )
+    return Comparison([_BY_ROUND[place] for place in shown], rows, caption)
+
+
+def _round(numbers: Mapping[str, Any]) -> list[str]:
+    """The cells of one round; empty where nothing was measured."""
+    left, log = numbers.get("parameters"), numbers.get("recovery", {}).get("log", [])
+    cells = ["" if left is None else f"{left:,}"]
+    for name in ("repair", "reconstruct"):
+        found = numbers.get(name)
+        cells.append("" if found is None else f"{found['loss_before']:.3f} → {found['loss_after']:.3f}")
+    ends = [f"{entry['loss']:.3f} (step {entry['step']:,})" for entry in (log[0], log[-1])] if log else []
+    return [*cells, " → ".join(dict.fromkeys(ends))]
+
+
 def mean_perplexity(perplexity: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
     """Perplexity over all sources together: exp of the token-weighted mean loss; None when one is missing."""
     if not set(tokens) <= set(perplexity):
@@ -148,8 +182,11 @@ def widths(story: Story) -> list[Widths]:
 
 
 def curves(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Training curves as points (step, loss), by their path of keys."""
+    """Training curves as points (step, loss), by their path of keys; those of earlier rounds first."""
     found: dict[str, list[tuple[float, float]]] = {}
+    for number, numbers in enumerate(metrics.get("rounds", []), start=1):
+        for name in ("method", "recovery"):
+            _collect(numbers.get(name), f"round {number}, {name}", found)
     for name in ("method", "recovery"):
         _collect(metrics.get(name), name, found)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from secateur.export import Story, Verification, licence_of
 from secateur.export.card import model_card
 from secateur.export.report import html_report
 from secateur.export.runtimes import runtimes_of
-from secateur.export.story import compare_states, curves, widths
+from secateur.export.story import compare_rounds, compare_states, curves, widths
 from secateur.graph import trace
 from secateur.pages import markdown_page
 from secateur.testing.tiny import TINY
@@ -197,6 +198,38 @@ def test_the_report_is_one_closed_page(story: Story) -> None:
     assert NASTY.splitlines()[0] in page.text, "shown, as text"
     for said in ("25.00", "107.6 M (-20.0%)", "layer 1: 1 of 3 kept", "llama.cpp", "12.5"):
         assert said in page.text
+
+
+def test_a_report_of_several_rounds_shows_each_with_its_losses(story: Story) -> None:
+    def numbers(left: int, loss: float) -> dict[str, Any]:
+        repair = {"step": 1.0, "loss_before": loss + 2, "loss_after": loss + 1}
+        log = [{"step": 2, "loss": loss + 0.5}, {"step": 40, "loss": loss}]
+        return {"parameters": left, "repair": repair, "recovery": {"log": log, "rounds": []}}
+
+    first, last = numbers(121_000_000, 4.0), numbers(0, 6.0)
+    metrics = {**METRICS, "rounds": [first], **{name: last[name] for name in ("repair", "recovery")}}
+    table = compare_rounds(metrics)
+    assert table.columns == ["parameters left", "loss by repair", "loss in recovery"], "nothing was reconstructed"
+    assert table.rows == [
+        ("1", ["121,000,000", "6.000 → 5.000", "4.500 (step 2) → 4.000 (step 40)"]),
+        ("2", ["107,612,006", "8.000 → 7.000", "6.500 (step 2) → 6.000 (step 40)"]),
+    ]
+    assert curves(metrics)["round 1, recovery, log"] == [(2, 4.5), (40, 4.0)]
+    page = _Page()
+    page.feed(html_report(replace(story, metrics=metrics)))
+    assert page.open == []
+    for said in ("Round by round", "121,000,000", "8.000 → 7.000", "4.500 (step 2) → 4.000 (step 40)"):
+        assert said in page.text
+
+
+def test_a_round_without_losses_shows_what_it_left() -> None:
+    table = compare_rounds({"rounds": [{"parameters": 9}], "pruned": {"parameters": 8}})
+    assert (table.columns, table.rows) == (["parameters left"], [("1", ["9"]), ("2", ["8"])])
+
+
+def test_a_report_of_one_round_has_no_table_of_rounds(story: Story) -> None:
+    assert compare_rounds(METRICS).rows == []
+    assert "Round by round" not in html_report(story)
 
 
 def test_a_report_without_metrics_is_fine(story: Story) -> None:
