@@ -93,7 +93,18 @@ def test_every_round_removes_an_equal_part_of_the_whole() -> None:
     assert first.shares == {"attention": pytest.approx(0.1)}
     second = replace(start, done=1).budget(budget)  # nothing was removed by the first
     assert second.ratio == pytest.approx(0.4)
-    assert second.shares == {"attention": pytest.approx(1 - 0.8 / 0.9)}
+    assert second.shares == {"attention": pytest.approx(0.2)}
+
+
+@pytest.mark.parametrize("rounds", [2, 4, 8])
+def test_shares_reach_in_rounds_what_they_reach_in_one(rounds: int) -> None:
+    flags = {"ratio": 0.3, "shares": {"attention": 0.25}}
+    _, once = weightless("llama-gqa", 1, **flags)
+    _, result = weightless("llama-gqa", rounds, **flags)
+    heads = [
+        [len(plan.removed(name)) for name in plan.kept if "attention" in name] for plan in (once.plan, result.plan)
+    ]
+    assert sum(heads[0]) == sum(heads[1]) > 0
 
 
 def test_units_are_counted_as_in_the_dense_model() -> None:

@@ -8,7 +8,7 @@ from secateur.planning.order import extend, ranking, removed_before
 from secateur.planning.plan import decoder_ratio, describe_plan, make_plan, versions
 from secateur.planning.problem import Counts, Problem, countable
 from secateur.planning.schedule import by_period, cubic
-from secateur.planning.shares import matches
+from secateur.planning.shares import parameters_in, share_of
 from secateur.planning.switches import Levels, Switches
 
 __all__ = [
@@ -26,10 +26,11 @@ __all__ = [
     "describe_plan",
     "extend",
     "make_plan",
-    "matches",
+    "parameters_in",
     "ranking",
     "removed_before",
     "restrict",
+    "share_of",
     "solve",
     "versions",
 ]

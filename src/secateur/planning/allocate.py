@@ -9,7 +9,7 @@ from secateur.errors import PlanError
 from secateur.planning.budget import Budget, restrict
 from secateur.planning.equal import equal_counts
 from secateur.planning.order import removed_at
-from secateur.planning.problem import Problem
+from secateur.planning.problem import ROUNDING, Problem
 from secateur.planning.ranked import ranked_counts
 from secateur.planning.shapes import needs_equal_widths
 from secateur.planning.shares import shared_counts
@@ -122,7 +122,7 @@ def _smallest_step(problem: Problem) -> int:
 
 def _check_reachable(problem: Problem) -> None:
     reachable = problem.ratio_of(problem.least)
-    if problem.ratio <= reachable:
+    if problem.ratio <= reachable + ROUNDING:
         return
     budget, whole = problem.budget, []
     if set(budget.kinds) != {"ffn", "attention"}:

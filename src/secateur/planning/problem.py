@@ -16,6 +16,9 @@ from secateur.planning.shapes import legal_counts
 from secateur.planning.stacks import Count, Stack, build_stack
 from secateur.types import DependencyGraph, Kept, Scores
 
+ROUNDING = 1e-9
+"""Above this, one ratio exceeds another by more than the rounding of float64."""
+
 Counts = Mapping[str, int]
 """Group name → number of kept units."""
 

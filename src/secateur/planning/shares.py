@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from secateur.errors import PlanError
-from secateur.planning.problem import Problem
+from secateur.planning.budget import Budget
+from secateur.planning.problem import ROUNDING, Problem
 from secateur.planning.shapes import needs_equal_widths
-from secateur.types import NodeGroup
+from secateur.types import DependencyGraph, NodeGroup
 
 Strategy = Callable[[Problem, float | None], dict[str, int]]
 """Returns counts for a problem and an intermediate ratio, or None for the final ratio."""
@@ -64,14 +65,20 @@ def shared_counts(problem: Problem, ratio: float | None, strategy: Strategy) -> 
     return counts
 
 
-def share_of(problem: Problem, group: NodeGroup) -> str | None:
+def share_of(budget: Budget, group: NodeGroup) -> str | None:
     """The pattern of ``budget.shares`` that ``group`` belongs to: the first that names it. None for no pattern."""
-    shares = problem.budget.shares
-    return next((pattern for pattern in shares if matches(pattern, group)), None)
+    return next((pattern for pattern in budget.shares if _matches(pattern, group)), None)
 
 
-def matches(pattern: str, group: NodeGroup) -> bool:
-    """Whether a pattern of ``budget.shares`` names ``group``, perhaps after another pattern that does."""
+def parameters_in(graph: DependencyGraph, groups: Sequence[NodeGroup]) -> int:
+    """Parameters that would go with all units of these groups together."""
+    inside = {group.name for group in groups}
+    return graph.parameter_count() - graph.parameter_count(
+        {group.name: () for group in groups if group.within not in inside}
+    )
+
+
+def _matches(pattern: str, group: NodeGroup) -> bool:
     return pattern == group.kind or fnmatchcase(group.name, pattern)
 
 
@@ -80,7 +87,7 @@ def _shares(problem: Problem) -> list[Share]:
     graph, shares = problem.graph, problem.budget.shares
     named: dict[str, list[NodeGroup]] = {pattern: [] for pattern in shares}
     for group in graph:
-        pattern = share_of(problem, group)
+        pattern = share_of(problem.budget, group)
         if pattern is not None:
             named[pattern].append(group)
     found = []
@@ -94,9 +101,7 @@ def _shares(problem: Problem) -> list[Share]:
         if not names and shares[pattern] > 0:
             reasons = sorted({group.protected or "" for group in groups})
             raise PlanError(f"budget.shares: no group of {pattern!r} can be cut: {'; '.join(reasons)}.")
-        inside = {group.name for group in groups}
-        whole = {group.name: () for group in groups if group.within not in inside}
-        fraction = 1 - graph.parameter_count(whole) / problem.count.total
+        fraction = parameters_in(graph, groups) / problem.count.total
         found.append(Share(pattern, shares[pattern], fraction, names))
     return found
 
@@ -137,7 +142,7 @@ def _check_share(part: Problem, share: Share) -> None:
     if not share.names:
         return
     reachable = part.ratio_of(part.least)
-    if share.ratio > reachable:
+    if share.ratio > reachable + ROUNDING:
         most = math.floor(reachable / share.fraction * 1000) / 1000
         raise PlanError(
             f"budget.shares: {share.own:g} of the parameters of {share.pattern} cannot be reached: their prunable "

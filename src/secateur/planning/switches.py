@@ -186,7 +186,9 @@ def _lots(problem: Problem, starts: Sequence[Removed], level: float) -> Iterator
         group = stacks[0].group
         units = {stack.group.name: tuple(stack.order.tolist()) for stack in stacks}
         cost = sum(stack.parameters for stack in stacks)
-        yield Lot(units, tuple(sorted(numbers)), cost, max(1, round(level * group.size)), share_of(problem, group))
+        yield Lot(
+            units, tuple(sorted(numbers)), cost, max(1, round(level * group.size)), share_of(problem.budget, group)
+        )
 
 
 def _allowed(problem: Problem, stack: Stack, starts: Sequence[Removed], floors: Mapping[str, int]) -> set[int]:
@@ -202,7 +204,7 @@ def _of_modules(problem: Problem, stack: Stack) -> Iterator[Lot]:
     parameters = graph.parameters_by_unit(group)
     for unit in group.movable:
         cost = sum(graph.numel(name, {}) for name in parameters[unit])
-        yield Lot({group.name: (unit,)}, (0, 1), cost, 1, share_of(problem, group))
+        yield Lot({group.name: (unit,)}, (0, 1), cost, 1, share_of(problem.budget, group))
 
 
 def _with(levels: Levels, lot: int, number: int) -> Levels:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
 from secateur.graph import trace
-from secateur.planning import Budget, countable, matches, restrict
+from secateur.planning import Budget, countable, parameters_in, restrict, share_of
 from secateur.types import Cut, DependencyGraph, Kept, NodeGroup, Removed
 
 
@@ -49,26 +49,37 @@ class Position:
     def budget(self, budget: Budget) -> Budget:
         """The budget of the next round, as fractions of the model in memory; ``budget`` itself if there is one round.
 
-        After k of n rounds, k/n of ``budget.ratio`` of the dense parameters are removed. The ratio is 0 or below when
-        the rounds before have removed that many already: a unit may be larger than what a round removes.
+        After k of n rounds, k/n of ``budget.ratio`` of the dense parameters are removed, and k/n of each of
+        ``budget.shares``. A fraction is 0 or below when the rounds before have removed that many already: a unit may be
+        larger than what a round removes.
         """
         if budget.rounds == 1:
             return budget
-        before, after = self.done / budget.rounds, (self.done + 1) / budget.rounds
+        after = (self.done + 1) / budget.rounds
         goal = (1 - budget.ratio * after) * countable(self.dense).parameter_count()
-        own: dict[str, Any] = {
-            "ratio": 1 - goal / countable(self.graph).parameter_count(),
-            "shares": {name: 1 - (1 - share * after) / (1 - share * before) for name, share in budget.shares.items()},
-            "rounds": 1,
-        }
+        own: dict[str, Any] = {"ratio": 1 - goal / countable(self.graph).parameter_count(), "rounds": 1}
+        own["shares"] = {name: share * after for name, share in budget.shares.items()}
         if self.done:
-            cuttable = self.graph.prunable
-            able = {"ffn", "attention", *(group.kind for group in cuttable)}  # of these two a budget needs none
+            able = {
+                "ffn",
+                "attention",
+                *(group.kind for group in self.graph.prunable),
+            }  # a budget needs none of the two
             kinds = tuple(kind for kind in budget.kinds if kind in able)
-            shares = {name: own["shares"][name] for name in budget.shares if any(matches(name, g) for g in cuttable)}
+            left = {share_of(budget, group) for group in self.graph.prunable}  # the other shares are over
+            shares = {name: self._left_of(share, name, budget) for name, share in own["shares"].items() if name in left}
             # ``graph`` has the reasons of an analysis, which is one of the dense model
             own |= {"kinds": kinds or budget.kinds, "shares": shares, "protect_from": None}
         return budget.model_copy(update=own)
+
+    def _left_of(self, share: float, name: str, budget: Budget) -> float:
+        """The fraction that the groups of a share must lose now, to have lost ``share`` of their dense parameters."""
+        dense, graph = countable(self.dense), countable(self.graph)
+        whole = [group for group in dense if share_of(budget, group) == name]
+        kept = {group.name: self.kept[group.name] for group in whole if group.name in self.kept}
+        lost = dense.parameter_count() - dense.parameter_count(kept)
+        here = parameters_in(graph, [group for group in graph if share_of(budget, group) == name])
+        return max(0.0, share * parameters_in(dense, whole) - lost) / here
 
     def after_round(self, model: PreTrainedModel, kept: Kept, budget: Budget) -> Self:
         """The position after one more round, in which ``model`` was cut down to the dense units ``kept``.
