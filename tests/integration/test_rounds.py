@@ -13,7 +13,7 @@ import secateur
 from secateur import pipeline
 from secateur.compare import compare
 from secateur.config import Recipe, load_recipe, revise
-from secateur.errors import InputError
+from secateur.errors import InputError, PlanError
 from secateur.graph import trace
 from secateur.planning import Budget
 from secateur.recovery import RecoverySettings
@@ -221,6 +221,14 @@ def test_the_last_recovery_reads_on_where_the_first_ended(monkeypatch: pytest.Mo
 def test_what_cannot_go_in_rounds_is_refused_with_the_recipe(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         recipe(**flags)
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(1e-4, "smallest step"), (0.9, "A ratio of 0.9 of all parameters")])
+def test_a_ratio_that_all_rounds_together_cannot_reach_is_refused_in_the_numbers_of_the_recipe(
+    ratio: float, words: str
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        weightless("llama-gqa", 2, ratio=ratio)
 
 
 def test_several_ratios_and_comparisons_are_refused(tmp_path: Path) -> None:

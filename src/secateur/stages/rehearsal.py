@@ -12,7 +12,7 @@ from secateur.compensation import check_reconstructable, check_refittable
 from secateur.config import Recipe
 from secateur.data import Texts
 from secateur.digest import digest
-from secateur.errors import InputError, SecateurError
+from secateur.errors import InputError, PlanError, SecateurError
 from secateur.export import check_describable, rehearse_saving
 from secateur.graph.twin import twin_of
 from secateur.importance import Random
@@ -20,7 +20,7 @@ from secateur.methods import PruningTask, method_class
 from secateur.stages.result import Result, plan_for
 from secateur.stages.rounds import rehearse_rounds
 from secateur.training import attach_lora
-from secateur.types import DependencyGraph, PruningPlan
+from secateur.types import DependencyGraph, PruningPlan, Removed, Scores
 
 
 def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> PruningPlan:
@@ -32,8 +32,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
     scores = Random().score(model, task.restricted, None, recipe.seed)
     if recipe.budget.protect_from is not None:
         check_weights(model, recipe.budget.protect_from)
-    removed = task.allocate(scores) if recipe.budget.rounds == 1 else rehearse_rounds(model, graph, recipe)
-    plan = plan_for(graph, recipe, removed)
+    plan = plan_for(graph, recipe, _removed(task, scores, recipe))
     if recipe.recovery.repair and "repair" in recipe.recovery.model_fields_set:  # a default: ``with_possible_repair``
         check_refittable(model, graph, plan.kept, recipe.recovery.repair_target)
     if recipe.recovery.reconstruct:
@@ -65,6 +64,18 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
                 f"The baseline {recipe.baseline} cannot be measured (evaluation.baseline): {error}"
             ) from error
     return plan
+
+
+def _removed(task: PruningTask, scores: Scores, recipe: Recipe) -> Removed:
+    """The units that the run removes by these scores, or in several rounds by others of their kind."""
+    if recipe.budget.rounds == 1:
+        return task.allocate(scores)
+    try:
+        removed = rehearse_rounds(task.model, task.graph, recipe)
+    except PlanError:
+        task.allocate(scores)  # where one round cannot do it either, the error has the numbers of the recipe
+        raise
+    return removed or task.allocate(scores)
 
 
 def rehearse_output(result: Result, output: Path) -> None:
