@@ -41,7 +41,7 @@ def read_scores(folder: Path) -> Scores:
     if not file.is_file():
         raise InputError(
             f"{folder} has no scores ({file} is missing). Give the output folder of a finished run of `secateur prune` "
-            "whose method scores units."
+            "whose method scores units, in one round (budget.rounds)."
         )
     try:
         return Scores.load(file)

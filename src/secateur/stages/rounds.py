@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from secateur.config import Recipe
 from secateur.data import Texts
+from secateur.evaluation import parameter_count
 from secateur.graph.twin import twin_of
 from secateur.importance import Random
 from secateur.keeping import keep_tensors, take_tensors
@@ -77,7 +78,7 @@ def prune_in_rounds(result: Result, texts: Texts, work: Workspace, make: Make) -
         part.position, part.teacher = here, result.teacher
         make(part, texts, work.inside(name), partial(_announced, number, result.recipe))
         result.position = here.after_round(result.model, part.plan.kept, result.recipe.budget)
-        numbers = {"parameters": sum(weight.numel() for weight in result.model.parameters()), **part.metrics}
+        numbers = {"parameters": parameter_count(result.model), **part.metrics}
         result.measured.rounds = [*(result.measured.rounds or []), numbers]
         facts = {"kept": part.plan.kept, "rounds": result.measured.rounds}
         keep_tensors(_file(work, number), dict(result.model.named_parameters()), facts)
