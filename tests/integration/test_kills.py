@@ -38,18 +38,35 @@ _OF_THE_CLOCK = {"time", "seconds", "machine", "seconds_to_open", "scoring_secon
 
 _PRUNE: dict[str, tuple[str, ...]] = {
     "lorashear": (
-        *("method.periods=2", "method.period_steps=1", "method.warmup_steps=1", "recovery.steps=3"),
+        *("method=lorashear", "method.periods=2", "method.period_steps=1", "method.warmup_steps=1", "recovery.steps=3"),
         *("recovery.round_steps=1", "recovery.validation_tokens=64", "evaluation.baseline=null"),
     ),
-    "loraprune": ("method.steps=3", "method.every=1", "recovery.steps=2", "recovery.teacher=0.5"),
-    "flap": ("recovery.steps=0",),
+    "loraprune": ("method=loraprune", "method.steps=3", "method.every=1", "recovery.steps=2", "recovery.teacher=0.5"),
+    "flap": ("method=flap", "recovery.steps=0"),
     "wanda": (
-        *("recovery.steps=2", "recovery.repair=true", "recovery.finetuning=full"),
+        *("method=wanda", "recovery.steps=2", "recovery.repair=true", "recovery.finetuning=full"),
         *("recovery.reconstruct=true", "recovery.reconstruct_tokens=160"),
         *("recovery.teacher=1", "recovery.teacher_cache=8"),
     ),
-    "shortgpt": ("recovery.steps=0",),
+    "shortgpt": ("method=shortgpt", "recovery.steps=0"),
+    "rounds": (
+        *("method=fisher", "budget.rounds=2", "recovery.steps=4", "recovery.between=0.5", "recovery.repair=true"),
+        *("recovery.repair_tokens=160", "recovery.reconstruct=true", "recovery.reconstruct_tokens=160"),
+    ),
+    "flap in rounds": ("method=flap", "budget.rounds=3", "budget.ratio=0.4", "recovery.steps=0"),
+    "evopress": (
+        *("method=evopress", "method.compensated=true", "method.generations=3", "method.children=[2,1]"),
+        *("recovery.steps=0", "recovery.repair=false"),
+    ),
+    "gisp": (
+        *("method=gisp", "method.cuts=3", "method.windows=2", "method.moving_average=0.5"),
+        *("recovery.steps=0", "recovery.repair=false"),
+    ),
+    "ddp": ("method=ddp", "method.steps=4", "method.lora=true", "evaluation.baseline=null", "recovery.steps=0"),
+    "bypass": ("method=bypass", "method.steps=22", "recovery.steps=0", "recovery.repair=false"),
+    "obs": ("method=obs", "method.swaps=4", "recovery.steps=0"),
 }
+"""Settings of ``secateur prune``, by the name of the case."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ def cases(place: Path) -> dict[str, Case]:
     def given(*more: str) -> tuple[str, ...]:
         return tuple(word for setting in (*settings, *more) for word in ("--set", setting))
 
-    prunes = {name: Case(("prune", model, "--method", name, *given(*more))) for name, more in _PRUNE.items()}
+    prunes = {name: Case(("prune", model, *given(*more))) for name, more in _PRUNE.items()}
     rows = ("--methods", "wanda", "--ratios", "0.2", *given("recovery.steps=1"))
     return prunes | {
         "analyze": Case(("analyze", model, *given())),
@@ -195,10 +212,11 @@ def _assert_taken_up(name: str, case: Case, watched: Path, forks: Forks, expecte
 
 COMMANDS = ["analyze", "compare", "apply", "evaluate", "export"]
 ALL = [*_PRUNE, *COMMANDS]
-RESUMED = ["lorashear", "loraprune", "flap", "analyze", "compare"]
+KILLED = ["lorashear", "loraprune", "wanda", "rounds", "evopress", "gisp", "ddp", "bypass", "obs"]
+RESUMED = ["lorashear", "loraprune", "flap", "rounds", "analyze", "compare"]
 
 
-@pytest.mark.parametrize("name", ["lorashear", "loraprune", "wanda", *COMMANDS])
+@pytest.mark.parametrize("name", [*KILLED, *COMMANDS])
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(
     name: str,
     place: Path,
