@@ -28,6 +28,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         token_loss, "_LOGITS", 3 * VOCAB * 4
     )  # four positions of three windows: the last chunk is short
+    monkeypatch.setattr(token_loss, "_ROWS", 1)
 
 
 def ids() -> torch.Tensor:
@@ -127,6 +128,18 @@ def test_no_more_logits_than_one_chunk_are_there_at_a_time(monkeypatch: pytest.M
     loss.backward(ids())
     assert max(seen) <= token_loss._LOGITS
     assert sum(seen) >= 11 * 3 * VOCAB  # all of them, the last position of a window apart, and one more trial
+
+
+def test_a_wide_vocabulary_does_not_make_chunks_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk reads the whole head, however few positions it has."""
+    monkeypatch.setattr(token_loss, "_LOGITS", VOCAB)  # one position, as a vocabulary as wide as this limit
+    monkeypatch.setattr(token_loss, "_ROWS", 12)
+    model = TINY["llama-tied"]()
+    loss = TokenLoss(model, ids())
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    loss.backward(ids())
+    assert [rows for rows in seen if rows > 3] == [12, 12, 9]  # four positions of three windows, and the rest
 
 
 @pytest.mark.parametrize("whole", [False, True])
