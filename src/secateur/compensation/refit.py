@@ -253,9 +253,13 @@ class _Walk:
     def _grams(
         self, before: list[tuple[Rows, torch.Tensor]], rows: Rows, new: Mapping[str, torch.Tensor], done: Kept
     ) -> tuple[Gram, Gram]:
-        """Sums for fitting and for checking, a batch at a time."""
+        """Sums for fitting and for checking, a batch at a time.
+
+        The target ``own`` needs only those of the inputs: the others follow from them.
+        """
         weight, values = matrix_of(rows).clone(), self._values(self.pruned.layer, new)
-        fit, check = (Gram.empty(weight.shape[0], weight.shape[1], weight.device) for _ in range(2))
+        outputs = 0 if self.target == "own" else weight.shape[0]
+        fit, check = (Gram.empty(outputs, weight.shape[1], weight.device) for _ in range(2))
         watch = [*(one for one, _ in before), rows] if self.target == "stream" else [rows]
         first, calls = 0, None  # after the first batch, a pass ends at the consumer's last use
         for number, ids in enumerate(self.dense.calibration.batches()):
@@ -267,19 +271,19 @@ class _Walk:
                 with suppress(EnoughError):
                     self.pruned.batch(number)
                 calls = now[rows.name].calls
-                source = now if self.target == "own" else seen
-                wanted = source[rows.name].values.float() @ weight.float().T
+                x = now[rows.name].values
+                wanted = x[:, :0] if self.target == "own" else seen[rows.name].values.float() @ weight.float().T
                 if self.target == "stream":
                     wanted = wanted + self._drift(number, before, seen, now)
             windows, width = ids.shape
-            x = now[rows.name].values.view(windows, width, -1)[:, SKIPPED:]
+            x = x.view(windows, width, -1)[:, SKIPPED:]
             y = wanted.view(windows, width, -1)[:, SKIPPED:]
             checks = torch.tensor([(first + row) % EVERY == EVERY - 1 for row in range(windows)])
             for gram, chosen in ((fit, ~checks), (check, checks)):
                 if bool(chosen.any()):
                     gram.add(x[chosen].flatten(0, 1), y[chosen].flatten(0, 1))
             first += windows
-        return fit, check
+        return (fit.towards(weight), check.towards(weight)) if self.target == "own" else (fit, check)
 
     def _drift(
         self,

@@ -175,6 +175,25 @@ def test_the_step_is_the_best_along_the_way_on_other_text_and_never_harms() -> N
     assert enough.after < found.after
 
 
+def test_the_error_that_a_solution_names_is_the_error_of_its_weights() -> None:
+    fit, check = _gram(60), _gram(400, seed=5)
+    found = solve_refit(fit, check, WEIGHT, KEPT)
+    assert 0 < found.after < found.before
+    assert found.after == pytest.approx(check.error(found.weight, KEPT), rel=1e-9)
+
+
+def test_an_input_a_million_times_as_large_as_the_others_does_not_end_the_refit() -> None:
+    """The rounding of its sums outweighs the smallest ridges, and makes an eigenvalue negative."""
+    fit, check = _gram(400), _gram(400, seed=5)
+    for gram in (fit, check):
+        gram.inputs[6, 6] *= 1e12
+        gram.inputs[7, 7] *= 1e12
+    fit.inputs[0, 0] = -1.0
+    found = solve_refit(fit, check, WEIGHT, KEPT)
+    assert torch.isfinite(found.weight).all()
+    assert found.after <= found.before
+
+
 def test_what_does_not_help_is_left_alone() -> None:
     fit, check = _gram(400), _gram(400, seed=5)
     check.cross = WEIGHT.double() @ check.inputs * 0 + (WEIGHT[:, KEPT].double() @ check.inputs[KEPT])
