@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur.config import Recipe, load_recipe, revise
 from secateur.effort import CAPS, ON_A_GPU, Effort, Part, count_of, divide, seconds_of
 from secateur.errors import InputError
+from secateur.graph import trace
 from secateur.methods import method_class
-from secateur.stages import effort_for, is_sized, sized, sizing
+from secateur.stages import effort_for, is_sized, sized, sizing, texts_of
 from secateur.testing import tiny
 
 LEAST: dict[Part, int] = {"calibration": 1000, "repair": 500, "recovery": 2000}
@@ -91,6 +94,17 @@ def test_a_faster_machine_reads_more(speed: Callable[[float], None]) -> None:
     assert not is_sized(recipe, fast, Effort(within="31m"))
     other = load_recipe(None, flags={"method": "fisher", "recovery.repair": True, "seed": 1})
     assert not is_sized(recipe, other, recipe.effort)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(100, 2_560), (2048, 40_960), (4864, 65_536), (14_336, 65_536)])
+def test_text_for_repair_grows_with_the_width_up_to_a_limit(width: int, tokens: int) -> None:
+    config = AutoConfig.for_model("llama", **{**tiny.SPECS["llama-gqa"][1], "intermediate_size": width})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    graph = trace(model)
+    assert texts_of(Recipe(), graph)["repair"].tokens == tokens
+    named = load_recipe(None, flags={"recovery.repair_tokens": 97_280})
+    assert texts_of(named, graph)["repair"].tokens == 97_280
 
 
 def test_tokens_are_those_that_are_read() -> None:

@@ -46,8 +46,8 @@ class RecoverySettings(TextSettings):
     changes nothing after lorashear, because the removed units are already zero there. `null`: on for methods that
     neither train nor compensate, where the model and the kinds to cut allow it, and the text is enough."""
     repair_tokens: int | None = Field(default=None, ge=10)
-    """Calibration tokens for repair. `null`: 20 for each input of the widest matrix that is refitted; fewer fit the
-    noise."""
+    """Calibration tokens for repair. `null`: 20 for each input of the widest matrix that is refitted, at most 65,536.
+    With fewer, repair changes less."""
     repair_target: Target = "own"
     """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
     which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""
