@@ -147,9 +147,11 @@ def _batch_loss(model: nn.Module, batch: torch.Tensor, first: int, autocast: tor
     batch = batch.to(device)
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = model(input_ids=batch, use_cache=False).logits
-    predictions, targets = logits[:, first - 1 : -1].flatten(0, 1), batch[:, first:].flatten()
-    chunks = zip(predictions.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
-    losses = [F.cross_entropy(logit.float(), target, reduction="sum") for logit, target in chunks]
+    losses = [  # window by window: what follows position ``first`` of several windows would be a copy
+        F.cross_entropy(some.float(), target, reduction="sum")
+        for predictions, targets in zip(logits[:, first - 1 : -1], batch[:, first:], strict=True)
+        for some, target in zip(*(each.split(_POSITIONS_PER_CHUNK) for each in (predictions, targets)), strict=True)
+    ]
     return torch.stack(losses).cpu().double().sum()
 
 
