@@ -24,6 +24,9 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _SKEWED = 10.0
 """From this ratio of mean to median on, the median is taken: few inputs are many times as large as all others."""
 
+_BLOCK = 512
+"""Inputs whose products are computed together."""
+
 
 @dataclass
 class Gram:
@@ -49,7 +52,11 @@ class Gram:
         Products are computed in float32, which a pass of some thousand tokens stands, and summed up in float64.
         """
         x, y = x.float(), y.float()
-        self.inputs += in_float64(x.T @ x)
+        for start in range(0, x.shape[1], _BLOCK):  # H is symmetric: what is below the diagonal blocks is above them
+            here = slice(start, start + _BLOCK)
+            found = in_float64(x[:, here].T @ x[:, start:])
+            self.inputs[here, start:] += found
+            self.inputs[start + _BLOCK :, here] += found[:, _BLOCK:].T
         self.cross += in_float64(y.T @ x)
         self.square += float(in_float64(y).square().sum())
         self.tokens += len(x)

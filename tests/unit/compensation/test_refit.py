@@ -145,6 +145,13 @@ def test_sums_do_not_depend_on_the_pieces_and_give_the_error_of_any_weights() ->
     assert many.error(new, KEPT) == pytest.approx(float(error), rel=1e-4)
 
 
+@pytest.mark.parametrize("block", [1, 3, 8, 100])
+def test_sums_of_products_do_not_depend_on_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_module, "_BLOCK", block)
+    x, _ = _problem(300)
+    torch.testing.assert_close(_gram(300).inputs, (x.double().T @ x.double()), rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("ridge", RIDGES)
 def test_the_solution_is_ridge_regression_towards_the_weights_that_are_there(
     ridge: float, monkeypatch: pytest.MonkeyPatch
