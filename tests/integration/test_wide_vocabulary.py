@@ -111,7 +111,7 @@ def test_layers_whose_heads_do_not_divide_the_hidden_width_are_saved(tmp_path: P
 
 
 def test_every_window_that_the_model_reads_begins_with_bos() -> None:
-    """Scores, repair, training and evaluation. Trials draw from the whole vocabulary, of which text uses the first 97."""
+    """Scores, repair, training and evaluation. Trials draw from the whole vocabulary; text has its first 97 tokens."""
     model, seen = build("gemma3"), []
 
     def look(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
