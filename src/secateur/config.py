@@ -69,6 +69,11 @@ class MethodChoice(Settings):
         name = value.get("name", DEFAULT_METHOD)
         return {"name": name, "settings": validate(method_class(name).Settings, own, "method")}
 
+    @property
+    def built(self) -> Method:
+        """The method with these settings."""
+        return method_class(self.name)(self.settings)
+
     @model_serializer
     def _to_yaml(self, info: SerializationInfo) -> dict[str, Any]:
         return {"name": self.name, **self.settings.model_dump(mode="json", exclude_unset=bool(info.exclude_unset))}
@@ -141,7 +146,7 @@ class Recipe(Settings):
     def _repair_of_the_method(self) -> Recipe:
         """Decide whether to repair, unless the recipe does. ``revise`` finds it unset again."""
         if self.recovery.repair is None:
-            method = method_class(self.method.name)(self.method.settings)
+            method = self.method.built
             alone = method.needs != "training" and not method.changes_weights and not method.compensates
             repair = alone and set(self.budget.kinds) <= set(MASKABLE)
             recovery = self.recovery.model_copy(update={"repair": repair})

@@ -250,7 +250,7 @@ def _require_ranking(recipe: Recipe) -> None:
             f"budget.rounds is {recipe.budget.rounds}: every round scores another model, and one run cannot answer "
             "several ratios. Prune to each ratio alone, or set budget.rounds=1."
         )
-    method = method_class(recipe.method.name)(recipe.method.settings)
+    method = recipe.method.built
     if method.ranks:
         return
     reason = "it chooses by more than its last scores"

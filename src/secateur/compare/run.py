@@ -237,8 +237,7 @@ def _with_method(recipe: Recipe, name: str, settings: Mapping[str, Any]) -> Reci
 def pruning_steps(recipe: Recipe) -> int:
     """Optimiser steps that the recipe's method trains for while it prunes. Raises InputError when they are not
     known."""
-    name = recipe.method.name
-    method = method_class(name)(recipe.method.settings)
+    name, method = recipe.method.name, recipe.method.built
     if method.training_steps == 0 and method.needs == "training":
         raise InputError(
             f"{name} trains, and does not define training_steps (optimiser steps before the cut). It would get more "

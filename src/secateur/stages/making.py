@@ -111,7 +111,7 @@ def decide(result: Result, texts: Texts, work: Workspace) -> None:
     """Let the method, or the scores given, choose the units to remove. Keeps the plan, changed weights, and new values
     of parameters."""
     recipe = result.recipe
-    method = method_class(recipe.method.name)(recipe.method.settings)
+    method = recipe.method.built
     if result.given is None:
         decision = _decision(method, _task(result, texts, work), recipe.budget.rounds)
     else:

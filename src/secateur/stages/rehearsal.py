@@ -39,7 +39,7 @@ def rehearse(model: PreTrainedModel, graph: DependencyGraph, recipe: Recipe) -> 
         check_reconstructable(model, graph, plan.kept)
     if any(graph[name].on_request for name in plan.kept):
         check_describable(model, graph, plan.kept)
-    method = method_class(recipe.method.name)(recipe.method.settings)
+    method = recipe.method.built
     recovers = recipe.recovery.steps > 0
     if method.needs == "training" or (recovers and recipe.recovery.finetuning == "lora"):
         attach_lora(cast(PreTrainedModel, twin_of(model)), recipe.lora, recipe.seed)

@@ -322,7 +322,7 @@ def _seconds(part: Part, recipe: Recipe, speed: Pace) -> float:
 
 
 def _reading(recipe: Recipe) -> TextRead:
-    return method_class(recipe.method.name)(recipe.method.settings).reading
+    return recipe.method.built.reading
 
 
 def _by_windows(recipe: Recipe) -> bool:
@@ -340,8 +340,7 @@ def _windows_text(recipe: Recipe) -> int:
 
 def _trained_tokens(recipe: Recipe) -> int:
     """Tokens that the method itself trains on."""
-    method = method_class(recipe.method.name)(recipe.method.settings)
-    return method.training_steps * _step_tokens(recipe)
+    return recipe.method.built.training_steps * _step_tokens(recipe)
 
 
 def _method_tokens(recipe: Recipe) -> int:
