@@ -1,8 +1,8 @@
-"""The next-token loss with its gradient, and logits without one. Logits are computed for a few positions at a time.
+"""Logits for a few positions at a time, to be read, or for a loss and its gradient.
 
-Logits are the largest tensors of a small model: 512 tokens of a vocabulary of 49,152 are 100 MB, and the loss needs
-them three times (logits, log-softmax, gradient). They depend on the hidden state of their own position only, therefore
-they need not be computed all at once.
+Logits are the largest tensors of a small model: 512 tokens of a vocabulary of 49,152 are 100 MB, of one of 262,144
+540 MB, and a loss needs them three times (logits, log-softmax, gradient). They depend on the hidden state of their own
+position only, therefore they need not be computed all at once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,25 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-_LOGITS = 1 << 21
-"""Logits in one chunk: 8 MB in fp32, 43 positions of a vocabulary of 49,152."""
+from secateur.errors import ModelError
+
+_LOGITS = 1 << 23
+"""Logits in one piece with gradients: 34 MB in fp32, 170 positions of a vocabulary of 49,152."""
 _ROWS = 128
-"""Positions that a chunk has at least, over all windows. The head's weights are read once for each chunk: with eight
-positions of a vocabulary of 262,144, that takes more than twice as long as the products."""
+"""Positions that such a piece has at least, over all windows. The head's weights are read once for each piece: with
+eight positions of a vocabulary of 262,144, that takes more than twice as long as the products."""
 _READ = 1 << 25
 """Logits in one piece without gradients: 134 MB in fp32, 128 positions of a vocabulary of 262,144."""
 _TRIAL = 4
 """Tokens of the test whether a model can be split."""
+
+
+class _FinishedError(Exception):
+    """Carries the output of the backbone out of a forward pass that ends before the head."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__("stopped on purpose before the head")
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -41,17 +51,21 @@ class Split:
     vocabulary: int
 
     def states(self, ids: torch.Tensor, **options: Any) -> Any:
-        """The backbone's output; its ``last_hidden_state`` is ``[batch, window, hidden]``. ``options`` are for it."""
-        kept: list[Any] = []
+        """The backbone's output; its ``last_hidden_state`` is ``[batch, window, hidden]``. ``options`` are for it.
+
+        The backbone is called as the model calls it. The head does not run.
+        """
         own = self.backbone.forward
 
-        def first_position(*args: Any, **kwargs: Any) -> Any:
-            kept.append(own(*args, **kwargs))
-            return replace(kept[0], last_hidden_state=kept[0].last_hidden_state[:, :1])
+        def last(*args: Any, **kwargs: Any) -> Any:
+            raise _FinishedError(own(*args, **kwargs))
 
-        with _forward(self.backbone, first_position):
-            self.model(input_ids=ids, use_cache=False, **options)
-        return kept[0]
+        with _forward(self.backbone, last):
+            try:
+                self.model(input_ids=ids, use_cache=False, **options)
+            except _FinishedError as finished:
+                return finished.output
+        raise ModelError(f"{type(self.model).__name__} did not run its backbone.")
 
     def logits(self, ids: torch.Tensor, output: Any, states: torch.Tensor) -> torch.Tensor:
         """``[batch, positions, vocabulary]`` from hidden states ``[batch, positions, hidden]`` of some positions.
@@ -90,61 +104,187 @@ Use = Callable[[slice, slice, torch.Tensor], object]
 """What is done with a piece: numbers of its windows, its positions, its logits ``[windows, positions, vocabulary]``."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One forward pass of a model over some windows, up to its head."""
+
+    states: torch.Tensor
+    """``[n, window, hidden]``; the logits ``[n, window, vocabulary]`` where the model cannot be split."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """States of some positions → their logits."""
+    vocabulary: int
+    weights: tuple[nn.Parameter, ...] = ()
+    """The parameters of the head that train; none where gradients are switched off."""
+    layers: tuple[torch.Tensor, ...] = ()
+    """The residual stream before each layer and at the end, ``[n, window, hidden]``; empty unless asked for."""
+
+    def at(self, here: slice, rows: slice = slice(None)) -> torch.Tensor:
+        """Logits ``[n, positions, vocabulary]`` of some positions, of all windows or of ``rows``."""
+        return self.head(self.states[rows, here])
+
+    def pieces(self, most: int | None = None) -> Iterator[slice]:
+        """The positions that have a next token, in pieces of at most ``most`` logits (default: as for gradients)."""
+        batch, window = self.states.shape[:2]
+        return _pieces(batch, window - 1, self.vocabulary, most or max(_LOGITS, _ROWS * self.vocabulary))
+
+    def read(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All positions that have a next token, a piece at a time, with their logits in fp32; no gradients."""
+        for here in self.pieces(_READ):
+            with torch.no_grad():
+                logits = self.at(here).float()
+            yield here, logits
+
+
 class LogitReader:
-    """The logits of a causal LM for a few positions at a time, for reading without gradients.
+    """The logits of a causal LM, for a few positions at a time.
 
     Decided once, on the first tokens of ``ids``: a model that ``split_model`` can split computes its head in pieces.
-    Any other runs one window after the other, and its logits are made fp32 in pieces.
+    Any other computes whole logits, without gradients for one window after the other.
     """
 
     def __init__(self, model: nn.Module, ids: torch.Tensor) -> None:
         """``ids``: ``[batch, window]``, on the device of the input embedding."""
-        self.model, self.split = model, split_model(model, ids[:1, :_TRIAL])
+        self.model = model
+        training = [module for module in model.modules() if module.training]
+        try:
+            self.split = split_model(model.eval(), ids[:1, :_TRIAL])  # dropout would make the trial fail
+        finally:
+            for module in training:
+                module.training = True
+
+    def start(self, ids: torch.Tensor, layers: bool = False) -> Reading:
+        """One forward pass over ``ids`` ([n, window]); with ``layers``, the residual stream is kept.
+
+        Gradients are recorded where the caller has not switched them off.
+        """
+        options = {"output_hidden_states": True} if layers else {}
+        split = self.split
+        if split is None:
+            output = self.model(input_ids=ids, use_cache=False, **options)
+            logits: torch.Tensor = output.logits
+            return Reading(logits, lambda piece: piece, logits.shape[-1], layers=_layers(output))
+        output = split.states(ids, **options)
+        bare = replace(output, hidden_states=None) if layers else output
+        return Reading(
+            output.last_hidden_state,
+            lambda piece: split.logits(ids, bare, piece),
+            split.vocabulary,
+            _head_weights(split) if torch.is_grad_enabled() else (),
+            _layers(output) if layers else (),
+        )
+
+    def passes(self, windows: int) -> Iterator[slice]:
+        """The numbers of the windows that are read without gradients in one forward pass."""
+        step = windows if self.split is not None else 1
+        return (slice(row, row + step) for row in range(0, windows, step))
 
     def read(self, ids: torch.Tensor, use: Use) -> None:
         """Call ``use`` for all positions with a next token of the windows ``ids`` ([batch, window]), a piece at a time.
 
-        ``use`` receives the windows and the positions of a piece, and its logits in fp32.
+        ``use`` receives the windows and the positions of a piece, and its logits in fp32. No gradients.
         """
         with torch.no_grad():
-            if self.split is not None:
-                self._read(self.split, ids, use)
-                return
-            for row in range(len(ids)):
-                logits = self.model(input_ids=ids[row : row + 1], use_cache=False).logits
-                for here in pieces(1, ids.shape[1], logits.shape[-1], _READ):
-                    use(slice(row, row + 1), here, logits[:, here].float())
+            for rows in self.passes(len(ids)):
+                for here, logits in self.start(ids[rows]).read():
+                    use(rows, here, logits)
 
-    def _read(self, split: Split, ids: torch.Tensor, use: Use) -> None:
-        output = split.states(ids)
-        for here in pieces(len(ids), ids.shape[1], split.vocabulary, _READ):
-            use(slice(0, len(ids)), here, split.logits(ids, output, output.last_hidden_state[:, here]).float())
+    def run(self, ids: torch.Tensor) -> None:
+        """A forward pass over the windows ``ids`` ([batch, window]) for the sake of hooks on modules. No gradients.
+
+        The head runs only where a hook watches it, and then sees every position once, in pieces.
+        """
+        with torch.no_grad():
+            for rows in self.passes(len(ids)):
+                reading = self.start(ids[rows])
+                if self.split is not None and _is_watched(_head(self.model)):
+                    for here in _pieces(len(ids), ids.shape[1], reading.vocabulary, _READ):
+                        reading.at(here)
 
 
-def pieces(batch: int, window: int, vocabulary: int, most: int) -> Iterator[slice]:
-    """The positions of a window that have a next token, in pieces of at most ``most`` logits, at least one position."""
+def use_at(use: Use, first: int, rows: slice, here: slice, logits: torch.Tensor) -> None:
+    """``use``, with windows that are counted from ``first`` on."""
+    use(slice(first + rows.start, first + rows.stop), here, logits)
+
+
+def _pieces(batch: int, positions: int, vocabulary: int, most: int) -> Iterator[slice]:
+    """The first positions of a window, in pieces of at most ``most`` logits, at least one position."""
     step = max(1, most // (batch * vocabulary))
-    for start in range(0, window - 1, step):
-        yield slice(start, min(start + step, window - 1))
+    for start in range(0, positions, step):
+        yield slice(start, min(start + step, positions))
+
+
+def summed(reading: Reading, loss: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+    """The sum of ``loss`` over all pieces of a reading. Gradients flow to the states and to the head.
+
+    Args:
+        loss: logits ``[n, positions, vocabulary]`` and the positions → a scalar.
+    """
+    total: torch.Tensor = _Summed.apply(reading, loss, reading.states, *reading.weights)
+    return total
+
+
+class _Summed(torch.autograd.Function):
+    """The gradients are computed piece by piece in the forward pass, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, reading: Reading, loss: Any, states: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        gradient = torch.zeros_like(states)
+        of_weights = [torch.zeros_like(weight) for weight in weights]
+        total = torch.zeros((), device=states.device)
+        for here in reading.pieces():
+            with torch.enable_grad():
+                piece = states[:, here].detach().contiguous().requires_grad_()
+                value = loss(reading.head(piece), here)
+                found = torch.autograd.grad(value, [piece, *weights], allow_unused=True)
+            total += value.detach()
+            gradient[:, here] = found[0]
+            for one, more in zip(of_weights, found[1:], strict=True):
+                if more is not None:
+                    one += more
+        ctx.save_for_backward(gradient, *of_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        return None, None, *[outer[0] * gradient for gradient in ctx.saved_tensors]
 
 
 class TokenLoss:
-    """The mean next-token loss of a causal LM, equal to its own loss for ``labels``, for backward passes over many
-    batches.
+    """The mean next-token loss of a causal LM, equal to its own loss for ``labels``.
 
     Decided once, on the first tokens of ``ids``: when the model can be ``split_model`` and its own loss is the mean
-    cross-entropy of its logits, logits come in chunks; otherwise (a router's auxiliary loss is part of it, say) the
+    cross-entropy of its logits, logits come in pieces; otherwise (a router's auxiliary loss is part of it, say) the
     model's own loss is taken as it is. Both give the same gradients.
     """
 
     def __init__(self, model: nn.Module, ids: torch.Tensor) -> None:
+        """``ids``: ``[batch, window]``, on the device of the input embedding."""
         self.model = model
         few = ids[:1, :_TRIAL]
         with torch.no_grad():
             own = model(input_ids=few, labels=few, use_cache=False)
             plain = F.cross_entropy(own.logits[0, :-1].float(), few[0, 1:].to(own.logits.device))
         same = bool((own.loss - plain).abs() <= 1e-5 * plain.abs())
-        self.split = split_model(model, few) if same else None
+        reader = LogitReader(model, few) if same else None
+        self._reader = reader if reader is not None and reader.split is not None else None
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether logits come in pieces."""
+        return self._reader is not None
+
+    def __call__(self, ids: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        """``weight`` times the mean loss over ``ids`` ([batch, window]), with a gradient."""
+        if self._reader is None:
+            own: torch.Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            return own * weight
+        each = weight / ids[:, 1:].numel()
+
+        def piece(logits: torch.Tensor, here: slice) -> torch.Tensor:
+            targets = ids[:, here.start + 1 : here.stop + 1].flatten().to(logits.device)
+            return F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum") * each
+
+        return summed(self._reader.start(ids), piece)
 
     def backward(self, ids: torch.Tensor, weight: float = 1.0) -> float:
         """Add the gradient of ``weight`` times the mean loss over ``ids`` to ``.grad``, and return that product.
@@ -152,35 +292,25 @@ class TokenLoss:
         Args:
             ids: ``[batch, window]``, on the device of the input embedding.
         """
-        if self.split is None:
-            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss * weight
-            loss.backward()
-            return float(loss.detach())
-        output = self.split.states(ids)
-        hidden: torch.Tensor = output.last_hidden_state
-        gradient = torch.zeros_like(hidden)
-        batch, window = ids.shape
-        total = 0.0
-        most = max(_LOGITS, _ROWS * self.split.vocabulary)
-        for here in pieces(batch, window, self.split.vocabulary, most):
-            states = hidden[:, here].detach().requires_grad_(hidden.requires_grad)
-            targets = ids[:, here.start + 1 : here.stop + 1]
-            total += _chunk(self.split, ids, output, states, targets, weight / (batch * (window - 1)))
-            if states.grad is not None:
-                gradient[:, here] = states.grad
-        if hidden.requires_grad:
-            hidden.backward(gradient)
-        return total
+        loss = self(ids, weight)
+        loss.backward()
+        return float(loss.detach())
 
 
-def _chunk(
-    halves: Split, ids: torch.Tensor, output: Any, states: torch.Tensor, targets: torch.Tensor, weight: float
-) -> float:
-    """Backward pass from the summed loss of some positions to their hidden states, and to the head if it is trained."""
-    logits = halves.logits(ids, output, states).float().flatten(0, 1)
-    loss = F.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum") * weight
-    loss.backward()
-    return float(loss.detach())
+def _layers(output: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(getattr(output, "hidden_states", None) or ())
+
+
+def _head_weights(split: Split) -> tuple[nn.Parameter, ...]:
+    model: Any = split.model
+    inside = {id(parameter) for parameter in split.backbone.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    found = {id(p): p for p in [*outside, *model.get_output_embeddings().parameters()] if p.requires_grad}
+    return tuple(found.values())
+
+
+def _is_watched(head: nn.Module | None) -> bool:
+    return head is not None and any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -69,7 +69,7 @@ def test_the_gradients_are_those_of_the_models_own_loss(family: str) -> None:
     model = built(family)
     loss, theirs = own_gradients(model)
     chunked = TokenLoss(model, ids())
-    assert chunked.split is not None
+    assert chunked.in_pieces
     assert chunked.backward(ids()) == pytest.approx(loss, rel=1e-5)
     assert_same(gradients(model), theirs)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -88,7 +88,7 @@ def test_adapters_recomputation_and_batches_change_nothing(family: str) -> None:
         _, theirs = own_gradients(model)
         with recomputed(model):
             loss = TokenLoss(model, ids())
-            assert loss.split is not None
+            assert loss.in_pieces
             for window in ids().split(1):
                 loss.backward(window, 1 / 3)
         assert_same(gradients(model), theirs)
@@ -99,7 +99,7 @@ def test_an_auxiliary_loss_is_kept() -> None:
     model.config.output_router_logits = True
     loss, theirs = own_gradients(model)
     whole = TokenLoss(model, ids())
-    assert whole.split is None
+    assert not whole.in_pieces
     assert split_model(model, ids()) is not None  # it is the loss that is more than that of the logits
     assert whole.backward(ids()) == pytest.approx(loss, rel=1e-5)
     assert_same(gradients(model), theirs)
@@ -110,7 +110,7 @@ def test_a_model_that_mixes_positions_after_its_backbone_is_left_whole() -> None
     model.lm_head = nn.Sequential(model.lm_head, _Smear())
     loss, theirs = own_gradients(model)
     whole = TokenLoss(model, ids())
-    assert whole.split is None
+    assert not whole.in_pieces
     assert whole.backward(ids()) == pytest.approx(loss, rel=1e-5)
     assert_same(gradients(model), theirs)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from secateur.errors import ModelError
 from secateur.evaluation import divergence, with_remainder
-from secateur.recovery.pieces import Reader, Reading, summed
+from secateur.token_loss import LogitReader, Reading, summed
 
 _EVERY = 4
 """Every fourth layer is compared."""
@@ -56,19 +56,20 @@ class LiveTeacher:
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         """``autocast``: the type of its matrix products; None for that of its weights. The model goes to eval mode."""
-        self._reader = Reader(model.eval())
-        self._autocast = autocast
+        self._model, self._autocast = model.eval(), autocast
+        self._reader: LogitReader | None = None
         self.device = next(model.parameters()).device
 
     def read(self, ids: torch.Tensor, layers: bool = False) -> Predictions:
         """One forward pass over ``ids`` ([n, window])."""
         with torch.no_grad(), self._cast():
-            reading = self._reader.read(ids, layers)
+            self._reader = self._reader or LogitReader(self._model, ids)
+            reading = self._reader.start(ids, layers)
         return Predictions(lambda here: self._predicted(reading, here), reading.layers, tuple(reading.pieces()))
 
     def _predicted(self, reading: Reading, here: slice) -> Predicted:
         with torch.no_grad(), self._cast():
-            return Predicted(reading.logits(reading.states[:, here].contiguous()).float().log_softmax(-1))
+            return Predicted(reading.at(here).float().log_softmax(-1))
 
     def _cast(self) -> torch.autocast:
         dtype = self._autocast
@@ -96,14 +97,14 @@ class Distillation:
         """``weight``: a, between 0 (no teacher) and 1 (the teacher alone)."""
         self.teacher, self.weight, self.skew = teacher, weight, skew
         self.hidden_weight, self.hidden_steps = hidden_weight, hidden_steps
-        self._student: Reader | None = None
+        self._student: LogitReader | None = None
 
     def __call__(self, model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
         """Mean loss of one micro-batch ``ids`` ([n, window]) in one step, from 0."""
         if self._student is None or self._student.model is not model:
-            self._student = Reader(model)
+            self._student = LogitReader(model, ids)
         layers = self.hidden_weight > 0 and step < self.hidden_steps
-        student, wanted = self._student.read(ids, layers), self.teacher.read(ids, layers)
+        student, wanted = self._student.start(ids, layers), self.teacher.read(ids, layers)
 
         def piece(logits: torch.Tensor, here: slice) -> torch.Tensor:
             targets = ids[:, here.start + 1 : here.stop + 1]

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from secateur import token_loss
 from secateur.config import load_recipe
 from secateur.data import TokenBlocks
 from secateur.errors import InputError, ModelError
-from secateur.recovery import RecoverySettings, RecoveryTask, pieces, recover
+from secateur.recovery import RecoverySettings, RecoveryTask, recover
 from secateur.recovery.distill import Distillation, LiveTeacher, hidden_error
 from secateur.testing.tiny import TINY, VOCAB, build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, full_weights
@@ -25,7 +26,9 @@ IDS = torch.randint(3, 40, (3, WINDOW), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_LOGITS", 4 * 3 * VOCAB)  # four positions of three windows: the last piece is short
+    monkeypatch.setattr(
+        token_loss, "_LOGITS", 4 * 3 * VOCAB
+    )  # four positions of three windows: the last piece is short
 
 
 def _by_definition(student: Any, teacher: Any, weight: float, skew: float) -> torch.Tensor:
@@ -72,7 +75,7 @@ def test_loss_and_gradient_are_those_of_the_definition(family: str, adapters: bo
 def test_the_number_of_positions_in_a_piece_changes_nothing(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student, found = build("llama-tied"), build("llama-tied", seed=1), []
     for size in (positions, 3):
-        monkeypatch.setattr(pieces, "_LOGITS", size * 3 * VOCAB)
+        monkeypatch.setattr(token_loss, "_LOGITS", size * 3 * VOCAB)
         loss = Distillation(LiveTeacher(teacher), 0.5)(student, IDS, 0)
         (2 * loss).backward()
         found.append((loss.detach(), _gradients(student)))
@@ -86,7 +89,7 @@ def test_a_model_that_cannot_be_split_has_the_same_loss(monkeypatch: pytest.Monk
         loss = Distillation(LiveTeacher(teacher), 1.0, hidden_weight=0.5, hidden_steps=1)(student, IDS, 0)
         loss.backward()
         found.append((loss.detach(), _gradients(student)))
-        monkeypatch.setattr(pieces, "split_model", lambda *_: None)
+        monkeypatch.setattr(token_loss, "split_model", lambda *_: None)
     torch.testing.assert_close(found[0][0], found[1][0])
     _assert_same(found[0][1], found[1][1])
 
@@ -94,7 +97,7 @@ def test_a_model_that_cannot_be_split_has_the_same_loss(monkeypatch: pytest.Monk
 def test_dropout_does_not_prevent_the_split() -> None:
     student: Any = build("gpt2", seed=1).train()
     assert any(isinstance(module, nn.Dropout) and module.p > 0 for module in student.modules())
-    reading = pieces.Reader(student).read(IDS)
+    reading = token_loss.LogitReader(student, IDS).start(IDS)
     assert reading.states.shape[-1] == student.config.n_embd
     assert student.training
 
@@ -120,7 +123,7 @@ def test_no_tensor_has_the_logits_of_a_whole_window() -> None:
     loss(student, IDS, 0)  # tries whether the models can be split
     with _Logits() as ours:
         loss(student, IDS, 0).backward()
-    assert 0 < ours.most <= pieces._LOGITS
+    assert 0 < ours.most <= token_loss._LOGITS
     with _Logits() as whole:
         _by_definition(student, teacher, 1.0, 0.0).backward()
     assert whole.most == IDS.numel() * VOCAB
