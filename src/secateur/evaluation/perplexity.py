@@ -16,8 +16,7 @@ from secateur.data import TokenBlocks, check_ids
 from secateur.errors import ModelError
 from secateur.finite import first_not_finite
 from secateur.progress import Bar
-
-_POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time: 100 MB for a vocabulary of 50,000
+from secateur.token_loss import LogitReader
 
 
 @dataclass(frozen=True)
@@ -114,16 +113,19 @@ def _text_loss(
             f"{tuple(ids.shape)}."
         )
     check_ids(ids, model, "The text")
-    total = torch.zeros((), dtype=torch.float64)
-    with _evaluating(model), torch.no_grad():
+    total = 0.0
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        reader = LogitReader(model, ids[:1].to(device))
         for batch in ids.split(batch_size):
-            loss = _batch_loss(model, batch, first, autocast)
-            if not bool(loss.isfinite()):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                loss = _batch_loss(reader, batch.to(device), first)
+            if not math.isfinite(loss):
                 raise ModelError(_why_not_finite(model, batch, autocast))
             total += loss
             bar.advance()
     tokens = ids.shape[0] * (ids.shape[1] - first)
-    return TextLoss(float(total) / tokens, tokens, ids.shape[1])
+    return TextLoss(total / tokens, tokens, ids.shape[1])
 
 
 def _why_not_finite(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype | None) -> str:
@@ -141,18 +143,17 @@ def _why_not_finite(model: nn.Module, batch: torch.Tensor, autocast: torch.dtype
     )
 
 
-def _batch_loss(model: nn.Module, batch: torch.Tensor, first: int, autocast: torch.dtype | None) -> torch.Tensor:
-    """Summed loss of one batch from position ``first`` on, a float64 scalar on the CPU."""
-    device = next(model.parameters()).device
-    batch = batch.to(device)
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        logits = model(input_ids=batch, use_cache=False).logits
-    losses = [  # window by window: what follows position ``first`` of several windows would be a copy
-        F.cross_entropy(some.float(), target, reduction="sum")
-        for predictions, targets in zip(logits[:, first - 1 : -1], batch[:, first:], strict=True)
-        for some, target in zip(*(each.split(_POSITIONS_PER_CHUNK) for each in (predictions, targets)), strict=True)
-    ]
-    return torch.stack(losses).cpu().double().sum()
+def _batch_loss(reader: LogitReader, batch: torch.Tensor, first: int) -> float:
+    """Summed loss of one batch from position ``first`` on."""
+    losses: list[torch.Tensor] = []
+
+    def add(rows: slice, here: slice, logits: torch.Tensor) -> None:
+        skipped = max(0, first - 1 - here.start)
+        targets = batch[rows, here.start + 1 + skipped : here.stop + 1].flatten().to(logits.device)
+        losses.append(F.cross_entropy(logits[:, skipped:].flatten(0, 1), targets, reduction="sum"))
+
+    reader.read(batch, add)
+    return float(torch.stack(losses).cpu().double().sum())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class BlockInfluence(Criterion):
         """See ``Criterion.score``."""
         text = calibration_for(calibration, self.name)
         self.check(model, graph)
+        reader = text.reader(model)
         found = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in graph.prunable}
         hooks = [
             model.get_submodule(path).register_forward_hook(_watch(found[group.name], unit), with_kwargs=True)
@@ -37,7 +38,7 @@ class BlockInfluence(Criterion):
         ]
         try:
             with borrowed(model):
-                text.run(model, "block influence")
+                text.run(reader, "block influence")
         finally:
             for hook in hooks:
                 hook.remove()

@@ -51,8 +51,9 @@ class Fluctuation(Criterion):
         text = calibration_for(calibration, self.name)
         members = [member for group in graph.prunable for member in consumers(model, group, self.name)]
         moments = {member.parameter: Moments.of(model, member) for member in members}
+        reader = text.reader(model)
         with borrowed(model), watched(model, moments):
-            text.run(model, "activations")
+            text.run(reader, "activations")
         return moments
 
     def from_moments(self, model: nn.Module, graph: DependencyGraph, moments: Mapping[str, Moments]) -> Scores:

@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from secateur.analysis import Trial
 from secateur.errors import InputError, ModelError
 from secateur.progress import Bar, say
 from secateur.surgery import masked
+from secateur.token_loss import LogitReader, Reading
 from secateur.types import DependencyGraph, NodeGroup, Scores
-from secateur.walk import Calibration, LayerStack, Walker, borrowed, calibration_for
-
-_POSITIONS_PER_CHUNK = 512  # fp32 logits of so many positions at a time
+from secateur.walk import Calibration, LayerStack, Walker, borrowed, calibration_for, input_device
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def measure_cuts(
 
     Trials of a group with the same number of units are run once.
 
-    Memory beside the model, on the CPU: the dense model's probabilities, tokens x vocabulary in fp32 (0.8 GB for 4,096
-    tokens and a vocabulary of 49,152), and the hidden states of the trials of one layer.
+    Memory beside the model: the dense model's last hidden states, and the hidden states of the trials of one layer. The
+    dense model's predictions are computed from the former again for each batch of trials.
 
     Args:
         calibration: text; every token but the first of a window is predicted. A pass has ``batch_size`` windows, of one
@@ -175,37 +176,37 @@ class _Run:
     ) -> None:
         self.model, self.graph, self.text, self.bar = model, graph, text, bar
         self.walker = None if stack is None else Walker(stack, text)
-        self.reference = _Reference(zip(text.batches(), text.logits(model), strict=True))
+        self.reader = text.reader(model)
+        self.reference = _Reference(self.reader, text)
 
     def try_out(self, chosen: Sequence[TrialCut], layer: int) -> list[tuple[float, float]]:
         """Loss and KL of trials that change nothing before ``layer``."""
         totals = torch.zeros(len(chosen), 2, dtype=torch.float64)
-        for number, row, logits in self._answers(chosen, layer):
-            totals[number] += self.reference.compare(row, self.text.ids[row], logits)
-        return [(loss, kl) for loss, kl in (totals / self.reference.tokens).tolist()]
-
-    def _answers(self, chosen: Sequence[TrialCut], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(number of the trial, window, logits ``[window, vocabulary]``) for all trials and windows."""
         walker = self.walker
         if walker is None or not all(walker.stack.inside(cut.group) for cut in chosen):
             for number, cut in enumerate(chosen):
                 with masked(self.model, self.graph, cut.plan):
-                    rows = (found for logits in self.text.logits(self.model) for found in logits)
-                    yield from ((number, row, found) for row, found in enumerate(rows))
+                    numbers = [number] * len(self.text)
+                    self.text.read(self.reader, partial(self._add, totals, numbers, range(len(self.text))))
                 self.bar.advance(len(walker.stack) if walker is not None else 1, note=cut.group.name)
-            return
+        else:
+            self._from_layer(chosen, layer, walker, totals)
+        return [(loss, kl) for loss, kl in (totals / self.reference.tokens).tolist()]
+
+    def _from_layer(self, chosen: Sequence[TrialCut], layer: int, walker: Walker, totals: torch.Tensor) -> None:
+        """Run the layers after ``layer`` for all trials and windows; those of one window follow each other."""
         walker.go_to(layer)
         after = [self._after_the_cut(cut, walker) for cut in chosen]
-        pairs = [(number, row) for number in range(len(chosen)) for row in range(len(self.text))]
+        pairs = [(number, row) for row in range(len(self.text)) for number in range(len(chosen))]
         done, batch_size = 0, self.text.batch_size
         for start in range(0, len(pairs), batch_size):
-            some = pairs[start : start + batch_size]
-            states = torch.stack([after[number][row] for number, row in some])
+            numbers, rows = zip(*pairs[start : start + batch_size], strict=True)
+            states = torch.stack([after[number][row] for number, row in zip(numbers, rows, strict=True)])
             with self.text.autocast(self.model):
-                logits = walker.stack.logits(self.text.ids[[row for _, row in some]], layer + 1, states)
-            yield from ((number, row, found) for (number, row), found in zip(some, logits, strict=True))
-            now = (start + len(some)) * (len(walker.stack) - layer) // len(self.text)
-            self.bar.advance(now - done, note=chosen[some[-1][0]].group.name)
+                use = partial(self._add, totals, numbers, rows)
+                walker.stack.read(self.reader, self.text.ids[list(rows)], use, layer + 1, states)
+            now = (start + len(rows)) * (len(walker.stack) - layer) // len(self.text)
+            self.bar.advance(now - done, note=chosen[numbers[-1]].group.name)
             done = now
 
     def _after_the_cut(self, cut: TrialCut, walker: Walker) -> torch.Tensor:
@@ -213,39 +214,62 @@ class _Run:
         with masked(self.model, self.graph, cut.plan):
             return torch.cat(walker.through())
 
+    def _add(
+        self,
+        totals: torch.Tensor,
+        numbers: Sequence[int],
+        rows: Sequence[int],
+        some: slice,
+        here: slice,
+        logits: torch.Tensor,
+    ) -> None:
+        """Add loss and KL of a piece to those of its trials; ``numbers`` and ``rows`` of each window that is read."""
+        found = self.reference.compare(rows[some], here, logits)
+        totals.index_add_(0, torch.tensor(numbers[some]), found)
+
 
 class _Reference:
-    """The dense model's predictions: probabilities for every predicted token, their entropy, and the loss."""
+    """The dense model's predictions, computed from its last hidden states when they are needed; and its loss."""
 
-    def __init__(self, answers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """``answers``: windows ``[n, window]`` with their logits ``[n, window, vocabulary]``, in order."""
-        self._probabilities: list[torch.Tensor] = []
-        self._negentropy: list[float] = []
-        loss, self.tokens = 0.0, 0
-        for ids, logits in answers:
-            for row, found in zip(ids, logits, strict=True):
-                log_p = torch.cat(
-                    [part.float().log_softmax(-1).cpu() for part in found[:-1].split(_POSITIONS_PER_CHUNK)]
-                )
-                probabilities = log_p.exp()
-                self._negentropy.append(float((probabilities * log_p).sum(dtype=torch.float64)))
-                self._probabilities.append(probabilities)
-                loss -= float(log_p.gather(1, row[1:, None]).sum(dtype=torch.float64))
-                self.tokens += len(row) - 1
+    def __init__(self, reader: LogitReader, text: Calibration) -> None:
+        self._ids = text.ids
+        self.tokens = self._ids[:, 1:].numel()
+        self._places: list[tuple[Reading, int]] = []
+        """For each window, the pass that read it, and its place there."""
+        loss, device = 0.0, input_device(reader.model)
+        for ids in text.batches():
+            for rows in reader.passes(len(ids)):
+                with text.autocast(reader.model), torch.no_grad():
+                    reading = reader.start(ids[rows].to(device))
+                    self._places += [(reading, place) for place in range(len(ids[rows]))]
+                    for here, logits in reading.read():
+                        targets = ids[rows, here.start + 1 : here.stop + 1].flatten().to(logits.device)
+                        losses = cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+                        loss += float(losses.sum(dtype=torch.float64))
         self.loss = loss / self.tokens
 
-    def compare(self, row: int, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Summed loss and KL(dense || these) of one window, float64 ``[2]``.
+    def compare(self, rows: Sequence[int], here: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Summed loss and KL(dense || these) at some positions of each window, float64 ``[n, 2]``.
 
-        KL = sum p log p - sum p z + logsumexp z, with p of the dense model and z the logits ``[window, vocabulary]``.
+        KL = sum p log p - sum p z + logsumexp z, with p of the dense model and z the logits, fp32
+        ``[n, positions, vocabulary]``. ``rows``: numbers of the windows. Call it in the context of a pass.
         """
-        loss, kl = 0.0, self._negentropy[row]
-        parts = (
-            tensor.split(_POSITIONS_PER_CHUNK) for tensor in (logits[:-1], self._probabilities[row], ids[1:, None])
-        )
-        for some, probabilities, targets in zip(*parts, strict=True):
-            z = some.float()
+        found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        dense: tuple[int, torch.Tensor, float] | None = None
+        for index, (row, z) in enumerate(zip(rows, logits, strict=True)):
+            if dense is None or dense[0] != row:
+                dense = row, *self._predicted(row, here)
+            _, p, negentropy = dense
             norm = z.logsumexp(-1, keepdim=True)
-            loss += float((norm - z.gather(1, targets.to(z.device))).sum(dtype=torch.float64))
-            kl += float((norm - (probabilities.to(z.device) * z).sum(-1, keepdim=True)).sum(dtype=torch.float64))
-        return torch.tensor([loss, kl], dtype=torch.float64)
+            targets = self._ids[row, here.start + 1 : here.stop + 1, None].to(z.device)
+            found[index, 0] = float((norm - z.gather(1, targets)).sum(dtype=torch.float64))
+            found[index, 1] = float((norm - (p * z).sum(-1, keepdim=True)).sum(dtype=torch.float64)) + negentropy
+        return found
+
+    def _predicted(self, row: int, here: slice) -> tuple[torch.Tensor, float]:
+        """Probabilities ``[positions, vocabulary]``, and the sum of p log p."""
+        reading, place = self._places[row]
+        with torch.no_grad():
+            log_p = reading.at(here, slice(place, place + 1))[0].float().log_softmax(-1)
+            p = log_p.exp()
+            return p, float((p * log_p).sum(dtype=torch.float64))

@@ -44,9 +44,9 @@ class WandaSP(Criterion):
     def score(self, model: nn.Module, graph: DependencyGraph, calibration: Calibration | None, seed: int) -> Scores:
         """See ``Criterion.score``."""
         text = calibration_for(calibration, self.name)
-        moments = self.moments(model, graph)
+        moments, reader = self.moments(model, graph), text.reader(model)
         with borrowed(model), watched(model, moments):
-            text.run(model, "activations")
+            text.run(reader, "activations")
         return self.from_moments(model, graph, moments)
 
     def moments(self, model: nn.Module, graph: DependencyGraph) -> dict[str, Moments]:

@@ -14,7 +14,7 @@ from secateur.data import TextSettings, TokenBlocks
 from secateur.errors import DataError
 from secateur.precision import Precision, autocast
 from secateur.progress import track
-from secateur.token_loss import LogitReader, TokenLoss, Use
+from secateur.token_loss import LogitReader, TokenLoss, Use, use_at
 from secateur.walk.borrow import input_device
 
 
@@ -82,15 +82,8 @@ class Calibration:
         change."""
         return autocast(self.precision, input_device(model))
 
-    def logits(self, model: nn.Module) -> Iterator[torch.Tensor]:
-        """Logits ``[n, window, vocabulary]`` of each batch, without gradients."""
-        for ids in self.batches():
-            with self.autocast(model), torch.no_grad():
-                logits: torch.Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
-            yield logits
-
     def reader(self, model: nn.Module) -> LogitReader:
-        """The reader of ``model`` for ``read``."""
+        """The reader of ``model`` for ``read`` and ``run``. It tries the model, before there are hooks."""
         return LogitReader(model, self.ids[:1].to(input_device(model)))
 
     def read(self, reader: LogitReader, use: Use) -> None:
@@ -99,13 +92,14 @@ class Calibration:
         first = 0
         for ids in self.batches():
             with self.autocast(reader.model):
-                reader.read(ids.to(input_device(reader.model)), partial(_use_at, use, first))
+                reader.read(ids.to(input_device(reader.model)), partial(use_at, use, first))
             first += len(ids)
 
-    def run(self, model: nn.Module, description: str) -> None:
-        """Run all windows through the model, for collectors of statistics (``watched``, hooks)."""
-        for _ in track(self.logits(model), description, self.passes):
-            pass
+    def run(self, reader: LogitReader, description: str) -> None:
+        """``LogitReader.run`` for all windows, for collectors of statistics (``watched``, hooks)."""
+        for ids in track(self.batches(), description, self.passes):
+            with self.autocast(reader.model):
+                reader.run(ids.to(input_device(reader.model)))
 
     def backward(self, model: nn.Module) -> float:
         """Accumulate in ``.grad`` the gradient of the mean loss over all windows; return that loss."""
@@ -126,10 +120,6 @@ class Calibration:
             yield
             for parameter in parameters:
                 parameter.grad = None
-
-
-def _use_at(use: Use, first: int, rows: slice, here: slice, logits: torch.Tensor) -> None:
-    use(slice(first + rows.start, first + rows.stop), here, logits)
 
 
 def calibration_for(calibration: Calibration | None, reader: str) -> Calibration:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.errors import ModelError
+from secateur.token_loss import LogitReader, Use, use_at
 from secateur.types import DependencyGraph, NodeGroup
 from secateur.walk.borrow import borrowed, input_device
 
@@ -81,6 +83,15 @@ class LayerStack:
         with torch.no_grad(), self._rerouted(start, states, None):
             logits: torch.Tensor = self._run(ids).logits
         return logits
+
+    def read(self, reader: LogitReader, ids: torch.Tensor, use: Use, start: int, states: torch.Tensor) -> None:
+        """``LogitReader.read`` for windows ``ids`` ([n, window]), with ``start`` and ``states`` as in ``logits``.
+
+        ``reader`` is one of the model.
+        """
+        for rows in reader.passes(len(ids)):
+            with self._rerouted(start, states[rows], None):
+                reader.read(ids[rows].to(input_device(self.model)), partial(use_at, use, rows.start))
 
     def states(self, ids: torch.Tensor, start: int, states: torch.Tensor | None, stop: int) -> torch.Tensor:
         """Hidden states ``[n, window, hidden]`` at the input of layer ``stop`` (after layer ``stop - 1``).

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from secateur import token_loss
 from secateur.data import TokenBlocks
 from secateur.errors import ModelError
 from secateur.evaluation import losses_by_source, perplexity, text_loss
 from secateur.progress import Bar
-from secateur.testing.tiny import build
+from secateur.testing.tiny import VOCAB, build
 
 
 def ids(blocks: int = 5, window: int = 20, seed: int = 0) -> torch.Tensor:
@@ -41,12 +42,11 @@ def test_it_is_the_mean_over_predicted_tokens(name: str) -> None:
 
 
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("secateur.evaluation.perplexity")  # the function has the same name
     model = build("llama-gqa")
     whole = perplexity(model, ids(), batch_size=5)
     assert perplexity(model, ids(), batch_size=2) == pytest.approx(whole, rel=1e-5)
     assert perplexity(model, ids(), batch_size=99) == pytest.approx(whole, rel=1e-5)
-    monkeypatch.setattr(module, "_POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr(token_loss, "_READ", 7 * VOCAB)
     assert perplexity(model, ids(), batch_size=5) == pytest.approx(whole, rel=1e-5)
 
 
