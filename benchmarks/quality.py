@@ -140,7 +140,7 @@ def runs_of(rows: Sequence[Row], default: Recipe, arguments: argparse.Namespace)
 def settled(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, DependencyGraph]:
     """The recipe with the amounts of every stage, and the graph of the model."""
     graph = checked_trace(model, recipe.budget.kinds)
-    return sized(with_possible_repair(recipe, model, graph), model), graph
+    return sized(with_possible_repair(recipe, model, graph), model, graph), graph
 
 
 def amounts(recipe: Recipe, text: Mapping[str, int]) -> dict[str, int]:

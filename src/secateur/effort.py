@@ -73,6 +73,8 @@ class Effort(Settings):
 
     def shared(self, runs: int) -> Effort:
         """The limit of each of so many runs that share this one."""
+        if runs == 1:
+            return self
         if self.within is not None:
             return Effort(within=f"{max(seconds_of(self.within) / runs, 1.0):.10g}s")
         return self if self.tokens is None else Effort(tokens=max(1, self.tokens // runs))

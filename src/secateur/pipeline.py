@@ -55,7 +55,7 @@ from secateur.stages import (
     with_text,
 )
 from secateur.surgery import checked_trace
-from secateur.types import PruningPlan, Scores
+from secateur.types import DependencyGraph, PruningPlan, Scores
 from secateur.whole import place_of
 from secateur.workspace import Workspace
 
@@ -70,8 +70,10 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, dry_run: bool = F
 
 
 @alone("output")
-def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
+def finished(recipe: Recipe, output: Path, runs: int = 1) -> dict[str, Any] | None:
     """The numbers of a finished run of this recipe in ``output``; None when there is none.
+
+    ``runs``: how many share the time that a run has by default.
 
     Stages that a killed run left behind are removed. Raises InputError when a file was changed since the run.
     """
@@ -80,7 +82,7 @@ def finished(recipe: Recipe, output: Path) -> dict[str, Any] | None:
     if not (written.is_file() and metrics.is_file() and (folder / "config.json").is_file()):
         return None
     try:
-        same = is_sized(recipe, load_recipe(written), _limit(metrics))
+        same = is_sized(recipe, load_recipe(written), _limit(metrics), runs)
     except InputError:  # of another version, or edited since
         same = False
     if not same:
@@ -143,8 +145,12 @@ def _prune(
     resume: bool,
     dry_run: bool = False,
     given: Scores | None = None,
+    runs: int = 1,
 ) -> Result:
-    """``prune`` by a whole recipe; by the scores ``given``, if any, instead of its method."""
+    """``prune`` by a whole recipe; by the scores ``given``, if any, instead of its method.
+
+    ``runs``: how many share the time that a run has by default.
+    """
     check_finite(model, written_dtype(model, recipe.export))
     if tokenizer is not None and "vocab" in recipe.budget.kinds:
         raise InputError(
@@ -161,7 +167,7 @@ def _prune(
         refuse_inputs(output, recipe)
         folder = Workspace.place(output, key, resume, contents(model, source))
     graph = checked_trace(model, recipe.budget.kinds)
-    recipe, effort = _sized(with_possible_repair(recipe, model, graph), model, folder)
+    recipe, effort = _sized(with_possible_repair(recipe, model, graph), model, graph, folder, runs)
     texts = read_texts(model, tokenizer, texts_of(recipe, graph), recipe.seed, spare_texts([recipe]))
     recipe = with_text(recipe, texts)
     plan = rehearse(model, graph, recipe)
@@ -203,7 +209,7 @@ def prune_ratios(
 
     The method runs for the largest ratio. The units for the other ratios are chosen by its scores
     (``planning.allocate``). Everything after that is done for each ratio as in ``prune``, on the model opened anew.
-    A limit in time or tokens is for all ratios together, and each has an equal part of it.
+    A limit in time or tokens, given or by default, is for all ratios together, and each has an equal part of it.
 
     Args:
         ratios: fractions of all parameters to remove. The recipe's own ratio is not used.
@@ -214,14 +220,15 @@ def prune_ratios(
     whose scores do not decide alone, and every error of ``prune``, before anything slow begins.
     """
     recipe, folder = recipe_of(recipe), place_of(output)
-    limit = recipe.effort.shared(len(set(ratios)) or 1)
+    runs = len(set(ratios)) or 1
+    limit = recipe.effort.shared(runs)
     each = {"effort.within": limit.within, "effort.tokens": limit.tokens}
     recipes = {ratio: revise(recipe, {**each, "budget.ratio": ratio}) for ratio in sorted(set(ratios), reverse=True)}
     if not recipes:
         raise InputError("There is no ratio to prune to. Name at least one.")
     _require_ranking(recipe)
     places = {ratio: folder / f"ratio-{ratio}" for ratio in recipes}
-    done = {ratio: finished(asked, places[ratio]) if resume else None for ratio, asked in recipes.items()}
+    done = {ratio: finished(asked, places[ratio], runs) if resume else None for ratio, asked in recipes.items()}
     left = [ratio for ratio in recipes if done[ratio] is None]
     for ratio in left:
         check_output(places[ratio])
@@ -238,7 +245,7 @@ def prune_ratios(
         asked = _complete(recipes[ratio], None, None, model, tokenizer)
         refuse_what_cannot_work(model)
         with held(places[ratio]):
-            _prune(model, tokenizer, asked, places[ratio], resume=resume, given=given)
+            _prune(model, tokenizer, asked, places[ratio], resume=resume, given=given, runs=runs)
         done[ratio] = read_json(places[ratio] / ARTEFACTS / "metrics.json")
     return {ratio: numbers for ratio, numbers in sorted(done.items()) if numbers is not None}
 
@@ -320,22 +327,24 @@ def _limit(metrics: Path) -> Effort:
     return validate(Effort, found.get("effort") or {}) if isinstance(found, dict) else Effort()
 
 
-def _sized(recipe: Recipe, model: PreTrainedModel, folder: Path | None) -> tuple[Recipe, Effort]:
+def _sized(
+    recipe: Recipe, model: PreTrainedModel, graph: DependencyGraph, folder: Path | None, runs: int
+) -> tuple[Recipe, Effort]:
     """The recipe with amounts for its effort, and that: amounts of an interrupted run in ``folder``, or by this
-    machine's speed."""
+    machine's speed. ``runs`` share the time by default."""
     kept = None if folder is None else folder / "sized.yaml"
     if kept is not None and kept.is_file():  # by a default of another device than this one's, perhaps
-        found, effort = load_recipe(kept), effort_for(recipe, on_cpu=False)
-        if is_sized(recipe, found, effort):
+        found, effort = load_recipe(kept), effort_for(recipe, on_cpu=False, runs=runs)
+        if is_sized(recipe, found, effort, runs):
             return found, effort
-    effort = effort_for(recipe, on_cpu=model.device.type == "cpu")
+    effort = effort_for(recipe, on_cpu=model.device.type == "cpu", runs=runs)
     if effort.given and not recipe.effort.given:
         say(
             f"On {model.device.type} a run takes about {effort.within} by default. --within and --tokens set another "
             "limit, and --set recovery.steps=N sets the steps."
         )
         recipe = revise(recipe, {"effort.within": effort.within})
-    return sized(recipe, model), effort
+    return sized(recipe, model, graph), effort
 
 
 def _apply(

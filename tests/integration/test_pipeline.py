@@ -118,7 +118,7 @@ def test_on_a_gpu_a_run_has_a_time_by_default_and_is_known_again(
     monkeypatch.setattr(pipeline, "say", said.append)
     monkeypatch.setattr(sizing, "measure_speed", lambda *_: sizing.Pace(0.5, 2.0))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "effort_for", lambda recipe, on_cpu: sizing.effort_for(recipe, on_cpu=False))
+        patch.setattr(pipeline, "effort_for", lambda recipe, on_cpu, runs: sizing.effort_for(recipe, on_cpu=False))
         _kill_in("recovery", patch)
         with pytest.raises(_KilledError):
             _run(default, tmp_path / "out")

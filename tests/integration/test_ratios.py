@@ -19,7 +19,7 @@ from secateur.config import Recipe, load_recipe, revise
 from secateur.errors import InputError, PlanError
 from secateur.inspection import plans
 from secateur.methods.gisp import GISP
-from secateur.stages import STAGES, order
+from secateur.stages import STAGES, effort_for, order
 from secateur.testing.tiny import TINY
 from secateur.types import PruningPlan
 
@@ -101,6 +101,23 @@ def test_a_limit_is_for_all_ratios_together(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KilledError):
         pipeline.prune_ratios(recipe(**{"effort.within": "30m"}), [0.1, 0.2, 0.1], "limited")
     assert limits == ["900s", "900s"]
+
+
+def test_the_time_by_default_is_for_all_ratios_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a run has one."""
+    tree = recipe().model_dump(mode="json", exclude_unset=True)
+    del tree["recovery"]["steps"]
+    seen: list[str | None] = []
+
+    def stop(asked: Recipe, *_: Any) -> None:
+        seen.append(asked.effort.within)
+        raise KilledError
+
+    monkeypatch.setattr(pipeline, "effort_for", lambda asked, on_cpu, runs: effort_for(asked, on_cpu=False, runs=runs))
+    monkeypatch.setattr(pipeline, "sized", stop)
+    with pytest.raises(KilledError):
+        pipeline.prune_ratios(tree, [0.1, 0.2, 0.1], "by-default")
+    assert seen == ["900s"]
 
 
 class KilledError(BaseException):

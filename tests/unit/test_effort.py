@@ -16,8 +16,14 @@ from secateur.effort import CAPS, ON_A_GPU, Effort, Part, count_of, divide, seco
 from secateur.errors import InputError
 from secateur.graph import trace
 from secateur.methods import method_class
-from secateur.stages import effort_for, is_sized, sized, sizing, texts_of
+from secateur.stages import effort_for, is_sized, sizing, texts_of
 from secateur.testing import tiny
+
+
+def sized(recipe: Recipe) -> Recipe:
+    model = tiny.build("llama-gqa")
+    return sizing.sized(recipe, model, trace(model))
+
 
 LEAST: dict[Part, int] = {"calibration": 1000, "repair": 500, "recovery": 2000}
 
@@ -79,12 +85,11 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_a_faster_machine_reads_more(speed: Callable[[float], None]) -> None:
-    model = tiny.build("llama-gqa")
     recipe = load_recipe(None, flags={"effort.within": "30m", "method": "fisher", "recovery.repair": True})
     speed(1e-3)
-    slow = sized(recipe, model)
+    slow = sized(recipe)
     speed(1e-5)
-    fast = sized(recipe, model)
+    fast = sized(recipe)
     assert fast.recovery.steps > 10 * slow.recovery.steps
     assert slow.calibration.tokens < fast.calibration.tokens <= CAPS["calibration"]
     assert fast.recovery.repair_tokens == CAPS["repair"]
@@ -108,7 +113,7 @@ def test_text_for_repair_grows_with_the_width_up_to_a_limit(width: int, tokens: 
 
 
 def test_tokens_are_those_that_are_read() -> None:
-    recipe = sized(load_recipe(None, flags={"effort.tokens": "1.6M", "method": "lorashear"}), tiny.build("llama-gqa"))
+    recipe = sized(load_recipe(None, flags={"effort.tokens": "1.6M", "method": "lorashear"}))
     step = recipe.training.batch_size * recipe.recovery.window
     read = recipe.calibration.tokens + (recipe.recovery.steps + 80) * step
     assert 1_600_000 - step <= read <= 1_600_000
@@ -118,7 +123,7 @@ def test_tokens_are_those_that_are_read() -> None:
 @pytest.mark.parametrize("method", ["fisher", "gisp"])
 def test_every_round_reads_its_text_again(method: str) -> None:
     flags = {"effort.tokens": "2M", "method": method, "budget.rounds": 4, "recovery.repair": True}
-    recipe = sized(load_recipe(None, flags=flags), tiny.build("llama-gqa"))
+    recipe = sized(load_recipe(None, flags=flags))
     reading = method_class(method)(recipe.method.settings).reading
     once = int(reading.gradient) * recipe.calibration.tokens
     once += reading.gradient_windows * recipe.calibration.window + (recipe.recovery.repair_tokens or 0)
@@ -129,7 +134,7 @@ def test_every_round_reads_its_text_again(method: str) -> None:
 @pytest.mark.parametrize("method", ["gisp", "evopress", "bypass"])
 def test_windows_of_a_search_count_and_each_is_in_the_text_once(method: str) -> None:
     """A method that reads only windows gets as much text as it reads; nothing counts twice."""
-    recipe = sized(load_recipe(None, flags={"effort.tokens": "2M", "method": method}), tiny.build("llama-gqa"))
+    recipe = sized(load_recipe(None, flags={"effort.tokens": "2M", "method": method}))
     reading, window = method_class(method)(recipe.method.settings).reading, recipe.calibration.window
     windows = (reading.forward_windows + reading.gradient_windows) * window
     if method == "gisp":
@@ -160,7 +165,7 @@ def test_a_method_that_reads_more_has_less_text_in_the_same_time(
 
     def text(method: dict[str, Any]) -> int:
         recipe = load_recipe(None, flags={"effort.within": "2h", "method": method, "recovery.repair": False})
-        found = sized(recipe, tiny.build("llama-gqa"))
+        found = sized(recipe)
         return found.recovery.steps * 512 + found.calibration.tokens * (method["name"] != "gisp")
 
     assert text(more) < text(less)
@@ -170,7 +175,7 @@ def test_the_parts_of_a_time_take_that_time(speed: Callable[[float], None]) -> N
     """Forward passes, gradients and training of a search, by hand."""
     speed(1e-4)
     recipe = load_recipe(None, flags={"effort.within": "1h", "method": "evopress", "recovery.repair": False})
-    found = sized(recipe, tiny.build("llama-gqa"))
+    found = sized(recipe)
     candidates = 30 * (8 * 1 + 2 * 4 + 4) + 2 * 4
     read = 3 * recipe.evaluation.tokens + candidates * 512 + (3 + 3) * found.calibration.tokens
     seconds = 60 + 1e-4 * read + 3e-4 * found.recovery.steps * 512
@@ -223,11 +228,11 @@ def test_twice_as_much(effort: Effort, twice: str) -> None:
 
 def test_amounts_that_the_recipe_names_stay() -> None:
     named = {"effort.tokens": 400_000, "method": "fisher", "calibration.tokens": 8192, "recovery.repair": False}
-    recipe = sized(load_recipe(None, flags=named), tiny.build("llama-gqa"))
+    recipe = sized(load_recipe(None, flags=named))
     assert recipe.calibration.tokens == 8192
     assert recipe.recovery.steps == (400_000 - 8192) // 512
     with pytest.raises(InputError, match=r"Leave out the keys"):
-        sized(load_recipe(None, flags={**named, "recovery.steps": 3}), tiny.build("llama-gqa"))
+        sized(load_recipe(None, flags={**named, "recovery.steps": 3}))
 
 
 def test_one_limit_at_a_time() -> None:
@@ -238,7 +243,7 @@ def test_one_limit_at_a_time() -> None:
 def test_too_little_is_refused(speed: Callable[[float], None]) -> None:
     speed(1e-3)
     with pytest.raises(InputError, match=r"effort\.within=2s is too little"):
-        sized(load_recipe(None, flags={"effort.within": "2s"}), tiny.build("llama-gqa"))
+        sized(load_recipe(None, flags={"effort.within": "2s"}))
 
 
 def test_the_least_limit_is_said_and_is_enough(speed: Callable[[float], None]) -> None:
@@ -250,19 +255,17 @@ def test_the_least_limit_is_said_and_is_enough(speed: Callable[[float], None]) -
     ):
         flags = {"method": "lorashear", "recovery.repair": False}
         with pytest.raises(InputError, match=rf"effort\.{key}={given} is too little: {rest}") as error:
-            sized(load_recipe(None, flags={**flags, f"effort.{key}": given}), tiny.build("llama-gqa"))
+            sized(load_recipe(None, flags={**flags, f"effort.{key}": given}))
         found = re.search(rf"--{key} (\d+)(s?)", str(error.value))
         assert found is not None
         least = int(found[1])
-        sized(load_recipe(None, flags={**flags, f"effort.{key}": f"{least}{found[2]}"}), tiny.build("llama-gqa"))
+        sized(load_recipe(None, flags={**flags, f"effort.{key}": f"{least}{found[2]}"}))
         with pytest.raises(InputError, match="too little"):
-            sized(
-                load_recipe(None, flags={**flags, f"effort.{key}": f"{least - 1}{found[2]}"}), tiny.build("llama-gqa")
-            )
+            sized(load_recipe(None, flags={**flags, f"effort.{key}": f"{least - 1}{found[2]}"}))
 
 
 def test_without_a_limit_nothing_changes() -> None:
-    assert sized(Recipe(), tiny.build("llama-gqa")) == Recipe()
+    assert sized(Recipe()) == Recipe()
 
 
 def test_the_speed_of_this_machine() -> None:
@@ -272,7 +275,7 @@ def test_the_speed_of_this_machine() -> None:
     recipe = load_recipe(
         None, flags={"effort.within": "3m", "recovery.window": 32, "method": "magnitude", "evaluation.tokens": 512}
     )
-    found = sized(recipe, model)
+    found = sizing.sized(recipe, model, trace(model))
     assert found.recovery.steps >= 10
     assert all(value.equal(model.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -282,6 +285,41 @@ def test_several_runs_share_a_limit() -> None:
     assert Effort(within="30m").shared(3) == Effort(within="600s")
     assert Effort(tokens=1000).shared(3) == Effort(tokens=333)
     assert Effort().shared(3) == Effort()
+
+
+def test_several_runs_share_the_time_by_default() -> None:
+    """A run with its part of it is known again; the recipe's own limit was divided before."""
+    recipe, half = Recipe(), Effort(within="900s")
+    assert effort_for(recipe, on_cpu=False, runs=2) == half
+    assert effort_for(revise(recipe, {"effort.within": "10m"}), on_cpu=False, runs=2) == Effort(within="10m")
+    steps = revise(recipe, {"recovery.steps": 700})
+    assert is_sized(recipe, steps, half, runs=2)
+    assert not is_sized(recipe, steps, half)
+
+
+def test_the_equations_of_repair_have_their_time_whatever_its_text(
+    speed: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each consumer of a removed unit is solved once: by hand, from the cube of its kept inputs."""
+    speed(1e-4)
+    model = tiny.build("llama-gqa")
+    flags = {"effort.within": "1h", "method": "magnitude", "recovery.repair": True, "budget.ratio": 0.25}
+    recipe = load_recipe(None, flags=flags)
+    monkeypatch.setattr(sizing, "_seconds_for", lambda *_: 10.0)
+    kept = (36, 30)  # of 48 inputs of the output projection, and of 40 of the down projection
+    expected = 2 * 10.0 * (1 + (kept[1] / kept[0]) ** 3)
+    assert sizing.solving_seconds(recipe, trace(model), model.device) == pytest.approx(expected)
+    found = sized(recipe)
+    monkeypatch.setattr(sizing, "solving_seconds", lambda *_: 0.0)
+    free = sized(recipe)
+    spent = [2e-4 * (one.recovery.repair_tokens or 0) + 3e-4 * one.recovery.steps * 512 for one in (found, free)]
+    assert spent[1] - spent[0] == pytest.approx(expected, abs=3e-4 * 512)
+
+
+def test_the_equations_are_timed_on_a_matrix() -> None:
+    model = tiny.build("llama-gqa")
+    graph, recipe = trace(model), load_recipe(None, flags={"method": "magnitude"})
+    assert 0 < sizing.solving_seconds(recipe, graph, model.device) < 5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.compensation import EVERY, check_refittable
+from secateur.compensation import EVERY, Gram, check_refittable, solve_refit
 from secateur.config import Recipe, revise
 from secateur.data import Purpose, Texts, TextSettings
 from secateur.effort import CAPS, ON_A_GPU, Effort, Part, divide, seconds_of
@@ -49,6 +49,8 @@ _TAKERS: Mapping[str, str] = {
     "seconds": "loading, measuring and saving the model, and what the method itself reads and trains,",
     "tokens": "what the method itself reads and trains",
 }
+_TIMED_WIDTH = 1024
+"""Inputs of the consumer whose equations are timed; wider ones are reckoned from it."""
 _REST = 60.0
 """Seconds for loading, timing, saving and verifying."""
 
@@ -62,13 +64,14 @@ class Pace:
     """Of a training step, its optimiser included."""
 
 
-def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+def sized(recipe: Recipe, model: PreTrainedModel, graph: DependencyGraph) -> Recipe:
     """The recipe with its ``effort`` turned into amounts; unchanged when it names none.
 
     Amounts that the recipe names itself stay. The result has no ``effort``: it repeats the run on any machine.
 
     Args:
         model: the dense one; its speed is measured, and it is restored.
+        graph: that of the model.
 
     Raises InputError when the limit is too small, or when no amount is left to choose.
     """
@@ -91,6 +94,8 @@ def sized(recipe: Recipe, model: PreTrainedModel) -> Recipe:
         costs = {part: _times(part, recipe) * _seconds(part, recipe, measured) for part in parts}
         given, total = f"effort.within={effort.within}", seconds_of(effort.within)
         taken = _fixed_seconds(recipe, measured)
+        if "repair" in parts:
+            taken += _times("repair", recipe) * solving_seconds(recipe, graph, model.device)
         say(f"This machine reads {1 / measured.forward:,.0f} tokens a second and trains {1 / measured.training:,.0f}.")
     else:
         assert effort.tokens is not None
@@ -116,12 +121,19 @@ def texts_of(recipe: Recipe, graph: DependencyGraph) -> dict[Purpose, TextSettin
     """``recipe.texts``, with tokens for repair by the widths of the model unless the recipe names them."""
     texts = dict(recipe.texts)
     if "repair" in texts and recipe.recovery.repair_tokens is None:
-        ways = [member for group in restrict(graph, recipe.budget).prunable for member in group.members]
-        widths = [graph.shapes[member.parameter][member.axis] for member in ways if member.role == "in"]
-        enough = min(_TOKENS_PER_INPUT * max(widths, default=0), _MOST_REPAIR)
+        enough = min(_TOKENS_PER_INPUT * max(_widths(recipe, graph), default=0), _MOST_REPAIR)
         tokens = max(enough, texts["repair"].tokens)
         texts["repair"] = texts["repair"].model_copy(update={"tokens": tokens})
     return texts
+
+
+def _widths(recipe: Recipe, graph: DependencyGraph) -> list[int]:
+    """The number of inputs of each matrix that consumes units that may be removed."""
+    members = [member for group in restrict(graph, recipe.budget).prunable for member in group.members]
+    inputs = {
+        member.parameter: graph.shapes[member.parameter][member.axis] for member in members if member.role == "in"
+    }
+    return list(inputs.values())
 
 
 def with_possible_repair(recipe: Recipe, model: PreTrainedModel, graph: DependencyGraph) -> Recipe:
@@ -153,18 +165,21 @@ def _repairs_by_default(recipe: Recipe) -> bool:
     return bool(recipe.recovery.repair) and "repair" not in recipe.recovery.model_fields_set
 
 
-def effort_for(recipe: Recipe, *, on_cpu: bool) -> Effort:
-    """The recipe's effort; on a device that is no CPU ``ON_A_GPU``, unless the recipe says how long to train."""
-    return recipe.effort if on_cpu or recipe.names_steps else Effort(within=ON_A_GPU)
+def effort_for(recipe: Recipe, *, on_cpu: bool, runs: int = 1) -> Effort:
+    """The recipe's effort; on a device that is no CPU ``ON_A_GPU``, unless the recipe says how long to train.
+
+    ``runs`` share the latter. The recipe's own is that of one run.
+    """
+    return recipe.effort if on_cpu or recipe.names_steps else Effort(within=ON_A_GPU).shared(runs)
 
 
-def is_sized(given: Recipe, written: Recipe, effort: Effort) -> bool:
+def is_sized(given: Recipe, written: Recipe, effort: Effort, runs: int = 1) -> bool:
     """Whether ``written`` is ``given`` with or without repair where that is left to the model, and with amounts by
-    ``effort``, where that is the one of ``given`` on some device."""
+    ``effort``, where that is the one of ``given`` on some device, as one of ``runs``."""
     flags: dict[str, Any] = {}
     if "repair" not in given.recovery.model_fields_set:
         flags["recovery.repair"] = written.recovery.repair
-    if effort.given and effort == effort_for(given, on_cpu=False):
+    if effort.given and effort == effort_for(given, on_cpu=False, runs=runs):
         keys = [*_KEYS.values(), "recovery.tokens"]
         flags |= {key: _at(written, key) for key in keys if not _is_set(given, key)}
         flags |= {"effort.within": None, "effort.tokens": None}
@@ -217,6 +232,27 @@ def measure_speed(recipe: Recipe, model: PreTrainedModel) -> Pace:
             optimizer = torch.optim.AdamW(weights, lr=0.0)  # with this rate, weights keep their values
             step = _seconds_for(optimizer.step, _step_tokens(recipe), model.device)
     return Pace(read, passes + step)
+
+
+def solving_seconds(recipe: Recipe, graph: DependencyGraph, device: torch.device) -> float:
+    """Seconds that the equations of one repair take, whatever its text.
+
+    Those of the widest consumer are timed, and reckoned for the others by the cube of the kept inputs. The budget's
+    ratio is taken for the removed share of each.
+    """
+    kept = [max(1, round(width * (1 - recipe.budget.ratio))) for width in _widths(recipe, graph)]
+    if not kept:
+        return 0.0
+    width = min(max(kept), _TIMED_WIDTH)
+    x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)).to(device)
+    sums, weight, every = (
+        Gram.empty(width, width, device),
+        torch.zeros(width, width, device=device),
+        torch.arange(width),
+    )
+    sums.add(x, x)
+    once = _seconds_for(lambda: solve_refit(sums, sums, weight, every), 1, device)
+    return once * sum((one / width) ** 3 for one in kept)
 
 
 def _trains(recipe: Recipe) -> bool:
