@@ -120,7 +120,7 @@ class Reading:
 
     def at(self, here: slice, rows: slice = slice(None)) -> torch.Tensor:
         """Logits ``[n, positions, vocabulary]`` of some positions, of all windows or of ``rows``."""
-        return self.head(self.states[rows, here])
+        return self.head(self.states[rows, here].contiguous())
 
     def pieces(self, most: int | None = None) -> Iterator[slice]:
         """The positions that have a next token, in pieces of at most ``most`` logits (default: as for gradients)."""
