@@ -21,8 +21,9 @@ class RecoverySettings(TextSettings):
     Blocks are drawn at random from ``tokens`` tokens, training.batch_size in each step, and repeat when they run out.
     """
 
-    tokens: int = Field(default=524_288, ge=2)
-    """Tokens to draw from, in whole windows. If the text has less, but at least 8 windows, all of it is used."""
+    tokens: int = Field(default=262_144, ge=2)
+    """Tokens to draw from, in whole windows. If the text has less, but at least 8 windows, all of it is used. Of more
+    tokens than the small sources have, the large ones are a larger part."""
 
     steps: int = Field(default=220, ge=0)
     """Optimiser steps of the recovery after the cut; 0 switches recovery off."""

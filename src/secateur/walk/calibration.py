@@ -21,7 +21,7 @@ from secateur.walk.borrow import input_device
 class CalibrationSettings(TextSettings):
     """The text for measuring importance, and how it is run through the model."""
 
-    tokens: int = Field(default=32_768, ge=2)
+    tokens: int = Field(default=49_152, ge=2)
     """Tokens in all, in whole windows. If the text has less, but at least 8 windows, all of it is used. The scores of
     half as much text differ visibly from sample to sample."""
     batch_size: int = Field(default=4, ge=1)
