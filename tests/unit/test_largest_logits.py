@@ -47,6 +47,7 @@ def _is_of_logits(shape: torch.Size) -> bool:
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_loss, "_READ", MOST)
     monkeypatch.setattr(token_loss, "_LOGITS", MOST)
+    monkeypatch.setattr(token_loss, "_ROWS", 1)
 
 
 def text() -> Calibration:

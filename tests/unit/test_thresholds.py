@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from secateur import digest
+from secateur import digest, token_loss
 from secateur.cli import app
 from secateur.data import TokenBlocks
 from secateur.graph import trace
@@ -23,7 +23,7 @@ from secateur.planning import Budget, allocate, equal
 from secateur.surgery import masked, unrouted
 from secateur.testing.contracts import logits
 from secateur.testing.graphs import llama_graph
-from secateur.testing.tiny import TINY, build
+from secateur.testing.tiny import TINY, VOCAB, build
 from secateur.types import Cut, Scores
 from secateur.walk import Calibration
 
@@ -37,7 +37,7 @@ def test_losses_of_an_analysis_by_chunks_of_positions(monkeypatch: pytest.Monkey
     graph, blocks = trace(model), Calibration(TokenBlocks(IDS, ("noise",) * 4))
     cuts = knowledge.cuts(graph, CRITERIA["magnitude"]().score(model, graph, None, 0), (0.5,))
     dense, whole = knowledge.measure_cuts(model, graph, blocks, cuts)
-    monkeypatch.setattr(knowledge, "_POSITIONS_PER_CHUNK", positions)
+    monkeypatch.setattr(token_loss, "_READ", positions * len(IDS) * VOCAB)
     again, parts = knowledge.measure_cuts(model, graph, blocks, cuts)
     assert again == pytest.approx(dense, rel=1e-6)
     for one, two in zip(whole, parts, strict=True):

@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_loss, "_ROWS", 1)
     monkeypatch.setattr(
         token_loss, "_LOGITS", 3 * VOCAB * 4
     )  # four positions of three windows: the last chunk is short

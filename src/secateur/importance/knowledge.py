@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -229,7 +229,10 @@ class _Run:
 
 
 class _Reference:
-    """The dense model's predictions, computed from its last hidden states when they are needed; and its loss."""
+    """The dense model's predictions, computed from its last hidden states when they are needed; and its loss.
+
+    Of a model that cannot be split, the logits are kept, on the CPU.
+    """
 
     def __init__(self, reader: LogitReader, text: Calibration) -> None:
         self._ids = text.ids
@@ -241,11 +244,13 @@ class _Reference:
             for rows in reader.passes(len(ids)):
                 with text.autocast(reader.model), torch.no_grad():
                     reading = reader.start(ids[rows].to(device))
-                    self._places += [(reading, place) for place in range(len(ids[rows]))]
                     for here, logits in reading.read():
                         targets = ids[rows, here.start + 1 : here.stop + 1].flatten().to(logits.device)
                         losses = cross_entropy(logits.flatten(0, 1), targets, reduction="none")
                         loss += float(losses.sum(dtype=torch.float64))
+                if reader.split is None:
+                    reading = replace(reading, states=reading.states.cpu())
+                self._places += [(reading, place) for place in range(len(ids[rows]))]
         self.loss = loss / self.tokens
 
     def compare(self, rows: Sequence[int], here: slice, logits: torch.Tensor) -> torch.Tensor:
@@ -258,7 +263,7 @@ class _Reference:
         dense: tuple[int, torch.Tensor, float] | None = None
         for index, (row, z) in enumerate(zip(rows, logits, strict=True)):
             if dense is None or dense[0] != row:
-                dense = row, *self._predicted(row, here)
+                dense = row, *self._predicted(row, here, z.device)
             _, p, negentropy = dense
             norm = z.logsumexp(-1, keepdim=True)
             targets = self._ids[row, here.start + 1 : here.stop + 1, None].to(z.device)
@@ -266,10 +271,10 @@ class _Reference:
             found[index, 1] = float((norm - (p * z).sum(-1, keepdim=True)).sum(dtype=torch.float64)) + negentropy
         return found
 
-    def _predicted(self, row: int, here: slice) -> tuple[torch.Tensor, float]:
+    def _predicted(self, row: int, here: slice, device: torch.device) -> tuple[torch.Tensor, float]:
         """Probabilities ``[positions, vocabulary]``, and the sum of p log p."""
         reading, place = self._places[row]
         with torch.no_grad():
-            log_p = reading.at(here, slice(place, place + 1))[0].float().log_softmax(-1)
+            log_p = reading.at(here, slice(place, place + 1))[0].to(device).float().log_softmax(-1)
             p = log_p.exp()
             return p, float((p * log_p).sum(dtype=torch.float64))

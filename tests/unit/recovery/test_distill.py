@@ -26,6 +26,7 @@ IDS = torch.randint(3, 40, (3, WINDOW), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_loss, "_ROWS", 1)
     monkeypatch.setattr(
         token_loss, "_LOGITS", 4 * 3 * VOCAB
     )  # four positions of three windows: the last piece is short
