@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import token_loss
 from secateur.data import TokenBlocks
 from secateur.evaluation import Divergence, text_loss
 from secateur.graph import trace
 from secateur.importance import CRITERIA, knowledge
+from secateur.testing.largest_logits import LargestLogits
 from secateur.testing.tiny import HIDDEN, VOCAB, build
 from secateur.types import DependencyGraph
 from secateur.walk import Calibration, LayerStack, Moments, borrowed, watched
@@ -21,26 +21,6 @@ from secateur.walk import Calibration, LayerStack, Moments, borrowed, watched
 WINDOWS, WINDOW = 4, 12
 MOST = 2 * WINDOWS * VOCAB
 """Two positions of all windows; less than the logits of one window."""
-
-
-class Logits(TorchDispatchMode):
-    """The most elements of any tensor with a value for each token of the vocabulary at some positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(one, torch.Tensor) and _is_of_logits(one.shape):
-                self.most = max(self.most, one.numel())
-        return result
-
-
-def _is_of_logits(shape: torch.Size) -> bool:
-    """Not the head's weight."""
-    return shape[-1:] == (VOCAB,) and shape[-2:] != (HIDDEN, VOCAB)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +63,7 @@ def test_no_more_logits_than_a_piece_are_there(name: str, monkeypatch: pytest.Mo
     graph = trace(model)
     # its trial runs 16 tokens at once, whatever the text
     monkeypatch.setattr(LayerStack, "_try_out", lambda self: None)
-    with Logits() as seen:
+    with LargestLogits() as seen:
         PASSES[name](model, graph)
     assert 0 < seen.most <= MOST
 
@@ -92,7 +72,7 @@ def test_no_more_logits_than_a_piece_are_there(name: str, monkeypatch: pytest.Mo
 def test_activations_need_no_logits(name: str) -> None:
     model = build("llama-gqa")
     graph = trace(model)
-    with Logits() as seen:
+    with LargestLogits() as seen:
         CRITERIA[name]().score(model, graph, text(), 0)
     assert 0 < seen.most <= token_loss._TRIAL * VOCAB  # those of the trial on a few tokens
 
@@ -105,7 +85,7 @@ def test_a_head_that_is_watched_sees_every_position_once(split: bool) -> None:
     found, reader = Moments(1, HIDDEN), text().reader(model)
     if not split:
         reader.split = None
-    with borrowed(model), watched(model, {"lm_head.weight": found}), Logits() as seen:
+    with borrowed(model), watched(model, {"lm_head.weight": found}), LargestLogits() as seen:
         text().run(reader, "activations")
     assert found.tokens.tolist() == whole.tokens.tolist() == [WINDOWS * WINDOW]
     torch.testing.assert_close(found.mean_square, whole.mean_square)

@@ -48,7 +48,7 @@ class RecoverySettings(TextSettings):
     neither train nor compensate, where the model and the kinds to cut allow it, and the text is enough."""
     repair_tokens: int | None = Field(default=None, ge=10)
     """Calibration tokens for repair. `null`: 20 for each input of the widest matrix that is refitted, at most 65,536.
-    With fewer, repair changes less."""
+    Fewer fit the noise."""
     repair_target: Target = "own"
     """The target output of a refitted consumer. ``dense``: its output in the dense model. ``stream``: the output with
     which the residual stream equals the dense model's. ``own``: the dense weights times the pruned model's inputs."""

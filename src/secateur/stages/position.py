@@ -60,11 +60,8 @@ class Position:
         own: dict[str, Any] = {"ratio": 1 - goal / countable(self.graph).parameter_count(), "rounds": 1}
         own["shares"] = {name: share * after for name, share in budget.shares.items()}
         if self.done:
-            able = {
-                "ffn",
-                "attention",
-                *(group.kind for group in self.graph.prunable),
-            }  # a budget needs none of the two
+            # a budget may name the first two where the model has none
+            able = {"ffn", "attention", *(group.kind for group in self.graph.prunable)}
             kinds = tuple(kind for kind in budget.kinds if kind in able)
             left = {share_of(budget, group) for group in self.graph.prunable}  # the other shares are over
             shares = {name: self._left_of(share, name, budget) for name, share in own["shares"].items() if name in left}

@@ -245,13 +245,9 @@ def solving_seconds(recipe: Recipe, graph: DependencyGraph, device: torch.device
         return 0.0
     width = min(max(kept), _TIMED_WIDTH)
     x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)).to(device)
-    sums, weight, every = (
-        Gram.empty(width, width, device),
-        torch.zeros(width, width, device=device),
-        torch.arange(width),
-    )
+    sums, weight = Gram.empty(width, width, device), torch.zeros(width, width, device=device)
     sums.add(x, x)
-    once = _seconds_for(lambda: solve_refit(sums, sums, weight, every), 1, device)
+    once = _seconds_for(lambda: solve_refit(sums, sums, weight, torch.arange(width)), 1, device)
     return once * sum((one / width) ** 3 for one in kept)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import token_loss
 from secateur.config import load_recipe
@@ -17,6 +16,7 @@ from secateur.data import TokenBlocks
 from secateur.errors import InputError, ModelError
 from secateur.recovery import RecoverySettings, RecoveryTask, recover
 from secateur.recovery.distill import Distillation, LiveTeacher, hidden_error
+from secateur.testing.largest_logits import LargestLogits
 from secateur.testing.tiny import TINY, VOCAB, build
 from secateur.training import LoraSettings, TrainingSettings, attach_lora, full_weights
 
@@ -103,29 +103,14 @@ def test_dropout_does_not_prevent_the_split() -> None:
     assert student.training
 
 
-class _Logits(TorchDispatchMode):
-    """The most elements of any tensor with a value for each token of the vocabulary at some positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(one, torch.Tensor) and one.dim() == 3 and one.shape[-1] == VOCAB and one.shape[1] <= WINDOW:
-                self.most = max(self.most, one.numel())
-        return result
-
-
 def test_no_tensor_has_the_logits_of_a_whole_window() -> None:
     teacher, student = build("llama-gqa"), build("llama-gqa", seed=1)
     loss = Distillation(LiveTeacher(teacher), 1.0)
     loss(student, IDS, 0)  # tries whether the models can be split
-    with _Logits() as ours:
+    with LargestLogits() as ours:
         loss(student, IDS, 0).backward()
     assert 0 < ours.most <= token_loss._LOGITS
-    with _Logits() as whole:
+    with LargestLogits() as whole:
         _by_definition(student, teacher, 1.0, 0.0).backward()
     assert whole.most == IDS.numel() * VOCAB
 
